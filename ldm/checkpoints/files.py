@@ -1,0 +1,302 @@
+"""Tensors and text on disk: read without running foreign code, written whole or not at all."""
+
+import json
+import os
+import pickle
+import re
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError, nearest
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+INDEX = ".index.json"
+
+
+def a_few(names: list[str], n: int = 3) -> str:
+    """Return the first `n` names, joined, and how many more there are."""
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(names[:n]) + more
+
+
+# Reading
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of one checkpoint file by name, on the CPU, in the dtypes they were stored in.
+
+    `.safetensors` is memory-mapped: nothing is read before it is used. `.ckpt`, `.pt`, `.pth` and `.bin` are
+    unpickled with `weights_only=True`, which runs no code of the file, and a `{"state_dict": ...}` around the
+    tensors is taken off. A name that ends in `.index.json` is the index of a sharded checkpoint, whose shards
+    lie beside it.
+
+    Raises:
+        UserError: no such file, cut short, corrupt, a pickle that asks to run code, or no tensors inside.
+    """
+    path = Path(path)
+    _must_be_file(path)
+    if path.name.endswith(".json"):
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in PICKLES:
+        return _read_pickle(path)
+    raise UserError(f"{path}: weights are read from .safetensors or {', '.join(PICKLES)} files only")
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the text metadata in a safetensors file's header; {} for a pickle, which has none."""
+    path = Path(path)
+    _must_be_file(path)
+    if path.suffix != ".safetensors":
+        return {}
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def read_text(path: str | Path) -> str:
+    """Return a UTF-8 text file; UserError if it is not there or not text."""
+    path = Path(path)
+    _must_be_file(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read as text: {error}") from error
+
+
+def _must_be_file(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where a file was expected")
+    if not path.is_file():
+        beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such file{nearest(path.name, beside)}")
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is only a Git LFS pointer to the weights; run `git lfs pull` for them")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        size = path.stat().st_size
+        what = f"{path} is not a whole safetensors file ({size} bytes; {_one_line(error)})"
+        raise UserError(f"{what}: it is cut short or corrupt, get it again") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} is a pickle with code in it (it calls for {wanted[1]}), which was not run: get the "
+                "model as .safetensors, or, if you trust who made it, load it once elsewhere with "
+                "torch.load(..., weights_only=False) and write its state dict with "
+                "safetensors.torch.save_file"
+            ) from error
+        raise UserError(f"{path} is corrupt or no PyTorch checkpoint; get it again") from error
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = _one_line(error) or "it ends too soon"
+        raise UserError(f"{path} is cut short or corrupt, get it again ({reason})") from error
+    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors by name")
+    tensors = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors (its entries: {a_few(list(map(str, found))) or 'none'})")
+    return tensors
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        placed: dict[str, str] = json.loads(read_text(index))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{index} is no index of a sharded checkpoint: it has no "weight_map"') from error
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(placed.values())):
+        tensors |= read_tensors(index.parent / shard)
+    if absent := sorted(set(placed) - set(tensors)):
+        raise UserError(f"{index} promises {len(absent)} tensors that its shards lack: {a_few(absent)}")
+    return tensors
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+# Checking and loading
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise a UserError naming the first tensors that hold NaN or infinity.
+
+    One pass and no copies for healthy weights: a NaN or an infinity survives a sum. A sum that is not finite
+    may still be an overflow, so only then is each number looked at.
+    """
+    bad = [name for name, each in tensors.items() if each.is_floating_point() and not _is_finite(each)]
+    if bad:
+        raise UserError(f"{where}: NaN or infinity in {len(bad)} of {len(tensors)} tensors ({a_few(bad)})")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor if tensor.element_size() > 1 else tensor.float()  # the 8-bit floats know no sum
+    return bool(wide.sum(dtype=torch.float32).isfinite()) or bool(wide.isfinite().all())
+
+
+def load_strict(
+    module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, finite: bool = True
+) -> None:
+    """Put `tensors` into `module`, every one of them and no other, without a copy.
+
+    Build the module under `torch.device("meta")`: its parameters become the given tensors themselves
+    (`assign`), in their own dtype and, for safetensors, still memory-mapped.
+
+    Args:
+        module: the network; its parameter names and shapes are what is demanded.
+        tensors: the weights by name.
+        where: the file or folder they came from, for the error.
+        finite: also refuse NaN and infinity (reads every weight once).
+
+    Raises:
+        UserError: names missing or left over, other shapes, NaN: one line that counts them and names a few.
+    """
+    wanted = {name: tuple(each.shape) for name, each in module.state_dict().items()}
+    given = {name: tuple(each.shape) for name, each in tensors.items()}
+    missing = [name for name in wanted if name not in given]
+    extra = [name for name in given if name not in wanted]
+    other = [
+        f"{name} is {given[name]} for {shape}"
+        for name, shape in wanted.items()
+        if given.get(name, shape) != shape
+    ]
+    faults = [
+        f"{len(names)} {what} ({a_few(names)})"
+        for what, names in (("missing", missing), ("not of this network", extra), ("of another shape", other))
+        if names
+    ]
+    if faults:
+        network = type(module).__name__
+        raise UserError(f"{where}: weights of another family, not of this {network}: {'; '.join(faults)}")
+    if finite:
+        check_finite(tensors, where)
+    module.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+# Writing
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write to; it takes the place of `path` once the block ends well.
+
+    Whatever goes wrong before that, the old file stays as it was and the temporary one is removed.
+
+    Raises:
+        UserError: the place can't be written to.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UserError(f"can't write {path}: it is a folder")
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; some writers leave a file to its owner alone
+        yield temporary
+        temporary.chmod(mode)
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Return the error for a place that can't be written to."""
+    return UserError(f"can't write {path}: {error.strerror or error}; give a place that can be written to")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's bytes are on the disk, so that a rename after this never shows half of them."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all; UserError if the place can't be written to."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all; UserError if the place can't be written to."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file, whole or not at all.
+
+    Tied tensors (two names, one storage) are each written in full, so that every name is in the file. The
+    metadata always says `format: pt`, without which transformers refuses a file.
+
+    Raises:
+        UserError: the place can't be written to, or its name doesn't end in .safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"can't write {path}: weights are written as .safetensors only")
+    with whole_file(path) as temporary:
+        try:
+            save_file(_untied(tensors), temporary, metadata={**(metadata or {}), "format": "pt"})
+        except SafetensorError as error:  # safetensors' wrapping of the system's own error
+            raise OSError(_one_line(error)) from error
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort a safetensors file's metadata, which the library orders at random: equal models, equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous CPU tensors of which no two share a storage."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        each = tensor.detach().cpu().contiguous()
+        storage = each.untyped_storage()
+        whole = storage.nbytes() == each.nbytes and storage.data_ptr() not in seen
+        apart[name] = each if whole or each.numel() == 0 else each.clone()
+        seen.add(storage.data_ptr())
+    return apart

@@ -1,0 +1,257 @@
+"""The diffusers folder: `model_index.json` and one subfolder for each component."""
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.files import (
+    INDEX,
+    a_few,
+    flush_to_disk,
+    read_tensors,
+    read_text,
+    unwritable,
+    write_tensors,
+    write_text,
+)
+from ldm.checkpoints.layouts import canonical_clip, canonical_vae, is_clip
+from ldm.errors import UserError, nearest
+
+MODEL_INDEX = "model_index.json"
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers', transformers', its old pickles'
+_NOT_READ = ("image_encoder", "feature_extractor")
+_NO_COMPONENT = [None, None]
+
+
+# Reading
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Return the object in a JSON file; UserError if it isn't there or isn't one."""
+    try:
+        found = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path} holds a {type(found).__name__}, where an object with named entries was expected"
+        )
+    return found
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """Return a folder's model_index.json; UserError if the folder or the file is missing."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        beside = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UserError(f"{folder}: no such folder{nearest(folder.name, beside)}")
+    if not (folder / MODEL_INDEX).is_file():
+        inside = a_few(sorted(each.name for each in folder.iterdir()), 6) or "nothing"
+        raise UserError(f"{folder} is no saved system: it has no {MODEL_INDEX} (it has {inside})")
+    return read_json(folder / MODEL_INDEX)
+
+
+def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the components that a model_index.json names, each with its library and its class."""
+    return {
+        name: (str(value[0]), str(value[1]))
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value != _NO_COMPONENT
+    }
+
+
+def component_folder(folder: str | Path, component: str) -> Path:
+    """Return a component's subfolder; UserError names what is there if it is missing."""
+    path = Path(folder) / component
+    if not path.is_dir():
+        there = (
+            sorted(each.name for each in Path(folder).iterdir() if each.is_dir())
+            if Path(folder).is_dir()
+            else []
+        )
+        raise UserError(f"{folder} has no {component} (it has {a_few(there, 8) or 'no components'})")
+    return path
+
+
+def component_file(folder: str | Path, component: str, variant: str | None = None) -> Path:
+    """Return the file with a component's weights, for `read_tensors`; for a sharded one, its index.
+
+    Safetensors are preferred to pickles. A `variant` such as "fp16" stands in the files' names.
+
+    Raises:
+        UserError: no weights, or not in that variant (says which there are).
+    """
+    place = component_folder(folder, component)
+    word = f".{variant}" if variant else ""
+    for ending in (".safetensors", ".bin"):
+        for stem in _STEMS:
+            for name in (f"{stem}{word}{ending}", f"{stem}{ending}{INDEX.removesuffix('.json')}{word}.json"):
+                if (place / name).is_file():
+                    return place / name
+    weights = sorted(each.name for each in place.iterdir() if each.suffix in (".safetensors", ".bin"))
+    wanted = f"weights of variant {variant!r}" if variant else "weights without a variant"
+    raise UserError(f"{place} has no {wanted} (it has {a_few(weights) or 'no weights at all'})")
+
+
+def read_component(
+    folder: str | Path, component: str, variant: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a network's config and its tensors, under today's names where older versions had others."""
+    config = read_json(component_folder(folder, component) / "config.json")
+    tensors = read_tensors(component_file(folder, component, variant))
+    if config.get("_class_name") == "AutoencoderKL":
+        tensors = canonical_vae(tensors)
+    elif is_clip(tensors):
+        tensors = canonical_clip(tensors)
+    return config, tensors
+
+
+def read_folder(folder: str | Path, variant: str | None = None) -> Checkpoint:
+    """Return the system in a diffusers folder: the networks' configs and tensors, the scheduler's config.
+
+    Tokenizers stay where they are. A safety checker and image encoders are not read.
+
+    Raises:
+        UserError: the folder or a component that it promises is missing or can't be read.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    named = components(index)
+    found = Checkpoint(str(index.get("_class_name", "")), {}, {})
+    found.options = {
+        name: each for name, each in index.items() if name[0] != "_" and not isinstance(each, list)
+    }
+    for component in named:
+        if component == "safety_checker":
+            found.notes.append("not used: the folder's safety checker")
+        elif component in _NOT_READ:
+            continue
+        elif component == "scheduler":
+            found.configs[component] = read_json(
+                component_folder(folder, component) / "scheduler_config.json"
+            )
+        elif not component.startswith("tokenizer"):
+            found.configs[component], found.tensors[component] = read_component(folder, component, variant)
+    return found
+
+
+# Writing
+
+
+def write_component(
+    folder: str | Path, component: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a component's config, and its weights if it has any, into a system's folder."""
+    place = Path(folder) / component
+    name = "config.json" if tensors is not None else "scheduler_config.json"
+    write_text(place / name, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if tensors is not None:
+        stem = _STEMS[0] if "_class_name" in config else _STEMS[1]
+        write_tensors(place / f"{stem}.safetensors", tensors)
+
+
+def write_folder(target: str | Path, system: Checkpoint, also: Callable[[Path], None] | None = None) -> None:
+    """Write a system as a diffusers folder, whole or not at all; an older system of that name is replaced.
+
+    Args:
+        target: the folder. If it exists, it must be empty or a saved system.
+        system: configs and tensors; a component without tensors is a scheduler.
+        also: called with the new folder to add what a Checkpoint doesn't hold: `tokenizer/` and the like.
+
+    Raises:
+        UserError: the place can't be written to, or holds something else.
+    """
+    with whole_folder(target) as folder:
+        for component, config in system.configs.items():
+            write_component(folder, component, config, system.tensors.get(component))
+        if also is not None:
+            also(folder)
+        write_text(
+            folder / MODEL_INDEX, json.dumps(_index_of(folder, system), indent=2, sort_keys=True) + "\n"
+        )
+
+
+def _index_of(folder: Path, system: Checkpoint) -> dict[str, Any]:
+    index: dict[str, Any] = {"_class_name": system.pipeline, "_diffusers_version": "0.30.0", **system.options}
+    if system.pipeline.startswith("StableDiffusion"):
+        index |= {name: _NO_COMPONENT for name in ("feature_extractor", "image_encoder")}
+        if not system.pipeline.startswith("StableDiffusionXL"):
+            index |= {"safety_checker": _NO_COMPONENT, "requires_safety_checker": False}
+    for component, config in system.configs.items():
+        if "_class_name" in config:
+            index[component] = ["diffusers", config["_class_name"]]
+        else:
+            index[component] = ["transformers", (config.get("architectures") or ["AutoModel"])[0]]
+    for tokenizer in sorted(folder.glob("tokenizer*/tokenizer_config.json")):
+        index[tokenizer.parent.name] = [
+            "transformers",
+            read_json(tokenizer).get("tokenizer_class", "CLIPTokenizer"),
+        ]
+    return index
+
+
+def copy_components(source: str | Path, *names: str) -> Callable[[Path], None]:
+    """Return an `also` for `write_folder` that copies components, such as tokenizers, from another folder."""
+
+    def copy(folder: Path) -> None:
+        for name in names:
+            shutil.copytree(component_folder(source, name), folder / name, dirs_exist_ok=True)
+
+    return copy
+
+
+@contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """Give a new folder beside `target` to fill; it takes the place of `target` once the block ends well.
+
+    The old system is moved away only when the new one is whole and on the disk; what lay in its folder
+    besides its components (a model card, logs) is kept. If the block fails, the old one is as it was and the
+    new one is removed.
+
+    Raises:
+        UserError: the place can't be written to, or `target` holds something that isn't a saved system.
+    """
+    target = Path(target).resolve()
+    mark = uuid.uuid4().hex[:8]
+    new, old = (target.parent / f".{target.name}.{mark}.{word}" for word in ("new", "old"))
+    if target.exists() and not _may_replace(target):
+        raise UserError(
+            f"can't write {target}: it is there already and is no saved system; choose another folder"
+        )
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if target.exists():
+            _keep_the_rest(target, new)
+        for file in new.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise unwritable(target, error) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _may_replace(target: Path) -> bool:
+    return target.is_dir() and ((target / MODEL_INDEX).is_file() or not any(target.iterdir()))
+
+
+def _keep_the_rest(old: Path, new: Path) -> None:
+    named = {*components(read_index(old)), MODEL_INDEX} if (old / MODEL_INDEX).is_file() else set()
+    for each in old.iterdir():
+        if each.name not in named and not (new / each.name).exists():
+            copy = shutil.copytree if each.is_dir() else shutil.copy2
+            copy(each, new / each.name)

@@ -1,0 +1,196 @@
+"""The single-file LDM layout: the U-Net, autoencoder and text encoders of SD 1.x, 2.x or XL in one file."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.families import (
+    FAMILIES,
+    UNET,
+    VAE,
+    detect_family,
+    family_configs,
+    family_of_configs,
+    pipeline_class,
+)
+from ldm.checkpoints.files import a_few, read_metadata, read_tensors, write_tensors
+from ldm.checkpoints.keymap import KeyMap, Row, below
+from ldm.checkpoints.layouts import canonical_clip, clip_rows, open_clip_rows, unet_rows, vae_rows
+from ldm.errors import UserError
+
+CONFIGS = "ldm.configs"  # the metadata entry in which our own single files carry what tensors can't say
+
+_TEXT = r"(cond_stage_model|conditioner\.embedders\.[01])"
+# What files hold besides the networks' weights, and so no network needs. Anything else unknown is an error.
+_PASSED_OVER = {
+    "a second copy of the weights, averaged (EMA)": r"model_ema\..*|first_stage_model\.model_ema\..*",
+    "the noise schedule's tables": r"betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
+    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|lvlb_weights|logvar|denoiser\.(log_)?sigmas",
+    "marks of the prediction type": r"v_pred|ztsnr",
+    "training counters": r"global_step|scale_factor",
+    "the autoencoder's training loss": r"first_stage_model\.loss\..*",
+    "CLIP's scale for comparing with images": rf"{_TEXT}\.(model\.)?logit_scale",
+    "the causal mask": rf"{_TEXT}\.model\.attn_mask",
+}
+
+
+def read_single_file(path: str | Path, prediction_type: str | None = None) -> Checkpoint:
+    """Return the system in a single-file checkpoint.
+
+    The configs come from the file's own metadata where we wrote it, otherwise from the table of its family.
+
+    Args:
+        path: `.safetensors`, or `.ckpt` (read without running its code).
+        prediction_type: "epsilon" or "v_prediction", where the file doesn't say (see `family_configs`).
+
+    Raises:
+        UserError: unreadable, another family, unknown names.
+    """
+    return from_tensors(read_tensors(path), read_metadata(path), path, prediction_type)
+
+
+def from_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    path: str | Path,
+    prediction_type: str | None = None,
+) -> Checkpoint:
+    """Return the system in the tensors and the metadata of a single file; see `read_single_file`."""
+    family = detect_family(tensors, path)
+    found = _said_in(metadata, path) or _guessed(family, tensors, path, prediction_type)
+    if prediction_type:
+        found.configs["scheduler"]["prediction_type"] = prediction_type
+    _set_aside(found, tensors, family)
+    for component, rows in _rows(family, found.configs).items():
+        prefix = _prefix(family, component)
+        own = {
+            name: each
+            for name, each in tensors.items()
+            if name.startswith(prefix) and name not in found.unused
+        }
+        if not own:
+            raise UserError(f"{path}: no {component} inside (nothing is named {prefix}...)")
+        own = _with_clip_prefix(own) if _kind(family, component) == "clip" else own
+        found.tensors[component] = KeyMap.over_theirs(rows, own, path).to_ours(own)
+    known = tuple(_prefix(family, component) for component in found.tensors)
+    unknown = [name for name in tensors if not name.startswith(known) and name not in found.unused]
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} names are of no part of {FAMILIES[family].title}: {a_few(unknown)}"
+        )
+    return found
+
+
+def write_single_file(
+    path: str | Path, system: Checkpoint, unused: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a system as one `.safetensors` in the LDM layout, whole or not at all.
+
+    Tokenizers have no place in this layout. The configs travel in the file's metadata, so that reading it
+    back needs no table and no guess.
+
+    Args:
+        path: where to.
+        system: a system of SD 1.x, 2.x or XL structure, of any size.
+        unused: tensors to write as they are, e.g. `Checkpoint.unused` of the file it was read from.
+
+    Raises:
+        UserError: a network or a tensor that the layout has no place for; an unwritable place.
+    """
+    family = family_of_configs(system.configs, path)
+    tensors: dict[str, Tensor] = dict(unused or {})
+    for component, rows in _rows(family, system.configs).items():
+        if component not in system.tensors:
+            raise UserError(f"{path}: the system to write has no {component}")
+        own = system.tensors[component]
+        tensors |= KeyMap.over_ours(rows, own, f"{component} of {path}").to_theirs(own)
+    said = {"pipeline": system.pipeline, "configs": system.configs, "options": system.options}
+    write_tensors(path, tensors, {CONFIGS: json.dumps(said)})
+
+
+def _kind(family: str, component: str) -> str:
+    return FAMILIES[family].text.get(component, ("", component))[1]
+
+
+def _prefix(family: str, component: str) -> str:
+    return {"unet": UNET, "vae": VAE}.get(component) or FAMILIES[family].text[component][0]
+
+
+def _rows(family: str, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Row]]:
+    """Return the rows of each network of a system, with the prefixes they have in the file."""
+    rows = {"unet": unet_rows(configs["unet"]), "vae": vae_rows(configs["vae"])}
+    for component, (_, kind) in FAMILIES[family].text.items():
+        rows[component] = (
+            clip_rows() if kind == "clip" else open_clip_rows(configs[component]["num_hidden_layers"])
+        )
+    return {component: below(_prefix(family, component), each) for component, each in rows.items()}
+
+
+def _said_in(metadata: Mapping[str, str], path: str | Path) -> Checkpoint | None:
+    """Return what the metadata of our own single files says of their system; None for anybody else's."""
+    if CONFIGS not in metadata:
+        return None
+    try:
+        said = json.loads(metadata[CONFIGS])
+        configs = {str(component): dict(config) for component, config in said["configs"].items()}
+        return Checkpoint(str(said["pipeline"]), configs, {}, dict(said["options"]))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{path}: the configs in its metadata ({CONFIGS}) can't be read: {error!r}"
+        ) from error
+
+
+def _guessed(
+    family: str, tensors: Mapping[str, Tensor], path: str | Path, prediction_type: str | None
+) -> Checkpoint:
+    """Return what is known of a published single file by its family."""
+    configs = family_configs(family, tensors, path, prediction_type)
+    found = Checkpoint(pipeline_class(family, configs["unet"]), configs, {})
+    if family == "sdxl":
+        found.options["force_zeros_for_empty_prompt"] = True  # as its published folder says
+    if family == "sd2" and not prediction_type:
+        guess = configs["scheduler"]["prediction_type"]
+        found.notes.append(f"the file doesn't say what its U-Net predicts: {guess} is assumed")
+    return found
+
+
+def _with_clip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a CLIP text encoder's tensors by their usual names; some merged files lack the `text_model.`."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        head, middle, tail = name.partition("transformer.")
+        renamed[head + middle + next(iter(canonical_clip({tail: tensor})))] = tensor
+    return renamed
+
+
+def _set_aside(found: Checkpoint, tensors: Mapping[str, Tensor], family: str) -> None:
+    """Move to `found.unused` what no network uses, with a note on each kind."""
+    rules = {why: re.compile(names) for why, names in _PASSED_OVER.items()}
+    text = found.configs["text_encoder"]
+    if family == "sd2" and "CLIPTextModelWithProjection" not in text.get("architectures", ()):
+        layers = text["num_hidden_layers"]
+        rules[f"text encoder layers after the {layers} that are used, and its projection"] = _beyond(
+            layers, tensors
+        )
+    for why, rule in rules.items():
+        names = [name for name in tensors if rule.fullmatch(name)]
+        if names:
+            found.unused |= {name: tensors[name] for name in names}
+            found.notes.append(f"not used: {why} ({len(names)} tensors)")
+
+
+def _beyond(layers: int, tensors: Mapping[str, Tensor]) -> re.Pattern[str]:
+    """Return the rule for what SD 2.x keeps of the text tower without ever using it."""
+    prefix = re.escape(FAMILIES["sd2"].text["text_encoder"][0])
+    numbers = {
+        int(found[1])
+        for name in tensors
+        if (found := re.match(prefix + r"transformer\.resblocks\.(\d+)\.", name))
+    }
+    late = "|".join(str(number) for number in sorted(numbers) if number >= layers) or "none"
+    return re.compile(prefix + rf"(text_projection|transformer\.resblocks\.({late})\..*)")

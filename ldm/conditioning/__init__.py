@@ -1,0 +1,1 @@
+"""Conditioning: prompts to the hidden states (and pooled vectors) that a denoiser attends to."""

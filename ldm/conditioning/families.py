@@ -1,0 +1,94 @@
+"""The text networks we run through transformers: which class, what it reads, what of its output we take."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.conditioning.text import States
+from ldm.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of text network.
+
+    name: the class of its tokenizer, and the family's name in messages.
+    model: the transformers class to build; a folder of a larger model gives it only the tensors under `keep`.
+    masks: whether padding is masked where the folder's config does not say (`use_attention_mask`).
+    stretches: reads sequences longer than it was trained on.
+    """
+
+    name: str
+    model: str
+    keep: tuple[str, ...] = ()
+    masks: bool = False
+    stretches: bool = False
+
+
+_T5_PARTS = ("shared.", "encoder.")
+FAMILIES = {
+    "CLIPTextModel": Family("clip", "CLIPTextModel"),
+    "CLIPTextModelWithProjection": Family("clip", "CLIPTextModelWithProjection"),
+    "CLIPModel": Family("clip", "CLIPTextModel", keep=("text_model.",)),
+    "BertModel": Family("bert", "BertModel"),
+    "T5EncoderModel": Family("t5", "T5EncoderModel", masks=True, stretches=True),
+    "T5ForConditionalGeneration": Family("t5", "T5EncoderModel", keep=_T5_PARTS, masks=True, stretches=True),
+}
+_BY_TYPE = {
+    "clip_text_model": "CLIPTextModel",
+    "clip": "CLIPModel",
+    "bert": "BertModel",
+    "t5": "T5EncoderModel",
+}
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family that a transformers config.json names. Raises UserError for one that we do not run."""
+    named = (config.get("architectures") or [_BY_TYPE.get(config.get("model_type", ""), "")])[0]
+    if named not in FAMILIES:
+        raise UserError(
+            f"{where}: no text encoder we know is called {named or config.get('model_type')!r}"
+            f"{nearest(str(named), FAMILIES)} (known: {', '.join(FAMILIES)})"
+        )
+    return FAMILIES[named]
+
+
+def states_of(family: Family, masked: bool, penultimate: bool) -> States:
+    """How to run the family's network.
+
+    penultimate: take CLIP's states before its last layer and without the final norm, as SDXL does
+    (Podell et al. 2023, sec. 2.1); else the last ones, normalised.
+    """
+    if family.name == "clip":
+        return lambda module, ids, mask, skip: _clip(module, ids, mask if masked else None, skip, penultimate)
+    if penultimate:
+        raise UserError(f"SDXL's conditioning takes CLIP text encoders, not {family.model}")
+    return lambda module, ids, mask, skip: _plain(module, ids, mask if masked else None, skip)
+
+
+def _clip(
+    module: Any, ids: Tensor, mask: Tensor | None, skip: int, penultimate: bool
+) -> tuple[Tensor, Tensor | None]:
+    output = module(ids, attention_mask=mask, output_hidden_states=True)
+    layers = output.hidden_states  # the embedding's output, then each layer's
+    check_skip(skip, len(layers) - 1 - penultimate)
+    hidden = layers[-1 - penultimate - skip]
+    if not penultimate:
+        # In transformers 5 CLIPTextModel is itself the text tower; in 4 it wraps it.
+        tower = getattr(module, "text_model", module)
+        hidden = tower.final_layer_norm(hidden) if skip else output.last_hidden_state
+    return hidden, getattr(output, "text_embeds", None)
+
+
+def _plain(module: nn.Module, ids: Tensor, mask: Tensor | None, skip: int) -> tuple[Tensor, Tensor | None]:
+    if skip:
+        raise UserError("clip_skip is for CLIP text encoders only: leave it at 0")
+    return module(ids, attention_mask=mask)[0], None
+
+
+def check_skip(skip: int, layers: int) -> None:
+    """Raise UserError unless 0 <= skip < layers."""
+    if not 0 <= skip < layers:
+        raise UserError(f"clip_skip is {skip}: this text encoder allows 0 to {layers - 1}")

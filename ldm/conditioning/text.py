@@ -1,0 +1,216 @@
+"""What a prompt becomes, and how prompts of any length fit an encoder's window.
+
+A text encoder reads a window of fixed size (77 tokens for CLIP). A longer prompt is cut into chunks that
+each fill a window, and their hidden states are joined along the sequence; nothing is dropped, and a note
+says what was done.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """The condition of B prompts: hidden states (B, L, D) and, where there is one, a vector each (B, P)."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TextEmbedding":
+        """Apply `function`, which may change the batch, to both parts."""
+        return TextEmbedding(function(self.hidden), None if self.pooled is None else function(self.pooled))
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "TextEmbedding":
+        return self.map(lambda part: part.to(device=device, dtype=dtype))
+
+    def repeat_interleave(self, repeats: int) -> "TextEmbedding":
+        """`repeats` rows for each prompt, side by side: several images a prompt."""
+        return self.map(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def zeros(self) -> "TextEmbedding":
+        return self.map(torch.zeros_like)
+
+
+def concatenate(embeddings: Sequence[TextEmbedding]) -> TextEmbedding:
+    """Join embeddings of one length L along the batch."""
+    pooled = [each.pooled for each in embeddings if each.pooled is not None]
+    if len(pooled) not in (0, len(embeddings)):
+        raise ValueError("either all embeddings have a pooled vector or none has")
+    hidden = torch.cat([each.hidden for each in embeddings])
+    return TextEmbedding(hidden, torch.cat(pooled) if pooled else None)
+
+
+class TextEncoder(Protocol):
+    """Prompts to a TextEmbedding."""
+
+    @property
+    def zeros_without_negative(self) -> bool:
+        """Whether a missing negative prompt is a condition of zeros, instead of the empty prompt."""
+        ...
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by their folder's name, for whoever places, offloads, trains or saves them."""
+        ...
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizers, by the same names as the networks they serve."""
+        ...
+
+    def length(self, prompts: Sequence[str]) -> int:
+        """The L that `encode` gives to these prompts: a whole number of windows."""
+        ...
+
+    def encode(
+        self, prompts: Sequence[str], *, clip_skip: int = 0, length: int = 0
+    ) -> tuple[TextEmbedding, list[str]]:
+        """Embed the prompts, all at one L of at least `length`.
+
+        clip_skip: how many more of the last layers to leave out (CLIP only).
+        Returns the embedding and a note for each prompt that did not fit one window.
+        """
+        ...
+
+
+def encode_pair(
+    encoder: TextEncoder, prompts: Sequence[str], negatives: Sequence[str] | None = None, clip_skip: int = 0
+) -> tuple[TextEmbedding, TextEmbedding, list[str]]:
+    """The prompts and their negatives at the same L, as classifier-free guidance needs them, and the notes.
+
+    `negatives` None is "no negative prompt". As in diffusers, `clip_skip` leaves the negatives alone.
+    """
+    if negatives is not None and len(negatives) != len(prompts):
+        raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for each")
+    if negatives is None and encoder.zeros_without_negative:
+        positive, notes = encoder.encode(prompts, clip_skip=clip_skip)
+        return positive, positive.zeros(), notes
+    against = list(negatives) if negatives is not None else [""] * len(prompts)
+    length = max(encoder.length(prompts), encoder.length(against))
+    positive, notes = encoder.encode(prompts, clip_skip=clip_skip, length=length)
+    negative, more = encoder.encode(against, length=length)
+    return positive, negative, list(dict.fromkeys(notes + more))
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of an encoder: `size` tokens, the special ones around the text and the padding included."""
+
+    size: int
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    pad: int
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of text that fit."""
+        return self.size - len(self.prefix) - len(self.suffix)
+
+    def fill(self, text: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The window's token ids around at most `capacity` tokens, and its mask (1 where not padding)."""
+        used = [*self.prefix, *text, *self.suffix]
+        padding = self.size - len(used)
+        return used + [self.pad] * padding, [1] * len(used) + [0] * padding
+
+    def split(self, text: Sequence[int], chunks: int) -> list[Sequence[int]]:
+        """The text in pieces that fill one window each; pieces past its end are empty."""
+        return [text[i * self.capacity : (i + 1) * self.capacity] for i in range(chunks)]
+
+    def chunks(self, tokens: int) -> int:
+        """Windows that a text of so many tokens takes."""
+        return max(1, -(-tokens // self.capacity))
+
+    def stretched(self, tokens: int) -> "Window":
+        """The window grown, where needed, to hold so many tokens of text."""
+        return replace(self, size=max(self.size, self.size - self.capacity + tokens))
+
+
+# (module, token ids (N, S), mask (N, S), clip_skip) -> hidden states (N, S, D), pooled (N, P) or None
+States = Callable[[nn.Module, Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class WindowedEncoder:
+    """A network that reads windows of tokens: the one TextEncoder behind CLIP, OpenCLIP, BERT and T5.
+
+    tokenize: a prompt to its token ids, without special ones.
+    states: the family's way to run the network.
+    name: the component's name in a diffusers folder.
+    stretches: the network reads longer sequences too (T5's relative positions), so a long prompt stays whole.
+    tokenizer: what `tokenize` comes from, for whoever saves it or adds tokens.
+    """
+
+    module: nn.Module
+    tokenize: Callable[[str], list[int]]
+    window: Window
+    states: States
+    name: str = "text_encoder"
+    stretches: bool = False
+    zeros_without_negative: bool = False
+    tokenizer: Any = None
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {self.name: self.module}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        return {self.name: self.tokenizer}
+
+    def length(self, prompts: Sequence[str]) -> int:
+        longest = max(len(self.tokenize(prompt)) for prompt in _distinct(prompts))
+        if self.stretches:
+            return self.window.stretched(longest).size
+        return self.window.chunks(longest) * self.window.size
+
+    def encode(
+        self, prompts: Sequence[str], *, clip_skip: int = 0, length: int = 0
+    ) -> tuple[TextEmbedding, list[str]]:
+        each = _distinct(prompts)
+        texts = [self.tokenize(prompt) for prompt in each]
+        length = max(length, self.length(each))
+        window = replace(self.window, size=length) if self.stretches else self.window
+        chunks = length // window.size
+        rows = [window.fill(piece) for text in texts for piece in window.split(text, chunks)]
+        device = execution_device(self.module)
+        ids = torch.tensor([row for row, _ in rows], device=device)
+        mask = torch.tensor([row for _, row in rows], device=device)
+        hidden, pooled = self.states(self.module, ids, mask, clip_skip)
+        # (B * chunks, S, D) -> (B, chunks * S, D); the first chunk speaks for the prompt.
+        embedding = TextEmbedding(
+            hidden.reshape(len(texts), length, -1), None if pooled is None else pooled[::chunks]
+        )
+        notes = [self._note(prompt, len(text)) for prompt, text in zip(each, texts, strict=True)]
+        places = torch.tensor([each.index(prompt) for prompt in prompts], device=hidden.device)
+        return embedding.map(lambda part: part[places]), [note for note in notes if note]
+
+    def _note(self, prompt: str, tokens: int) -> str:
+        if tokens <= self.window.capacity:
+            return ""
+        which = f'prompt "{prompt[:24].strip()}..." of {tokens} tokens was encoded'
+        if self.stretches:
+            return f"{which} whole, beyond the usual {self.window.capacity}"
+        return f"{which} in {self.window.chunks(tokens)} chunks of {self.window.capacity}"
+
+
+def _distinct(prompts: Sequence[str]) -> list[str]:
+    """Each prompt once: those given many times, like the empty negative, need one run of the network."""
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError("give a list of at least one prompt, each a string")
+    return list(dict.fromkeys(prompts))
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where the module computes: accelerate's hooks know it while the weights rest elsewhere."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((each for each in devices if each is not None), None)
+    return torch.device(device) if device is not None else next(module.parameters()).device

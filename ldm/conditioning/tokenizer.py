@@ -1,0 +1,135 @@
+"""Tokenizers: a folder's own, and CLIP's, which single-file checkpoints leave out.
+
+CLIP's vocabulary (Radford et al. 2021) is a byte-level BPE: 256 byte symbols, the same at a word's end, one
+entry a merge, and two special tokens; 49,408 in all.
+"""
+
+import contextlib
+import gzip
+import importlib.util
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ldm.conditioning.text import Window
+from ldm.errors import UserError
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+MERGES = 48_894  # of the list in the package, the first so many
+# Names that transformers 4 and 5 share.
+_CLASSES = {"clip": "CLIPTokenizerFast", "bert": "BertTokenizerFast", "t5": "T5TokenizerFast"}
+_NO_LIMIT = 100_000  # transformers writes 1e30 where a tokenizer knows no limit
+
+
+def load_tokenizer(folder: str | Path, family: str) -> Any:
+    """The transformers tokenizer of the family ("clip", "bert" or "t5") from its folder. Raises UserError."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"there is no tokenizer folder {path}")
+    import transformers
+
+    try:
+        with quiet():
+            return getattr(transformers, _CLASSES[family]).from_pretrained(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot read the tokenizer in {path}: {reason}") from error
+
+
+def window_of(tokenizer: Any, limit: int) -> Window:
+    """The window that the tokenizer pads to: its own limit, and never more than the network's `limit`."""
+    size = tokenizer.model_max_length if tokenizer.model_max_length < _NO_LIMIT else limit
+    special = tokenizer("").input_ids
+    window = Window(int(min(size, limit)), tuple(special[:-1]), tuple(special[-1:]), tokenizer.pad_token_id)
+    if window.capacity < 1:
+        raise UserError(f"the tokenizer's model_max_length {size} leaves no room for text: set it to {limit}")
+    return window
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of the text alone, uncut."""
+    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+
+def clip_tokenizer(folder: str | Path | None = None, pad_token: str = EOS) -> Any:
+    """CLIP's tokenizer, from a folder or else with the vocabulary that the open_clip package carries.
+
+    pad_token: "<|endoftext|>" for SD 1.x and SDXL's first encoder, "!" (id 0) for SD 2.x and SDXL's second.
+    """
+    if folder is not None:
+        return load_tokenizer(folder, "clip")
+    with tempfile.TemporaryDirectory() as made:
+        write_clip_tokenizer(made, clip_merges(), pad_token)
+        return load_tokenizer(made, "clip")
+
+
+def write_clip_tokenizer(
+    folder: str | Path, merges: Sequence[str], pad_token: str = EOS, size: int = 77
+) -> None:
+    """Write a `tokenizer/` folder as diffusers has it, for the BPE of these merges ("a b</w>" each)."""
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": size,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": EOS,
+        "pad_token": pad_token,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+    }
+    special = {key: value for key, value in config.items() if key.endswith("_token")}
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "vocab.json").write_text(json.dumps(clip_vocabulary(merges), ensure_ascii=False), "utf-8")
+    (out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    (out / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", "utf-8")
+
+
+def clip_merges() -> list[str]:
+    """The merges of CLIP's BPE, best first. Raises UserError where open_clip is not installed."""
+    spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
+    places = list(spec.submodule_search_locations or []) if spec else []
+    for path in (Path(place) / "bpe_simple_vocab_16e6.txt.gz" for place in places):
+        if path.is_file():
+            lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+            return lines[1 : 1 + MERGES]  # the first line is a heading
+    raise UserError(
+        "this checkpoint has no tokenizer: pass the `tokenizer` folder of a diffusers model, "
+        "or pip install open_clip_torch, which carries CLIP's vocabulary"
+    )
+
+
+def clip_vocabulary(merges: Sequence[str]) -> dict[str, int]:
+    """Token to id: byte symbols, byte symbols at a word's end, merges, then the two special tokens."""
+    symbols = list(_byte_symbols())
+    ends = (symbol + "</w>" for symbol in symbols)
+    tokens = chain(symbols, ends, (merge.replace(" ", "") for merge in merges), (BOS, EOS))
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _byte_symbols() -> Iterator[str]:
+    """One printable character a byte: printable bytes first, as themselves, then the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    yield from map(chr, printable)
+    yield from (chr(256 + i) for i in range(256 - len(printable)))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' warnings and progress bars off the console while it loads."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

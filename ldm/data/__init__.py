@@ -1,0 +1,1 @@
+"""Training pictures composed from openly licensed sprites: sources, sprites, captions, the recipe."""

@@ -1,0 +1,144 @@
+"""Words for a plan: several natural ways to ask for the same picture."""
+
+from collections.abc import Sequence
+
+from numpy.random import Generator
+
+from ldm.data.colours import BACKGROUNDS
+from ldm.data.costumes import ASTRONAUT, GLASSES
+from ldm.data.plan import Plan
+from ldm.data.things import THINGS, Thing
+
+NUMBERS = {2: "two", 3: "three"}
+COSTUME_WORDS = {"cap": ("cap", "baseball cap")}
+# Synonyms that take no article although the thing's own name does.
+# fmt: off
+UNCOUNTED = frozenset((
+    "grapes", "cherries", "bread", "pancakes", "cheese", "popcorn", "salad", "milk", "coffee",
+    "flowers", "saturn", "french fries", "fries", "corn on the cob",
+))
+# fmt: on
+SCENE_WORDS: dict[str, tuple[str, ...]] = {
+    "night": ("at night", "under the stars", "in the night sky"),
+    "space": ("in space", "in outer space"),
+    "meadow": ("in a meadow", "on the grass", "in a green field"),
+    "beach": ("at the beach", "on the beach"),
+    "snow": ("in the snow", "in winter"),
+    "sunset": ("at sunset",),
+    "underwater": ("underwater", "under the sea"),
+}
+RELATION_WORDS: dict[str, tuple[str, ...]] = {
+    "next to": ("next to", "beside", "and"),
+    "left of": ("to the left of", "on the left of"),
+    "right of": ("to the right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+# {} stands for the whole phrase ("a red car on the grass"); [3d] goes between article and noun ("a 3d red car").
+STYLE_WORDS: dict[str, tuple[str, ...]] = {
+    "3d": ("[3d]", "[3d]", "{} in 3d", "a 3d picture of {}", "a 3d render of {}", "{}, 3d style"),
+    "flat": (
+        "{} in flat style",
+        "a flat picture of {}",
+        "a flat drawing of {}",
+        "a flat illustration of {}",
+        "[flat]",
+    ),
+    "cartoon": ("[cartoon]", "a cartoon of {}", "{} in cartoon style", "a cartoon drawing of {}"),
+}
+
+
+def article(words: str) -> str:
+    """Return "a" or "an", by the sound the words begin with."""
+    return "a" if words[0] not in "aeiou" or words.startswith(("uni", "ufo", "eu", "ew", "one")) else "an"
+
+
+def pick(rng: Generator, choices: Sequence[str]) -> str:
+    return choices[int(rng.integers(len(choices)))]
+
+
+def caption(plan: Plan, rng: Generator) -> str:
+    """Return one of the plan's captions: it names the style and the setting when the plan says so."""
+    number, words = _subject(plan, rng)
+    bare = rng.random() < 0.12
+    setting = _setting(plan.setting, rng) if plan.setting_named else ""
+    if not plan.style_named:
+        return _phrase(number, words, bare) + setting
+    form = pick(rng, STYLE_WORDS[plan.style])
+    if form.startswith("["):
+        return _phrase(number, _with_style(plan, form.strip("[]"), words), bare) + setting
+    return form.format(_phrase(number, words, bare and form.startswith("{}")) + setting)
+
+
+def _phrase(number: str, words: str, bare: bool = False) -> str:
+    """Put the right article before the words; `bare` leaves it out, as people do in a search box."""
+    if bare or number in ("mass", "many"):
+        return words
+    return f"the {words}" if number == "the" else f"{article(words)} {words}"
+
+
+def _subject(plan: Plan, rng: Generator) -> tuple[str, str]:
+    """Return the number ("one", "mass", "many", "the") and the words of what the picture shows."""
+    thing = THINGS[plan.things[0]]
+    if plan.costume:
+        return "one", _costumed(thing, plan.costume, rng)
+    if plan.relation:
+        other = THINGS[plan.things[1]]
+        name, other_name = _name(thing, rng), _name(other, rng)
+        second = _phrase(_number(other, other_name), other_name)
+        return _number(thing, name), f"{name} {pick(rng, RELATION_WORDS[plan.relation])} {second}"
+    colour = f"{plan.colour} " if plan.colour else ""
+    if plan.count > 1:
+        return "many", f"{NUMBERS[plan.count]} {colour}{thing.plural}"
+    if plan.own_colour_named:
+        return thing.number, f"{thing.colour} {thing.name}"
+    cute = "cute " if thing.category == "animal" and rng.random() < 0.05 else ""
+    name = thing.name if colour else _name(thing, rng)
+    return _number(thing, name), f"{cute}{colour}{name}"
+
+
+def _name(thing: Thing, rng: Generator) -> str:
+    return pick(rng, thing.synonyms) if thing.synonyms and rng.random() < 0.25 else thing.name
+
+
+def _number(thing: Thing, name: str) -> str:
+    if name == thing.name or thing.number != "one":
+        return thing.number
+    return "many" if name in UNCOUNTED else "one"
+
+
+def _costumed(thing: Thing, costume: str, rng: Generator) -> str:
+    wearer = thing.wearer
+    if costume == ASTRONAUT:
+        ways = (f"{wearer} astronaut",) * 3 + (
+            f"{wearer} in a space suit",
+            f"{wearer} dressed as an astronaut",
+            f"astronaut {wearer}",
+        )
+        return pick(rng, ways)
+    hat = pick(rng, COSTUME_WORDS.get(costume, (costume,)))
+    worn = hat if costume in GLASSES else f"{article(hat)} {hat}"
+    return f"{wearer} {pick(rng, ('wearing', 'wearing', 'in', 'with'))} {worn}"
+
+
+def _with_style(plan: Plan, style: str, words: str) -> str:
+    if plan.count > 1:
+        number, rest = words.split(" ", 1)
+        return f"{number} {style} {rest}"
+    return f"{style} {words}"
+
+
+def _setting(setting: str, rng: Generator) -> str:
+    if setting in BACKGROUNDS:
+        words = f"{article(setting)} {setting} background"
+        return pick(
+            rng,
+            (
+                f" on {words}",
+                f" on {words}",
+                f" with {words}",
+                f" against {words}",
+                f", {setting} background",
+            ),
+        )
+    return f" {pick(rng, SCENE_WORDS[setting])}"

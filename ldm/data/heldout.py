@@ -1,0 +1,42 @@
+"""Combinations that training never sees: drawing them is the honest test of whether the model composes.
+
+Every part of each combination is trained, only never together: the raccoon wears hats, other animals are
+astronauts. A combination is a set of names, held out in every style, wording, number and setting.
+"""
+
+COSTUMES: tuple[tuple[str, str], ...] = (
+    ("raccoon", "astronaut"),
+    ("koala", "astronaut"),
+    ("fox", "top hat"),
+    ("panda", "crown"),
+    ("cat face", "graduation cap"),
+    ("bear", "sunglasses"),
+    ("pig face", "cap"),
+    ("penguin", "top hat"),
+)
+COLOURS: tuple[tuple[str, str], ...] = (
+    ("blue", "apple"),
+    ("purple", "car"),
+    ("green", "heart"),
+    ("pink", "dragon"),
+    ("yellow", "umbrella"),
+    ("orange", "fish"),
+    ("black", "balloon"),
+    ("red", "star"),
+)
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("fox", "apple"),
+    ("robot", "tree"),
+    ("panda", "rocket"),
+    ("penguin", "car"),
+    ("owl", "crescent moon"),
+    ("cat", "umbrella"),
+    ("dog", "house"),
+    ("raccoon", "banana"),
+)
+HELD_OUT: frozenset[frozenset[str]] = frozenset(frozenset(pair) for pair in (*COSTUMES, *COLOURS, *PAIRS))
+
+
+def is_held_out(names: set[str]) -> bool:
+    """Whether a picture that combines these names (things, costume, colour) holds a held-out combination."""
+    return any(combination <= names for combination in HELD_OUT)

@@ -1,0 +1,261 @@
+"""The recipe: pictures and captions composed on the fly from sprites, a pure function of (seed, index).
+
+A plan says what a picture shows; drawing and wording read nothing else, so caption and picture cannot disagree.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from ldm.data import heldout
+from ldm.data.captions import caption
+from ldm.data.colours import BACKGROUNDS, PAINTS, repaint
+from ldm.data.costumes import FACES, costumes_of, wear
+from ldm.data.costumes import STYLES as COSTUME_STYLES
+from ldm.data.plan import RELATIONS, Plan
+from ldm.data.settings import SCENES, draw_setting
+from ldm.data.sprites import SpriteSet, resize
+from ldm.data.things import THINGS, choose
+from ldm.errors import UserError, nearest
+
+KINDS: dict[str, float] = {
+    "single": 0.46,
+    "colour": 0.09,
+    "hat": 0.10,
+    "astronaut": 0.11,
+    "pair": 0.10,
+    "count": 0.06,
+    "scene": 0.08,
+}
+
+
+@dataclass
+class RecipeConfig:
+    """What the pictures show. `things`: names, categories, "core" or "all". `weights`: kinds, need not sum to 1.
+
+    `jitter` is how much smaller than the frame a thing may be drawn and how far off the centre it may stand.
+    """
+
+    things: list[str] = field(default_factory=lambda: ["core"])
+    styles: list[str] = field(default_factory=lambda: ["3d", "flat"])
+    weights: dict[str, float] = field(default_factory=lambda: dict(KINDS))
+    size: int = 128
+    seed: int = 0
+    style_named: float = 0.5
+    setting_named: float = 0.5
+    white: float = 0.7
+    jitter: float = 0.1
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training pair: `picture` (size, size, 3) uint8; `parts` is the plan as a plain dict."""
+
+    picture: NDArray[np.uint8]
+    caption: str
+    kind: str
+    parts: dict[str, Any]
+
+
+class Recipe:
+    """Composes examples. Stateless but for a cache of repainted and costumed sprites: safe in worker processes."""
+
+    def __init__(self, sprites: SpriteSet, config: RecipeConfig | None = None) -> None:
+        self.config = config or RecipeConfig()
+        self.sprites = sprites
+        self._check()
+        self._made: dict[tuple[str, ...], NDArray[np.uint8]] = {}
+        self._pools = {style: self._pool(style) for style in self.config.styles}
+        self.kinds = [
+            kind for kind, weight in self.config.weights.items() if weight > 0 and self._styles_of(kind)
+        ]
+        if not self.kinds:
+            raise UserError(
+                "the recipe's weights, things and styles leave no kind of picture that can be drawn"
+            )
+        weights = np.array([self.config.weights[kind] for kind in self.kinds])
+        self._cumulative = np.cumsum(weights / weights.sum())
+
+    def _check(self) -> None:
+        for kind in self.config.weights:
+            if kind not in KINDS:
+                raise UserError(f"no kind of picture is called {kind!r}{nearest(kind, KINDS)}")
+        for style in self.config.styles:
+            if style not in self.sprites.styles:
+                raise UserError(f"the sprites hold no style {style!r}{nearest(style, self.sprites.styles)}")
+        if not self.config.styles:
+            raise UserError("the recipe needs at least one style")
+
+    def _pool(self, style: str) -> dict[str, list[Any]]:
+        """What each kind may show in a style, leaving out what is held out."""
+        have = [
+            thing.name for thing in choose(self.config.things) if (thing.name, style) in self.sprites.pixels
+        ]
+        painted = [name for name in have if THINGS[name].recolourable]
+        worn = [
+            (face, costume)
+            for face in FACES
+            if style in COSTUME_STYLES and (face, style) in self.sprites.pixels
+            for costume in costumes_of(face)
+            if (costume, style) in self.sprites.pixels and not heldout.is_held_out({face, costume})
+        ]
+        return {
+            "single": have,
+            "scene": have,
+            "pair": have if len(have) > 1 else [],
+            "count": [name for name in have if THINGS[name].number == "one"],
+            "colour": [(n, c) for n in painted for c in PAINTS if not heldout.is_held_out({n, c})],
+            "hat": [pair for pair in worn if pair[1] != "astronaut"],
+            "astronaut": [pair for pair in worn if pair[1] == "astronaut"],
+        }
+
+    def _styles_of(self, kind: str) -> list[str]:
+        return [style for style, pool in self._pools.items() if pool[kind]]
+
+    def sample(self, index: int) -> Example:
+        """Return training example `index`; the same for the same seed, sprites and configuration."""
+        rng = np.random.default_rng([self.config.seed, 0, index])
+        kind = self.kinds[int(np.searchsorted(self._cumulative, rng.random()).clip(0, len(self.kinds) - 1))]
+        for _ in range(1000):
+            plan = self._plan(kind, rng)
+            if not heldout.is_held_out(plan.names):
+                return self._example(plan, rng)
+        raise UserError(f"all that the recipe's things can show as {kind!r} is held out: give it more things")
+
+    def heldout(self, index: int) -> Example:
+        """Return held-out example `index`: every combination in every style in turn, never seen in training."""
+        rng = np.random.default_rng([self.config.seed, 1, index])
+        plans = self.heldout_plans()
+        if not plans:
+            raise UserError("none of the held-out combinations can be drawn from these sprites and styles")
+        return self._example(plans[index % len(plans)], rng)
+
+    def heldout_plans(self) -> list[Plan]:
+        """Return a plan on white, style named, for each held-out combination that the sprites can draw."""
+        plans = []
+        for style in self.config.styles:
+            common: dict[str, Any] = {"style": style, "setting": "white", "style_named": True}
+            if style in COSTUME_STYLES:
+                plans += [Plan("heldout", (face,), costume=worn, **common) for face, worn in heldout.COSTUMES]
+            plans += [Plan("heldout", (thing,), colour=colour, **common) for colour, thing in heldout.COLOURS]
+            plans += [
+                Plan("heldout", pair, relation=RELATIONS[number % len(RELATIONS)], **common)
+                for number, pair in enumerate(heldout.PAIRS)
+            ]
+        return [plan for plan in plans if self._drawable(plan)]
+
+    def _drawable(self, plan: Plan) -> bool:
+        needed = [*plan.things, *([plan.costume] if plan.costume else [])]
+        return all((name, plan.style) in self.sprites.pixels for name in needed)
+
+    def draw(self, plan: Plan, seed: int = 0) -> Example:
+        """Return the example of a plan of one's own."""
+        return self._example(plan, np.random.default_rng([self.config.seed, 2, seed]))
+
+    def _plan(self, kind: str, rng: Generator) -> Plan:
+        styles = self._styles_of(kind)
+        style = styles[int(rng.integers(len(styles)))]
+        pool = self._pools[style][kind]
+        pick = pool[int(rng.integers(len(pool)))]
+        named = rng.random() < self.config.setting_named
+        common: dict[str, Any] = {
+            "kind": kind,
+            "style": style,
+            "style_named": rng.random() < self.config.style_named,
+            "setting_named": named,
+            "setting": self._setting(kind, named, rng),
+        }
+        if kind == "scene":
+            common["setting_named"] = True
+        if kind in ("hat", "astronaut"):
+            return Plan(things=(pick[0],), costume=pick[1], **common)
+        if kind == "colour":
+            return Plan(things=(pick[0],), colour=pick[1], **common)
+        if kind == "pair":
+            other = pick
+            while other == pick:
+                other = pool[int(rng.integers(len(pool)))]
+            return Plan(things=(pick, other), relation=RELATIONS[int(rng.integers(len(RELATIONS)))], **common)
+        if kind == "count":
+            colour = ""
+            if THINGS[pick].recolourable and rng.random() < 0.5:
+                colour = tuple(PAINTS)[int(rng.integers(len(PAINTS)))]
+            return Plan(things=(pick,), count=int(rng.integers(2, 4)), colour=colour, **common)
+        own = bool(THINGS[pick].colour) and kind == "single" and rng.random() < 0.3
+        return Plan(things=(pick,), own_colour_named=own, **common)
+
+    def _setting(self, kind: str, named: bool, rng: Generator) -> str:
+        """Scenes where they are the subject (a tenth of the costumes too); else plain, unnamed mostly white."""
+        if kind == "scene" or (named and kind in ("hat", "astronaut") and rng.random() < 0.1):
+            return tuple(SCENES)[int(rng.integers(len(SCENES)))]
+        if not named and rng.random() < self.config.white:
+            return "white"
+        return tuple(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
+
+    def _example(self, plan: Plan, rng: Generator) -> Example:
+        words = caption(plan, rng)
+        return Example(self._picture(plan, rng), words, plan.kind, asdict(plan))
+
+    def _sprite(self, plan: Plan, thing: str) -> NDArray[np.uint8]:
+        if not plan.colour and not plan.costume:
+            return self.sprites.pixels[thing, plan.style]
+        key = (thing, plan.style, plan.colour, plan.costume)
+        if key not in self._made:
+            made = self.sprites.pixels[thing, plan.style]
+            if plan.costume:
+                made = wear(self.sprites, thing, plan.costume, plan.style)
+            self._made[key] = repaint(made, plan.colour) if plan.colour else made
+        return self._made[key]
+
+    def _picture(self, plan: Plan, rng: Generator) -> NDArray[np.uint8]:
+        size = self.config.size
+        canvas = draw_setting(plan.setting, size, rng)
+        for (x, y, share), thing in zip(self._places(plan, rng), plan.things * plan.count, strict=True):
+            _paste(canvas, self._sprite(plan, thing), x * size, y * size, round(share * size))
+        return np.round(canvas).clip(0, 255).astype(np.uint8)
+
+    def _places(self, plan: Plan, rng: Generator) -> list[tuple[float, float, float]]:
+        """Centre x, y and side of each thing, as shares of the frame; nothing crosses the frame's edge."""
+        jitter = self.config.jitter
+        share = float(1 - jitter * rng.random())
+        shift = rng.uniform(-0.5, 0.5, 2) * min(jitter, 0.1) * 0.8
+        if plan.relation:
+            places = _pair(plan.relation, rng)
+        elif plan.count > 1:
+            places = COUNTED[plan.count]
+        else:
+            return [(0.5 + shift[0], 0.5 + shift[1], share)]
+        return [(x + 0.5 * shift[0], y + 0.5 * shift[1], side * share) for x, y, side in places]
+
+
+COUNTED: Mapping[int, list[tuple[float, float, float]]] = {
+    2: [(0.26, 0.5, 0.5), (0.74, 0.5, 0.5)],
+    3: [(0.27, 0.7, 0.46), (0.73, 0.7, 0.46), (0.5, 0.27, 0.46)],
+}
+
+
+def _pair(relation: str, rng: Generator) -> list[tuple[float, float, float]]:
+    if relation == "next to":
+        relation = "left of" if rng.random() < 0.5 else "right of"
+    near, far = (0.26, 0.74) if relation in ("left of", "above") else (0.74, 0.26)
+    if relation in ("left of", "right of"):
+        return [(near, 0.5, 0.5), (far, 0.5, 0.5)]
+    return [(0.5, near, 0.5), (0.5, far, 0.5)]
+
+
+def _paste(canvas: NDArray[np.float32], sprite: NDArray[np.uint8], x: float, y: float, side: int) -> None:
+    """Lay the sprite, `side` px wide, over the canvas with its centre at (x, y) px; what crosses the edge is cut."""
+    from PIL import Image
+
+    picture: Image.Image = Image.fromarray(sprite)
+    if side != picture.width:
+        picture = resize(picture, side, side)
+    left, top = round(x - side / 2), round(y - side / 2)
+    bottom, right = min(top + side, len(canvas)), min(left + side, len(canvas))
+    pixels = np.asarray(picture)[max(0, -top) : bottom - top, max(0, -left) : right - left].astype(np.float32)
+    under = canvas[max(0, top) : bottom, max(0, left) : right]
+    under += pixels[..., 3:] / 255 * (pixels[..., :3] - under)

@@ -1,0 +1,87 @@
+"""Wrappers that return another `Denoise`: guidance, limits on x0, known pixels, the consistency boundary."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoise, Denoiser
+from ldm.diffusion.parameterization import c_in, per_image
+from ldm.diffusion.schedule import NoiseSchedule
+
+
+def classifier_free(
+    denoiser: Denoiser,
+    scale: float | Tensor,
+    rescale: float = 0.0,
+    interval: tuple[float, float] = (0.0, math.inf),
+) -> Denoise:
+    """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond), in one network call.
+
+    denoiser: its network takes B rows, all under the condition, or 2B, the first B without it.
+    scale: a float or one per image, (B,). At 1 or less (as in diffusers) an image is not guided, and where
+    none of the batch is, the unconditional pass is not run.
+    rescale: share, in [0, 1], of the result's standard deviation put back to that of the conditional output
+    (Lin et al. 2023, section 3.4). interval: guide where low < sigma <= high only (Kynkäänniemi et al. 2024).
+
+    Both act on the network's own output: rescaling does not commute with the step to x0.
+    """
+    scales = torch.as_tensor(scale).clamp(min=1)
+    guided_at_all, always = bool((scales > 1).any()), interval == (0.0, math.inf)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        strength = scales.to(x).expand(len(x))
+        if not always:
+            inside = (sigma > interval[0]) & (sigma <= interval[1])
+            strength = torch.where(inside, strength, 1)
+        if not guided_at_all or (not always and bool((strength == 1).all())):
+            return denoiser(x, sigma)
+        uncond, cond = denoiser.output(torch.cat([x, x]), torch.cat([sigma, sigma])).chunk(2)
+        output = uncond + per_image(strength, x) * (cond - uncond)
+        if rescale > 0:
+            output = rescale_output(output, cond, rescale)
+        return denoiser.x0_from(output, x, sigma)
+
+    return denoise
+
+
+def rescale_output(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
+    """Move each image's standard deviation by `rescale` of the way back to that of `cond` (B, ...)."""
+    axes = tuple(range(1, cond.ndim))
+    ratio = cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return guided * (rescale * ratio + 1 - rescale)
+
+
+def limited(denoise: Denoise, limit: Callable[[Tensor], Tensor]) -> Denoise:
+    """Put every estimate of x0 through `limit`: a clamp, or `threshold_x0`."""
+    return lambda x, sigma: limit(denoise(x, sigma))
+
+
+def threshold_x0(x0: Tensor, quantile: float = 0.995, limit: float = 1.0) -> Tensor:
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3) of x0 (B, ...).
+
+    Each image is clipped to its `quantile` of |x0|, at least 1 and at most `limit`, and divided by it.
+    """
+    bound = torch.quantile(x0.abs().flatten(1), quantile, dim=1).clamp(1, limit)
+    bound = per_image(bound, x0)
+    return x0.clamp(-bound, bound) / bound
+
+
+def known_pixels(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
+    """Inpaint: where `mask` is 1 x0 is drawn, where it is 0 it is `known` (both broadcast to x0)."""
+    return lambda x, sigma: known + mask * (denoise(x, sigma) - known)
+
+
+def consistency(denoise: Denoise, schedule: NoiseSchedule, timestep_scaling: float = 10.0) -> Denoise:
+    """The boundary condition of a latent consistency model, f(x, 0) = x (Luo et al. 2023, appendix B).
+
+    The published models have sigma_data 0.5.
+    """
+
+    def bounded(x: Tensor, sigma: Tensor) -> Tensor:
+        time = timestep_scaling * schedule.to(sigma.device).timestep(sigma).to(x.dtype)
+        skip, out = 0.25 / (time**2 + 0.25), time / (time**2 + 0.25).sqrt()
+        return per_image(skip * c_in(sigma), x) * x + per_image(out, x) * denoise(x, sigma)
+
+    return bounded

@@ -1,0 +1,67 @@
+"""What a network predicts: one table that samplers, guidance and losses share.
+
+A network's output F stands for the clean picture through two functions of the noise level,
+
+    x0 = c_skip(sigma) * x + c_out(sigma) * F(c_in(sigma) * x),    c_in = 1 / sqrt(1 + sigma^2),
+
+with x = x0 + sigma * noise (the scalings of Karras et al. 2022, eq. 7, for variance-preserving networks).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError, nearest
+
+_TABLE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "epsilon": lambda s: (torch.ones_like(s), -s),
+    "sample": lambda s: (torch.zeros_like(s), torch.ones_like(s)),
+    "v_prediction": lambda s: (1 / (1 + s**2), -s / (1 + s**2).sqrt()),
+    "score": lambda s: (torch.ones_like(s), s**2 / (1 + s**2).sqrt()),
+}
+PREDICTION_TYPES = tuple(_TABLE)
+
+
+def c_in(sigma: Tensor) -> Tensor:
+    """Scale that gives the network an input of unit variance, in the shape of `sigma`."""
+    return 1 / (1 + sigma**2).sqrt()
+
+
+def c_skip_out(prediction_type: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) of a prediction type (one of PREDICTION_TYPES), each in the shape of `sigma`."""
+    return _TABLE[prediction_type](sigma)
+
+
+def x0_from(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """The clean picture that a network's output (B, ...) stands for at `x` (B, ...) and `sigma` (B,)."""
+    c_skip, c_out = c_skip_out(prediction_type, per_image(sigma, x))
+    return c_skip * x + c_out * output
+
+
+def target(prediction_type: str, x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """What the network ought to put out at `x` (B, ...), `sigma` (B,) when the clean picture is `x0`."""
+    c_skip, c_out = c_skip_out(prediction_type, per_image(sigma, x))
+    return (x0 - c_skip * x) / c_out
+
+
+def check(prediction_type: str, schedule: NoiseSchedule) -> None:
+    """Raise UserError for an unknown prediction type, or one that a zero-terminal-SNR schedule undoes.
+
+    At the last timestep of such a schedule x is noise and nothing else: the noise says nothing of x0.
+    """
+    if prediction_type not in _TABLE:
+        hint = nearest(prediction_type, _TABLE)
+        known = ", ".join(_TABLE)
+        raise UserError(f"prediction_type {prediction_type!r} is unknown{hint}; known: {known}")
+    if schedule.zero_terminal_snr and prediction_type in ("epsilon", "score"):
+        raise UserError(
+            f"prediction_type {prediction_type!r} is undefined at zero terminal SNR (rescale_betas_zero_snr):"
+            " use 'v_prediction' or 'sample'"
+        )
+
+
+def per_image(values: Tensor, x: Tensor) -> Tensor:
+    """Shape one value per image, (B,), to broadcast over `x` (B, ...)."""
+    return values.view(-1, *[1] * (x.ndim - 1))

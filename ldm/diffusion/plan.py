@@ -1,0 +1,225 @@
+"""A plan: everything a pipeline needs to know of sampling, from a scheduler's config and a number of steps.
+
+steps = plan(config, 20, sampler="euler")
+denoise = classifier_free(steps.denoiser(network), scale=7.5)
+latents = steps.sample(denoise, Noise(seeds, shape, device))
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion import driver, guidance, parameterization
+from ldm.diffusion.denoiser import Denoise, Denoiser, Network
+from ldm.diffusion.samplers import SAMPLERS, NoiseSource, Steps
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.scheduler_config import CLASSES, SchedulerConfig
+from ldm.diffusion.spacing import TIMESTEP_SPACINGS, lcm_timesteps, spaced_sigmas
+
+Limit = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one picture is drawn; nothing in it changes while it is, so it may serve any number of runs.
+
+    sigmas: n + 1 noise levels. initial_scale: what unit noise is multiplied by to stand at the first;
+    final_scale: what the last state is multiplied by to become the sample (both as diffusers has it).
+    """
+
+    sampler: str
+    sigmas: tuple[float, ...]
+    schedule: NoiseSchedule
+    prediction_type: str
+    initial_scale: float
+    final_scale: float
+    options: Mapping[str, Any]
+    rounding: Callable[[Tensor], Tensor] | None = None
+    wrappers: tuple[Callable[[Denoise], Denoise], ...] = ()
+
+    @property
+    def evaluations(self) -> int:
+        """How many predictions a run asks for: the number of steps of its progress bar."""
+        zero, count = torch.zeros(1, 1), 0
+
+        def tally(step: driver.Step) -> None:
+            nonlocal count
+            count = step.index + 1
+
+        driver.sample(lambda x, sigma: zero, self.steps(zero, lambda: zero), tally)
+        return count
+
+    def denoiser(self, network: Network) -> Denoiser:
+        """The network, with its condition bound, as a denoiser."""
+        return Denoiser(network, self.schedule, self.prediction_type, self.rounding)
+
+    def wrap(self, denoise: Denoise) -> Denoise:
+        """Put the config's own limits on x0 around a (guided) denoiser."""
+        for wrapper in self.wrappers:
+            denoise = wrapper(denoise)
+        return denoise
+
+    def steps(self, x: Tensor, noise: NoiseSource) -> Steps:
+        """The sampler's coroutine from the state `x` (B, C, h, w) at sigmas[0]."""
+        return SAMPLERS[self.sampler].solve(x, self.sigmas, noise, **self.options)
+
+    def sample(
+        self,
+        denoise: Denoise,
+        noise: NoiseSource,
+        callback: Callable[[driver.Step], bool | None] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Draw: from `latents` (B, C, h, w) of unit noise, or from the first of `noise()`, to the sample.
+
+        denoise: that of `denoiser`, guided or not. The state is float32 whatever the network computes in.
+        callback: see `driver.sample`.
+        """
+        x = (noise() if latents is None else latents).to(torch.float32) * self.initial_scale
+        return driver.sample(self.wrap(denoise), self.steps(x, noise), callback) * self.final_scale
+
+
+def plan(
+    config: SchedulerConfig,
+    num_inference_steps: int,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    eta: float = 0.0,
+) -> Plan:
+    """Plan `num_inference_steps` steps as `config` says.
+
+    sampler, schedule: names of samplers.SAMPLERS and spacing.SPACINGS in place of the config's own; the
+    betas, the prediction type and, without a schedule, the spacing stay. eta: DDIM's noise, 0 to 1.
+    Raises UserError for unknown names, unsupported values and impossible numbers of steps.
+    """
+    config = config.with_sampler(sampler) if sampler else config
+    config = config.with_schedule(schedule) if schedule else config
+    name = config.sampler
+    config.check()
+    noise_schedule = config.noise_schedule()
+    parameterization.check(config.get("prediction_type"), noise_schedule)
+    spacing = _spacing(config)
+    sigmas = _sigmas(config, noise_schedule, spacing, num_inference_steps)
+    first, last = sigmas[0], sigmas[-1]
+    unit_variance = CLASSES[config.class_name].family != "k"
+    from_above = not unit_variance and config.get("timestep_spacing") in ("linspace", "trailing")
+    limit = _limit(config)
+    wrappers: list[Callable[[Denoise], Denoise]] = []
+    if limit and name != "ddim":
+        wrappers.append(partial(guidance.limited, limit=limit))
+    if name == "lcm":
+        scaling = config.get("timestep_scaling")
+        wrappers.append(partial(guidance.consistency, schedule=noise_schedule, timestep_scaling=scaling))
+    return Plan(
+        sampler=name,
+        sigmas=tuple(sigmas),
+        schedule=noise_schedule,
+        prediction_type=config.get("prediction_type"),
+        initial_scale=first if from_above else math.sqrt(1 + first**2),
+        final_scale=1 / math.sqrt(1 + last**2) if unit_variance else 1.0,
+        options=_options(config, noise_schedule, spacing, sigmas, limit, eta),
+        rounding=_rounding(config, spacing),
+        wrappers=tuple(wrappers),
+    )
+
+
+def _spacing(config: SchedulerConfig) -> str:
+    if config.spacing:
+        return config.spacing
+    if config.get("use_karras_sigmas"):
+        return "karras"
+    if config.get("use_exponential_sigmas"):
+        return "exponential"
+    return config.get("timestep_spacing") or "linspace"
+
+
+def _sigmas(config: SchedulerConfig, schedule: NoiseSchedule, spacing: str, n: int) -> list[float]:
+    """The noise levels that the config's class in diffusers visits."""
+    family = CLASSES[config.class_name].family
+    remains = config.get("final_sigmas_type") == "sigma_min"
+    if config.sampler in ("ddim", "pndm"):
+        remains = config.get("set_alpha_to_one") is False
+    spaced = partial(
+        spaced_sigmas,
+        schedule,
+        n=n,
+        final=schedule.sigma_min if remains else 0.0,
+        steps_offset=config.get("steps_offset") or 0,
+        whole=family != "k",
+        extra_point=family == "dpm",
+    )
+    if config.sampler == "lcm" and config.spacing is None:
+        original = config.get("original_inference_steps")
+        timesteps = lcm_timesteps(n, schedule.num_train_timesteps, original)
+        return [*schedule.sigma(timesteps).tolist(), 0.0]
+    if spacing in TIMESTEP_SPACINGS:
+        return spaced(spacing).tolist()
+    high, low = schedule.sigma_max, schedule.sigma_min
+    if family == "k":
+        *levels, _ = spaced(config.get("timestep_spacing")).tolist()
+        high, low = levels[0], levels[-1]
+    ends = config.get("sigma_max") or high, config.get("sigma_min") or low
+    return spaced(spacing, ends=ends).tolist()
+
+
+def _rounding(config: SchedulerConfig, spacing: str) -> Callable[[Tensor], Tensor] | None:
+    """What diffusers' classes of integer timesteps make of noise levels between two of them."""
+    if CLASSES[config.class_name].family != "dpm" or spacing not in ("karras", "exponential"):
+        return None
+    cosine = config.sampler.startswith("dpmpp_2m") and config.get("beta_schedule") == "squaredcos_cap_v2"
+    return torch.floor if spacing == "exponential" or cosine else torch.round
+
+
+def _limit(config: SchedulerConfig) -> Limit | None:
+    """What the config does to an estimate of x0."""
+    if config.get("thresholding"):
+        quantile, limit = config.get("dynamic_thresholding_ratio"), config.get("sample_max_value")
+        return partial(guidance.threshold_x0, quantile=quantile, limit=limit)
+    if config.get("clip_sample"):
+        limit = config.get("clip_sample_range")
+        return lambda x0: x0.clamp(-limit, limit)
+    return None
+
+
+def _options(
+    config: SchedulerConfig,
+    schedule: NoiseSchedule,
+    spacing: str,
+    sigmas: list[float],
+    limit: Limit | None,
+    eta: float,
+) -> dict[str, Any]:
+    """The options of the config's sampler."""
+    name, lower_order_final = config.sampler, bool(config.get("lower_order_final"))
+    if name == "ddim":
+        return {"eta": eta, "clip": limit, "stops": _ddim_stops(schedule, spacing, sigmas)}
+    if name in ("dpmpp_2m", "dpmpp_2m_sde"):
+        return {"lower_order_final": lower_order_final, "euler_at_final": bool(config.get("euler_at_final"))}
+    if name in ("dpmpp_2s", "unipc"):
+        return {"lower_order_final": lower_order_final}
+    if name == "pndm":
+        midpoints = () if config.get("skip_prk_steps") else _prk_midpoints(schedule, sigmas)
+        return {"prediction_type": config.get("prediction_type"), "midpoints": midpoints}
+    return {}
+
+
+def _ddim_stops(schedule: NoiseSchedule, spacing: str, sigmas: list[float]) -> list[float] | None:
+    """Where diffusers' DDIM ends its steps: T // n timesteps back, though the next may lie elsewhere."""
+    if spacing not in TIMESTEP_SPACINGS or spacing == "sgm_uniform":
+        return None
+    here = schedule.timestep(torch.tensor(sigmas[:-1], dtype=torch.float64))
+    back = here - schedule.num_train_timesteps // len(here)
+    return torch.where(back >= 0, schedule.sigma(back), sigmas[-1]).tolist()
+
+
+def _prk_midpoints(schedule: NoiseSchedule, sigmas: list[float]) -> list[float]:
+    """The noise levels halfway, in timesteps, through the first three steps that have a next one."""
+    timesteps = schedule.timestep(torch.tensor(sigmas[:-1][:4], dtype=torch.float64)).tolist()
+    middles = [end + (start - end) // 2 for start, end in pairwise(timesteps)]
+    return schedule.sigma(torch.tensor(middles, dtype=torch.float64)).tolist()

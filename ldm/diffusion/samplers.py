@@ -1,0 +1,328 @@
+"""Samplers as coroutines: each solves the reverse process from `sigmas[0]` down to `sigmas[-1]`.
+
+A sampler is a generator function of (x, sigmas, noise) and options of its own. It yields `(x, sigma)`
+whenever it wants a prediction, receives the estimate of x0, and returns the last x. State: x of shape
+(B, C, h, w) = x0 + sigma * noise. sigmas: n + 1 floats, descending; the last is 0 or a small remainder.
+`noise()` gives fresh standard normal noise shaped like x. History lives in local variables: nothing is
+stored between runs, and many runs may stand side by side. `driver.sample` runs one.
+
+With h = log(sigma / sigma_next), the step in log-SNR, "DPM-Solver++" (Lu et al. 2022, arXiv:2211.01095)
+moves x towards an estimate d of x0 by exactly the line of `_step`; the methods differ in d alone.
+"""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from ldm.diffusion import parameterization
+
+Steps = Generator[tuple[Tensor, float], Tensor, Tensor]
+NoiseSource = Callable[[], Tensor]
+
+
+def _step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """Go from sigma to sigma_next on the straight line from x to x0."""
+    return x0 + (x - x0) * (sigma_next / sigma)
+
+
+def _split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """(down, up): step down to `down`, then add noise of std `up` to stand at sigma_next.
+
+    eta 0 adds nothing; eta 1 adds the variance of the posterior q(x_next | x, x0) (Song et al. 2020, eq. 16).
+    """
+    up = min(sigma_next, eta * sigma_next * math.sqrt(max(1 - (sigma_next / sigma) ** 2, 0)))
+    return math.sqrt(sigma_next**2 - up**2), up
+
+
+def _extrapolate(x0: Tensor, previous: Tensor, h: float, h_previous: float) -> Tensor:
+    """x0 in the middle of the coming step, on the line through the last two estimates."""
+    return x0 + (x0 - previous) * (h / (2 * h_previous))
+
+
+def euler(x: Tensor, sigmas: Sequence[float], noise: NoiseSource) -> Steps:
+    """Euler's method (Karras et al. 2022, algorithm 1 without the second order); DDIM with eta 0."""
+    for sigma, sigma_next in pairwise(sigmas):
+        x0 = yield x, sigma
+        x = _step(x, x0, sigma, sigma_next)
+    return x
+
+
+def euler_ancestral(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    eta: float = 1.0,
+    stops: Sequence[float] | None = None,
+    clip: Callable[[Tensor], Tensor] | None = None,
+) -> Steps:
+    """Euler's method with fresh noise at every step; it is DDIM(eta) and, with eta 1, DDPM (fixed small
+    variance), written in sigma: Song et al. 2020, eq. 12; Ho et al. 2020, eq. 7.
+
+    clip: applied to the estimate of x0 but not to the noise estimated with it, as DDIM does.
+    stops: where each step ends, if beside the next sigma: diffusers' DDIM steps back a constant T // n
+    timesteps, which misses the next one where n does not divide T, and goes on as if it had not.
+    """
+    for sigma, stop, sigma_next in zip(sigmas, stops or sigmas[1:], sigmas[1:], strict=False):
+        x0 = yield x, sigma
+        down, up = _split(sigma, stop, eta)
+        x = (clip(x0) if clip else x0) + (x - x0) * (down / sigma)
+        if up > 0:
+            x = x + noise() * up
+        if stop != sigma_next:
+            x = x * math.sqrt((1 + sigma_next**2) / (1 + stop**2))
+    return x
+
+
+def ddim(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    eta: float = 0.0,
+    stops: Sequence[float] | None = None,
+    clip: Callable[[Tensor], Tensor] | None = None,
+) -> Steps:
+    """DDIM (Song et al. 2020): `euler_ancestral`, without noise unless eta says otherwise."""
+    return euler_ancestral(x, sigmas, noise, eta, stops, clip)
+
+
+def heun(x: Tensor, sigmas: Sequence[float], noise: NoiseSource) -> Steps:
+    """Heun's second order (Karras et al. 2022, algorithm 1): two predictions a step, one for the last."""
+    for sigma, sigma_next in pairwise(sigmas):
+        x0 = yield x, sigma
+        trial = _step(x, x0, sigma, sigma_next)
+        if sigma_next > 0:
+            slope = (x - x0) / sigma
+            x0 = yield trial, sigma_next
+            trial = x + (slope + (trial - x0) / sigma_next) * ((sigma_next - sigma) / 2)
+        x = trial
+    return x
+
+
+def lms(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, order: int = 4) -> Steps:
+    """Linear multistep (Adams-Bashforth on uneven steps) in sigma, order 1 to 4."""
+    slopes: list[Tensor] = []
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x0 = yield x, sigma
+        slopes = [(x - x0) / sigma, *slopes[: order - 1]]
+        nodes = [sigmas[i - k] for k in range(len(slopes))]
+        weights = _integrate_lagrange(nodes, sigma, sigma_next)
+        x = x + sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
+    return x
+
+
+def _integrate_lagrange(nodes: Sequence[float], start: float, end: float) -> list[float]:
+    """Integral from start to end of each Lagrange polynomial; Gauss's two points are exact to degree 3."""
+
+    def basis(k: int, at: float) -> float:
+        return math.prod((at - other) / (nodes[k] - other) for m, other in enumerate(nodes) if m != k)
+
+    half, middle = (end - start) / 2, (start + end) / 2
+    offset = half / math.sqrt(3)
+    return [half * (basis(k, middle - offset) + basis(k, middle + offset)) for k in range(len(nodes))]
+
+
+def dpmpp_2m(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    eta: float = 0.0,
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+) -> Steps:
+    """DPM-Solver++(2M), midpoint; with eta 1 its SDE form.
+
+    The last step is of first order if it ends at 0, if `euler_at_final`, or if there are fewer than 15
+    steps and `lower_order_final` (diffusers' rules).
+    """
+    steps = len(sigmas) - 1
+    euler_last = sigmas[-1] == 0 or euler_at_final or (lower_order_final and steps < 15)
+    previous = x
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x0 = yield x, sigma
+        d = x0
+        if i > 0 and not (euler_last and i == steps - 1):
+            d = _extrapolate(x0, previous, math.log(sigma / sigma_next), math.log(sigmas[i - 1] / sigma))
+        ratio = sigma_next / sigma
+        x = d + (x - d) * ratio ** (1 + eta)
+        if eta > 0:
+            x = x + noise() * (sigma_next * math.sqrt(1 - ratio ** (2 * eta)))
+        previous = x0
+    return x
+
+
+def dpmpp_2m_sde(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    eta: float = 1.0,
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+) -> Steps:
+    """SDE-DPM-Solver++(2M): `dpmpp_2m` with noise."""
+    return dpmpp_2m(x, sigmas, noise, eta, lower_order_final, euler_at_final)
+
+
+def dpmpp_2s(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, lower_order_final: bool = True) -> Steps:
+    """DPM-Solver++(2S): steps over two sigmas at a time, with a prediction at the one between.
+
+    With `lower_order_final`, or where it ends at 0, the last step is of first order.
+    """
+    last, i = len(sigmas) - 1, 0
+    lower_order_final = lower_order_final or sigmas[-1] == 0
+    while i < last:
+        x0 = yield x, sigmas[i]
+        between = _step(x, x0, sigmas[i], sigmas[i + 1])
+        if i + 1 == last or (i + 2 == last and lower_order_final):
+            x, i = between, i + 1
+            continue
+        x0_between = yield between, sigmas[i + 1]
+        h, h_between = math.log(sigmas[i] / sigmas[i + 2]), math.log(sigmas[i] / sigmas[i + 1])
+        d = x0 + (x0_between - x0) * (h / (2 * h_between))
+        x, i = _step(x, d, sigmas[i], sigmas[i + 2]), i + 2
+    return x
+
+
+def dpmpp_sde(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, eta: float = 1.0) -> Steps:
+    """DPM-Solver++ SDE, singlestep of second order with r = 1/2 (k-diffusion's sample_dpmpp_sde).
+
+    The noise of the half step is part of the noise of the whole one: both lie on one Brownian path,
+    which runs in sigma as diffusers' does.
+    """
+    for sigma, sigma_next in pairwise(sigmas):
+        x0 = yield x, sigma
+        if sigma_next == 0:
+            return x0
+        middle = math.sqrt(sigma * sigma_next)
+        down, up = _split(sigma, middle, eta)
+        z = noise()
+        x0 = yield _step(x, x0, sigma, down) + z * up, middle
+        down, up = _split(sigma, sigma_next, eta)
+        share = (sigma - middle) / (sigma - sigma_next)
+        z = z * math.sqrt(share) + noise() * math.sqrt(1 - share)
+        x = _step(x, x0, sigma, down) + z * up
+    return x
+
+
+def unipc(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, lower_order_final: bool = True) -> Steps:
+    """UniPC of order 2 with B(h) = exp(h) - 1 (Zhao et al. 2023, arXiv:2302.04867; "bh2").
+
+    Each prediction serves twice: it corrects the step that led to it (UniC), then takes the next (UniP,
+    which is DPM-Solver++(2M)).
+    """
+    last = len(sigmas) - 2
+    start, history = x, list[Tensor]()  # the state that the current step began from; estimates, newest first
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x0 = yield x, sigma
+        if i > 0:
+            x = _step(start, _unic(x0, history, sigmas[max(i - 2, 0) : i + 1]), sigmas[i - 1], sigma)
+        history = [x0, *history[:1]]
+        start, d = x, x0
+        if i > 0 and sigma_next > 0 and not (i == last and lower_order_final):
+            d = _extrapolate(*history, math.log(sigma / sigma_next), math.log(sigmas[i - 1] / sigma))
+        x = _step(x, d, sigma, sigma_next)
+    return x
+
+
+def _unic(x0: Tensor, history: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
+    """The corrector's d, from the estimate at the step's end and those at its start (and before it)."""
+    h = math.log(sigmas[-2] / sigmas[-1])
+    if len(history) == 1:
+        return (history[0] + x0) / 2
+    r = -math.log(sigmas[-3] / sigmas[-2]) / h
+    phi_1 = math.expm1(-h)
+    phi_2 = phi_1 / -h - 1
+    phi_3 = phi_2 / -h - 0.5
+    before = (phi_2 - 2 * phi_3) / (phi_1 * (1 - r))
+    ahead = phi_2 / phi_1 - before
+    return history[0] + (history[1] - history[0]) * (before / r) + (x0 - history[0]) * ahead
+
+
+def pndm(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    prediction_type: str = "epsilon",
+    midpoints: Sequence[float] = (),
+) -> Steps:
+    """PNDM (Liu et al. 2022, arXiv:2202.09778): linear multistep on the network's output, DDIM as transfer.
+
+    midpoints: a sigma inside each of the first steps, which Runge-Kutta (PRK) then takes; without them
+    the first step is a two-stage one (PLMS, as Stable Diffusion is sampled).
+    """
+
+    def output(x0: Tensor, x: Tensor, sigma: float) -> Tensor:
+        return parameterization.target(prediction_type, x0, x, x.new_full((1,), sigma))
+
+    def move(x: Tensor, sigma: float, sigma_next: float, *outputs: Tensor) -> Tensor:
+        weights = _PNDM_WEIGHTS[len(outputs)]
+        mean = sum(weight * each for weight, each in zip(weights, outputs, strict=True))
+        assert isinstance(mean, Tensor)
+        x0 = parameterization.x0_from(prediction_type, mean, x, x.new_full((1,), sigma))
+        return _step(x, x0, sigma, sigma_next)
+
+    history: list[Tensor] = []
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        history = [output((yield x, sigma), x, sigma), *history[:3]]
+        if i < len(midpoints):
+            first, middle = history[0], midpoints[i]
+            trial = move(x, sigma, middle, first)
+            second = output((yield trial, middle), trial, middle)
+            trial = move(x, sigma, middle, second)
+            third = output((yield trial, middle), trial, middle)
+            trial = move(x, sigma, sigma_next, third)
+            fourth = output((yield trial, sigma_next), trial, sigma_next)
+            x = move(x, sigma, sigma_next, (first + 2 * second + 2 * third + fourth) / 6)
+            continue
+        trial = move(x, sigma, sigma_next, *history)
+        if i == 0 and len(sigmas) > 2:
+            second = output((yield trial, sigma_next), trial, sigma_next)
+            trial = move(x, sigma, sigma_next, (history[0] + second) / 2)
+        x = trial
+    return x
+
+
+# Adams-Bashforth, newest first.
+_PNDM_WEIGHTS = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+def lcm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource) -> Steps:
+    """Multistep consistency sampling (Luo et al. 2023, arXiv:2310.04378): to x0 and back up, each step."""
+    for sigma, sigma_next in pairwise(sigmas):
+        x = yield x, sigma
+        if sigma_next > 0:
+            x = x + noise() * sigma_next
+    return x
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler by name: its coroutine, its class in diffusers, and whether it draws noise on its way."""
+
+    solve: Callable[..., Steps]
+    scheduler: str
+    stochastic: bool = False
+
+
+SAMPLERS = {
+    "euler": Sampler(euler, "EulerDiscreteScheduler"),
+    "euler_ancestral": Sampler(euler_ancestral, "EulerAncestralDiscreteScheduler", stochastic=True),
+    "ddim": Sampler(ddim, "DDIMScheduler"),
+    "ddpm": Sampler(euler_ancestral, "DDPMScheduler", stochastic=True),
+    "heun": Sampler(heun, "HeunDiscreteScheduler"),
+    "lms": Sampler(lms, "LMSDiscreteScheduler"),
+    "dpmpp_2m": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler"),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, "DPMSolverMultistepScheduler", stochastic=True),
+    "dpmpp_sde": Sampler(dpmpp_sde, "DPMSolverSDEScheduler", stochastic=True),
+    "dpmpp_2s": Sampler(dpmpp_2s, "DPMSolverSinglestepScheduler"),
+    "unipc": Sampler(unipc, "UniPCMultistepScheduler"),
+    "pndm": Sampler(pndm, "PNDMScheduler"),
+    "lcm": Sampler(lcm, "LCMScheduler", stochastic=True),
+}

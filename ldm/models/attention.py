@@ -1,0 +1,59 @@
+"""Scaled dot-product attention: the one place where a backend is chosen.
+
+Every network calls `attend`. The backend is SDPA, or xformers where it is installed and the tensors are on CUDA.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.errors import UserError, nearest
+
+Backend = Literal["auto", "sdpa", "xformers"]
+_backend: Backend = "auto"
+
+
+def set_attention_backend(name: Backend) -> None:
+    """Choose the backend of all networks in this process: "auto" (the default), "sdpa" or "xformers".
+
+    Raises UserError for an unknown name, and for "xformers" where it is not installed.
+    """
+    global _backend
+    if name not in get_args(Backend):
+        raise UserError(f"unknown attention backend {name!r}{nearest(name, get_args(Backend))}")
+    if name == "xformers" and not _has_xformers():
+        raise UserError("xformers is not installed; install the 'xformers' extra or use the 'sdpa' backend")
+    _backend = name
+
+
+@cache
+def _has_xformers() -> bool:
+    return find_spec("xformers") is not None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V over `heads` heads (Vaswani et al. 2017, eq. 1).
+
+    query: (B, L, H*d); key, value: (B, S, H*d). Returns (B, L, H*d) in the dtype of `query`.
+    """
+    batch, length, width = query.shape
+    q, k, v = (t.view(batch, -1, heads, width // heads) for t in (query, key, value))  # (B, L, H, d)
+    if _backend == "xformers" or (_backend == "auto" and query.is_cuda and _has_xformers()):
+        out = _xformers(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = out.transpose(1, 2)
+    return out.reshape(batch, length, width)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, L, H, d) in and out. Its kernels exist on CUDA only."""
+    if not q.is_cuda:
+        raise UserError("the xformers attention backend runs on CUDA only; use set_attention_backend('sdpa')")
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
+
+    out: Tensor = memory_efficient_attention(q, k, v)
+    return out

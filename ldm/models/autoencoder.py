@@ -1,0 +1,234 @@
+"""The autoencoder with KL regularisation (Kingma & Welling 2013; Rombach et al. 2022, sec. 3.1).
+
+Parameter names are those of diffusers' AutoencoderKL, so its weights load without a map.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.models import diffusers_config
+from ldm.models.layers import Attention, Downsample, ResnetBlock, Upsample
+
+_EPS = 1e-6
+_INERT: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish")}
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The settings of an autoencoder, named as in diffusers' `vae/config.json`; the defaults are Stable Diffusion's.
+
+    scaling_factor, shift_factor: the U-Net sees (z - shift_factor) * scaling_factor.
+    force_upcast: the decoder overflows in float16 and must run in float32 there (SDXL's).
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @classmethod
+    def from_diffusers(
+        cls, mapping: Mapping[str, Any], where: str = "vae/config.json"
+    ) -> "AutoencoderConfig":
+        """Raises UserError that names a key this network cannot honour."""
+        return diffusers_config.parse(cls, mapping, _INERT, where)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        return diffusers_config.to_diffusers(self, "AutoencoderKL")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent position covers along each side: 8 for Stable Diffusion."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """A posterior q(z|x): mean and log-variance, both (B, C, h, w); the log-variance is clamped to [-30, 20]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """The latent for this unit `noise` of the mean's shape (the reparameterisation trick)."""
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence from the unit Gaussian, summed over a latent: (B,), in nats."""
+        terms = self.mean.square() + self.logvar.exp() - 1 - self.logvar
+        return 0.5 * terms.flatten(1).sum(1)
+
+
+class AutoencoderKL(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f) and back."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        if set(config.down_block_types) | set(config.up_block_types) > {
+            "DownEncoderBlock2D",
+            "UpDecoderBlock2D",
+        }:
+            raise UserError("the autoencoder supports DownEncoderBlock2D and UpDecoderBlock2D blocks only")
+        self.config = config
+        c = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        if config.use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(c, c, 1)
+
+    def forward(self, picture: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
+        """What training runs: the decoding of a latent drawn with `noise` (shaped like it), and the posterior."""
+        posterior = self.encode(picture)
+        return self.decode(posterior.sample(noise)), posterior
+
+    def encode(self, picture: Tensor) -> DiagonalGaussian:
+        """picture: (B, 3, H, W) in [-1, 1], H and W divisible by the factor."""
+        moments = self.encoder(picture)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = moments.chunk(2, dim=1)
+        return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """latent: (B, C, h, w), unscaled. Returns (B, 3, h*f, w*f), about in [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latent) if self.config.use_post_quant_conv else latent)
+
+    def scale(self, latent: Tensor) -> Tensor:
+        """A latent of the autoencoder as the U-Net sees it: about unit variance."""
+        mean, std = self._moments(latent)
+        return (latent - mean) / std
+
+    def unscale(self, latent: Tensor) -> Tensor:
+        """The inverse of `scale`."""
+        mean, std = self._moments(latent)
+        return latent * std + mean
+
+    def _moments(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Per-channel mean and deviation where the config has them (Playground 2.5's way), else the scalars."""
+        c = self.config
+        if c.latents_mean is None or c.latents_std is None:
+            return c.shift_factor or 0.0, 1 / c.scaling_factor
+        mean, std = (like.new_tensor(v).view(1, -1, 1, 1) for v in (c.latents_mean, c.latents_std))
+        return mean, std / c.scaling_factor
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, 2*C, H/f, W/f): mean and log-variance before `quant_conv`."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, (width, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            sampler = Downsample(out, asymmetric=True) if i < len(widths) - 1 else None
+            self.down_blocks.append(
+                Stage(width, out, config.layers_per_block, groups, "downsamplers", sampler)
+            )
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for stage in self.down_blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """(B, C, h, w) -> (B, 3, h*f, w*f)."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList()
+        for i, (width, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            sampler = Upsample(out) if i < len(widths) - 1 else None
+            self.up_blocks.append(
+                Stage(width, out, config.layers_per_block + 1, groups, "upsamplers", sampler)
+            )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for stage in self.up_blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Stage(nn.Module):
+    """Residual blocks of one resolution, then a resampling layer, kept under diffusers' name for it."""
+
+    def __init__(self, width: int, out: int, layers: int, groups: int, name: str, sampler: nn.Module | None):
+        super().__init__()
+        channels = [(width if j == 0 else out) for j in range(layers)]
+        self.resnets = nn.ModuleList(ResnetBlock(c, out, groups=groups, eps=_EPS) for c in channels)
+        self.sampler_name = name
+        if sampler is not None:
+            self.add_module(name, nn.ModuleList([sampler]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        samplers = getattr(self, self.sampler_name, None)
+        return x if samplers is None else samplers[0](x)
+
+
+class MidBlock(nn.Module):
+    """Residual block, one-head self-attention over all positions, residual block."""
+
+    def __init__(self, channels: int, groups: int, attention: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, channels, groups=groups, eps=_EPS) for _ in range(2)
+        )
+        if attention:
+            self.attentions = nn.ModuleList([PositionAttention(channels, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        if hasattr(self, "attentions"):
+            x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+class PositionAttention(Attention):
+    """Residual self-attention over the positions of a feature map (B, C, H, W), one head."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, _EPS)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        positions = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        return x + super().forward(positions).transpose(1, 2).reshape(x.shape)
+
+
+def to_unit_range(picture: Tensor) -> Tensor:
+    """A decoded picture in [-1, 1] as (B, 3, H, W) in [0, 1], clamped."""
+    return torch.clamp(picture / 2 + 0.5, 0, 1)

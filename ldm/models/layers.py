@@ -1,0 +1,211 @@
+"""Layers that the networks share: residual blocks, transformers, resampling, sinusoidal embeddings."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.attention import attend
+
+
+def sinusoidal_embedding(
+    values: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0
+) -> Tensor:
+    """Sinusoidal features of scalars (Vaswani et al. 2017, sec. 3.5), in float32.
+
+    values: (B,), any scale (timesteps 0..999, pixels). Returns (B, dim): cosines then sines, or sines first
+    where `flip_sin_to_cos` is false. An odd `dim` is padded with a zero.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=values.device)
+    frequencies = torch.exp(-math.log(10000) * steps / (half - freq_shift))
+    angles = values.float()[:, None] * frequencies  # (B, half)
+    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with SiLU between: (B, in_channels) -> (B, out_channels)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, out_channels)
+        self.linear_2 = nn.Linear(out_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, with a shortcut (Ho et al. 2020, app. B).
+
+    `time_channels` adds a projection of the (already SiLU-activated) time embedding between the two halves: as a
+    shift, or as scale and shift of the second norm where `scale_shift` (Dhariwal & Nichol 2021, AdaGN).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_channels: int | None = None,
+        groups: int = 32,
+        eps: float = 1e-6,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+    ):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if time_channels:
+            self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
+        if time is None:
+            h = self.norm2(h)
+        else:
+            shift = self.time_emb_proj(time)[:, :, None, None]  # (B, out or 2*out, 1, 1)
+            if self.scale_shift:
+                scale, shift = shift.chunk(2, dim=1)
+                h = self.norm2(h) * (1 + scale) + shift
+            else:
+                h = self.norm2(h + shift)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2. `asymmetric` pads right and below only, as the LDM autoencoder does."""
+
+    def __init__(self, channels: int, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement to `size` (by 2 where it is None), then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        grown = F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=tuple(size))
+        return self.conv(grown)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of (B, L, query_dim) over itself or over a context (B, S, context_dim)."""
+
+    def __init__(self, query_dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        context_dim = context_dim or query_dim
+        self.to_q = nn.Linear(query_dim, query_dim, bias=bias)
+        self.to_k = nn.Linear(context_dim, query_dim, bias=bias)
+        self.to_v = nn.Linear(context_dim, query_dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nn.Module):
+    """(B, L, in) -> (B, L, out): one half gated by the GELU of the other (Shazeer 2020)."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(in_dim, 2 * out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.proj(x).chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to 4x the width and back. The dropout keeps the field's parameter names (`net.0`, `net.2`)."""
+
+    def __init__(self, dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the condition, feed-forward; pre-norm (Rombach et al. 2022, app. E.2.1)."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim, dropout)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map (B, C, H, W), under a context (B, S, context_dim).
+
+    The projections in and out are linear layers (SD 2.x, SDXL) or 1x1 convolutions (SD 1.x).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_dim: int,
+        *,
+        depth: int = 1,
+        linear_projection: bool = False,
+        groups: int = 32,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.linear_projection = linear_projection
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = (
+            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        )
+        blocks = [TransformerBlock(channels, heads, context_dim, dropout) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = (
+            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        )
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        h = self.norm(x)
+        if not self.linear_projection:
+            h = self.proj_in(h)
+        h = h.permute(0, 2, 3, 1).reshape(batch, height * width, channels)  # (B, HW, C)
+        if self.linear_projection:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.linear_projection:
+            h = self.proj_out(h)
+        h = h.reshape(batch, height, width, channels).permute(0, 3, 1, 2)  # (B, C, H, W)
+        if not self.linear_projection:
+            h = self.proj_out(h)
+        return x + h

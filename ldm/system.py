@@ -1,0 +1,176 @@
+"""A whole text-to-image system: text encoder, U-Net, autoencoder and scheduler, from and to what lies on disk."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import ldm
+from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.files import load_strict
+from ldm.checkpoints.folder import read_folder, write_folder
+from ldm.checkpoints.hub import resolve
+from ldm.checkpoints.single_file import read_single_file, write_single_file
+from ldm.conditioning.load import export, write_tokenizers
+from ldm.conditioning.system import build_conditioning
+from ldm.conditioning.text import TextEncoder
+from ldm.diffusion.scheduler_config import SchedulerConfig
+from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.unet import UNet, UNetConfig
+
+_PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLInpaintPipeline",
+)
+M = TypeVar("M", bound=nn.Module)
+
+
+def bundled_model() -> Path:
+    """The folder of the model that ships with this package: in a checkout's `weights/`, or inside a wheel."""
+    package = Path(ldm.__file__).parent
+    for folder in (package / "weights", package.parent / "weights"):
+        found = sorted(index.parent for index in folder.glob("*/model_index.json"))
+        if found:
+            return found[0]
+    raise UserError("the bundled model is not there: name a model (a folder, a single file or a hub id)")
+
+
+@dataclass
+class System:
+    """The parts of a text-to-image system, frozen and in evaluation mode.
+
+    Attributes:
+        pipeline: diffusers' pipeline class, as model_index.json names it.
+        options: the entries of model_index.json that are no components.
+        fingerprint: of the U-Net's weights as they lie on disk; it changes with any training.
+        notes: what the reader of the files should be told.
+    """
+
+    unet: UNet
+    autoencoder: AutoencoderKL
+    text: TextEncoder
+    scheduler: SchedulerConfig
+    pipeline: str = "StableDiffusionPipeline"
+    options: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path | None = None,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        variant: str | None = None,
+        prediction_type: str | None = None,
+    ) -> "System":
+        """Load a diffusers folder, a single file or a hub id; None is the bundled model.
+
+        variant: "fp16" reads the files of that name. prediction_type: what a single file's U-Net predicts, where
+        the file does not say. The parts are built without memory of their own and take the file's mapped tensors.
+        Raises UserError that says what is wrong and what to do.
+        """
+        path = bundled_model() if name is None else resolve(name, variant)
+        folder = path if path.is_dir() else None
+        checkpoint = read_folder(path, variant) if folder else read_single_file(path, prediction_type)
+        if checkpoint.pipeline not in _PIPELINES:
+            raise UserError(
+                f"{path} holds a {checkpoint.pipeline or 'system of no name'}: not a Stable Diffusion"
+            )
+        for part in ("unet", "vae", "scheduler"):
+            if part not in checkpoint.configs:
+                raise UserError(f"{path} has no {part} in its model_index.json")
+        scheduler = SchedulerConfig.from_dict(checkpoint.configs["scheduler"], f"{path}: scheduler")
+        if "XL" not in checkpoint.pipeline:  # as diffusers' pipeline insists, whatever the file says
+            scheduler = scheduler.with_values(steps_offset=1, clip_sample=False)
+        scheduler.noise_schedule()  # a schedule that cannot be is refused now, not at the first picture
+        where = f"{path}: unet"
+        unet = _filled(
+            UNet, UNetConfig.from_diffusers(checkpoint.configs["unet"], where), checkpoint, "unet", path
+        )
+        vae_config = AutoencoderConfig.from_diffusers(checkpoint.configs["vae"], f"{path}: vae")
+        autoencoder = _filled(AutoencoderKL, vae_config, checkpoint, "vae", path)
+        system = cls(
+            unet=unet,
+            autoencoder=autoencoder,
+            text=build_conditioning(checkpoint, folder, torch_dtype, device),
+            scheduler=scheduler,
+            pipeline=checkpoint.pipeline,
+            options=checkpoint.options,
+            fingerprint=fingerprint(checkpoint.tensors["unet"]),
+            notes=checkpoint.notes,
+        )
+        return system.to(device, torch_dtype)
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether the U-Net wants SDXL's pooled text and sizes."""
+        return self.unet.config.addition_embed_type == "text_time"
+
+    @property
+    def default_size(self) -> int:
+        """Pixels along each side of the pictures that the U-Net was trained on."""
+        return (self.unet.config.sample_size or 64) * self.autoencoder.config.factor
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by component name, in the order in which a picture needs them."""
+        return {**self.text.modules, "unet": self.unet, "vae": self.autoencoder}
+
+    def to(self, device: torch.device | str, torch_dtype: torch.dtype) -> "System":
+        """Move every part. SDXL's autoencoder overflows in float16: it stays in float32 where its config says so."""
+        for name, module in self.modules().items():
+            upcast = name == "vae" and self.is_xl and self.autoencoder.config.force_upcast
+            dtype = torch.float32 if upcast and torch_dtype == torch.float16 else torch_dtype
+            module.to(device=device, dtype=dtype)
+        return self
+
+    def checkpoint(self) -> Checkpoint:
+        """Configs and tensors as files hold them."""
+        parts = {
+            "unet": (self.unet.config.to_diffusers(), self.unet.state_dict()),
+            "vae": (self.autoencoder.config.to_diffusers(), self.autoencoder.state_dict()),
+            **export(self.text),
+        }
+        configs = {name: config for name, (config, _) in parts.items()} | {
+            "scheduler": self.scheduler.to_dict()
+        }
+        return Checkpoint(
+            self.pipeline, configs, {name: t for name, (_, t) in parts.items()}, dict(self.options)
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write a diffusers folder, whole or not at all."""
+        write_folder(folder, self.checkpoint(), lambda new: write_tokenizers(self.text, new))
+
+    def save_single_file(self, path: str | Path) -> None:
+        """Write one `.safetensors` in the LDM layout (SD 1.x, 2.x, XL), whole or not at all."""
+        write_single_file(path, self.checkpoint())
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Ten hex digits over names, shapes, dtypes and the first values of every tensor.
+
+    Training changes every tensor, so a few values of each tell two checkpoints apart without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten()[:64].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:10]
+
+
+def _filled(kind: type[M], config: Any, checkpoint: Checkpoint, part: str, path: Path) -> M:
+    """The network of a component, on the checkpoint's own tensors."""
+    with torch.device("meta"):
+        module = kind(config)
+    load_strict(module, checkpoint.tensors[part], f"{path}: {part}")
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,177 @@
+"""Draw pictures from prompts on the command line: `ldm-generate "a raccoon astronaut"`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldm import __version__
+from ldm.errors import UserError
+
+_EXAMPLES = """\
+examples:
+  %(prog)s "a raccoon astronaut"
+  %(prog)s "a fox" "an owl" --num-images 4 --seed 0 --grid outputs/grid.png
+  %(prog)s --file prompts.jsonl --batch-size 8         a row: {"prompt": "a fox", "seed": 7, "guidance_scale": 3}
+  %(prog)s --model path/to/sd15.safetensors "a castle" --sampler dpmpp_2m --steps 25
+  %(prog)s --from-image outputs/0003-a-fox.png         draws that picture again
+"""
+# The options that are settings of a recipe: flag, Recipe's name, type, help.
+_SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
+    ("--negative-prompt", "negative_prompt", str, "what the picture should not show"),
+    ("--seed", "seed", int, "the first picture's seed; the next ones count up (default: random)"),
+    ("--steps", "num_inference_steps", int, "sampling steps (default: the model's own)"),
+    ("--guidance-scale", "guidance_scale", float, "how closely to follow the prompt; 1 is unguided"),
+    ("--sampler", "sampler", str, "the solver, in place of the model's own, e.g. dpmpp_2m"),
+    ("--schedule", "schedule", str, "the spacing of noise levels, e.g. karras, trailing"),
+    ("--height", "height", int, "pixels"),
+    ("--width", "width", int, "pixels"),
+    ("--guidance-rescale", "guidance_rescale", float, "0 to 1, against over-exposure"),
+    ("--eta", "eta", float, "noise of ddim, 0 to 1"),
+    ("--clip-skip", "clip_skip", int, "how many more of CLIP's last layers to leave out"),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the argument parser."""
+    parser = argparse.ArgumentParser(
+        prog="ldm-generate",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument(
+        "--file", type=Path, help="prompts from a file: one a line, or .jsonl with settings a row"
+    )
+    parser.add_argument(
+        "--from-image", type=Path, metavar="PNG", help="draw a picture of this program's again"
+    )
+    parser.add_argument(
+        "--model", help="a diffusers folder, a single file or a hub id (default: the bundled model)"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="pictures drawn at once (default 1)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="a .png for one picture, else a folder (outputs)"
+    )
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="also put all pictures on one sheet")
+    parser.add_argument(
+        "--columns", type=int, metavar="N", help="of the grid (default: --num-images, or squarest)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ... (default: what there is)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default: float32)"
+    )
+    parser.add_argument("--variant", help="weights with this word in their file names, e.g. fp16")
+    parser.add_argument(
+        "--low-memory", action="store_true", default=None, help="parts rest on the CPU between uses"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--version", action="version", version=__version__)
+    for flag, name, kind, text in _SETTINGS:
+        parser.add_argument(flag, dest=name, type=kind, help=text)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0, or 2 with one line on standard error."""
+    arguments = parser().parse_args(argv)
+    try:
+        _generate(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what is written is whole", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from pipelines import jobs
+    from pipelines.recipe import Recipe, read_recipe
+
+    settings = {
+        name: getattr(arguments, name) for _, name, _, _ in _SETTINGS if getattr(arguments, name) is not None
+    }
+    for name in ("num_images", "batch_size", "columns"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
+    recipes = [Recipe(prompt, **settings) for prompt in arguments.prompts]
+    if arguments.file:
+        recipes += jobs.read_prompts(arguments.file, settings)
+    model, expected = arguments.model, None
+    if arguments.from_image:
+        old = read_recipe(arguments.from_image)
+        expected, model = old.model_hash, model or old.model
+        arguments.dtype = arguments.dtype or old.dtype
+        recipes.append(replace(old, **settings))
+    if not recipes:
+        raise UserError("there is no prompt: give one or more, a --file, or --from-image (see --help)")
+    recipes = jobs.several(recipes, arguments.num_images)
+    paths = _paths(arguments.out or Path("outputs"), recipes)
+    for target in {path.parent for path in [*paths, *([arguments.grid] if arguments.grid else [])]}:
+        _must_be_writable(target)
+
+    pipe = _load(model, arguments)
+    for note in pipe.system.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if expected and expected != pipe.system.fingerprint:
+        print(f"note: {arguments.from_image} was drawn by other weights ({expected})", file=sys.stderr)
+    columns = arguments.columns or (arguments.num_images if arguments.num_images > 1 else None)
+    notes = jobs.run(pipe, recipes, paths, arguments.batch_size, arguments.grid, columns, not arguments.quiet)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    for path in [*paths, *([arguments.grid] if arguments.grid else [])]:
+        print(path)
+
+
+def _load(model: str | None, arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from pipelines import TextToImagePipeline
+
+    try:
+        return TextToImagePipeline.from_pretrained(
+            model,
+            torch_dtype=getattr(torch, arguments.dtype or "float32"),
+            device=arguments.device,
+            variant=arguments.variant,
+            low_memory=arguments.low_memory,
+        )
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is unknown or not there
+        if arguments.device is None:
+            raise
+        raise UserError(f"--device {arguments.device} can't be used: {str(error).splitlines()[0]}") from error
+
+
+def _paths(out: Path, recipes: Sequence[Any]) -> list[Path]:
+    from pipelines.jobs import name_files
+
+    if out.suffix.lower() != ".png":
+        return name_files(out, recipes)
+    if len(recipes) > 1:
+        raise UserError(f"--out {out} is one file for {len(recipes)} pictures: name a folder")
+    return [out]
+
+
+def _must_be_writable(folder: Path) -> None:
+    """Found out before minutes of drawing, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write to {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"can't write to {folder}: permission denied")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

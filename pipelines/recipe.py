@@ -1,0 +1,91 @@
+"""A recipe: everything that makes one picture, as it is asked for, kept in the PNG, and drawn again."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.config import from_dict
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
+
+KEYWORD = "ldm-recipe"  # of the PNG's text chunk
+PER_IMAGE = ("prompt", "negative_prompt", "seed")  # what may differ between the images of one batch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One picture; what is None is the model's own default, and is filled in when the picture is drawn.
+
+    The names are those of `TextToImagePipeline.__call__`. model is what was asked for (a path or a hub id; None is
+    the bundled model), model_hash the fingerprint of the weights that drew it, version that of this package.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    schedule: str | None = None
+    height: int | None = None
+    width: int | None = None
+    eta: float = 0.0
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    clip_skip: int = 0
+    original_size: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    dtype: str | None = None
+    model: str | None = None
+    model_hash: str | None = None
+    version: str | None = None
+
+    @classmethod
+    def parse(cls, mapping: Mapping[str, Any], where: str) -> "Recipe":
+        """Raises UserError for an unknown name, a wrong type or a missing prompt."""
+        return from_dict(cls, mapping, where)
+
+    def batch_key(self) -> tuple[Any, ...]:
+        """Equal for recipes that can be drawn in one batch."""
+        return tuple(value for name, value in asdict(self).items() if name not in PER_IMAGE)
+
+    def png_info(self) -> "PngInfo":
+        """The metadata to save a PNG with: `image.save(path, pnginfo=recipe.png_info())`."""
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        stated = {name: value for name, value in asdict(self).items() if value is not None}
+        info.add_itxt(KEYWORD, json.dumps(stated, ensure_ascii=False))
+        return info
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in a PNG that this package drew. Raises UserError if there is none."""
+    text = open_picture(path).info.get(KEYWORD)
+    if text is None:
+        raise UserError(f"{path} carries no recipe: only a PNG that this program saved can be drawn again")
+    try:
+        mapping = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: its recipe can't be read ({error})") from error
+    return Recipe.parse(mapping, str(path))
+
+
+def open_picture(path: str | Path) -> "Image":
+    """A picture file, decoded. Raises UserError."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise UserError(f"{path} is no picture that can be read ({error})") from error
+    return picture

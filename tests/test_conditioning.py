@@ -1,0 +1,482 @@
+"""Text conditioning against diffusers and transformers, on tiny encoders with random weights."""
+
+import hashlib
+import importlib.util
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.checkpoints import read_checkpoint
+from ldm.checkpoints.files import read_tensors, write_tensors
+from ldm.checkpoints.keymap import KeyMap
+from ldm.checkpoints.layouts import canonical_clip, open_clip_rows
+from ldm.conditioning import minilm
+from ldm.conditioning.load import build_text_encoder, export, load_text_encoder, write_tokenizers
+from ldm.conditioning.open_clip import load_open_clip
+from ldm.conditioning.sdxl import JoinedEncoder
+from ldm.conditioning.system import build_conditioning
+from ldm.conditioning.text import TextEmbedding, Window, concatenate, encode_pair
+from ldm.conditioning.tokenizer import EOS, clip_tokenizer, clip_vocabulary
+from ldm.errors import UserError
+from tests import tiny
+
+tiny.let_torchvision_import()
+OPEN_CLIP = importlib.util.find_spec("open_clip") and importlib.util.find_spec("torchvision")
+PROMPTS = ["the cat and a dog!", "a photo"]
+LONG = "the cat, " * 50  # 3 tokens each: 150, two chunks of 75
+
+
+def conditioning(folder: Path) -> Any:
+    return build_conditioning(read_checkpoint(folder), folder)
+
+
+def close(ours: Tensor | None, theirs: Tensor) -> None:
+    assert ours is not None
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+# Parity with diffusers
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "bert"])
+@pytest.mark.parametrize("negative", [None, ["", "a dog"]])
+def test_agrees_with_stable_diffusion(tmp_path: Path, family: tiny.Family, negative: list[str] | None):
+    import diffusers
+
+    folder = tiny.tiny_pipeline_folder(tmp_path, family)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        theirs, against = pipeline.encode_prompt(PROMPTS, "cpu", 2, True, negative)
+    positive, negatives, notes = encode_pair(conditioning(folder), PROMPTS, negative)
+    close(positive.repeat_interleave(2).hidden, theirs)
+    close(negatives.repeat_interleave(2).hidden, against)
+    assert positive.pooled is None and notes == []
+
+
+@pytest.mark.parametrize(
+    ("negative", "zeros", "skip"),
+    [
+        (None, True, 0),
+        (None, False, 1),
+        (["", ""], True, 0),
+        (["a dog", "the"], True, 1),
+    ],
+)
+def test_agrees_with_sdxl(tmp_path: Path, negative: list[str] | None, zeros: bool, skip: int):
+    import diffusers
+
+    folder = tiny.tiny_pipeline_folder(tmp_path, "sdxl")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        theirs = pipeline.encode_prompt(PROMPTS, device="cpu", negative_prompt=negative, clip_skip=skip)
+    positive, negatives, _ = encode_pair(conditioning(folder), PROMPTS, negative, clip_skip=skip)
+    ours = positive.hidden, negatives.hidden, positive.pooled, negatives.pooled
+    for mine, other in zip(ours, theirs, strict=True):
+        close(mine, other)
+    assert bool((negatives.hidden == 0).all()) == (negative is None and zeros)
+
+
+def test_sdxl_refiner_has_the_second_encoder_alone(tmp_path: Path):
+    folder = tiny.tiny_pipeline_folder(tmp_path, "sdxl")
+    checkpoint = read_checkpoint(folder)
+    whole, _ = build_conditioning(checkpoint, folder).encode(PROMPTS)
+    del checkpoint.tensors["text_encoder"]
+    refiner = build_conditioning(checkpoint, folder)
+    assert isinstance(refiner, JoinedEncoder) and list(refiner.modules) == ["text_encoder_2"]
+    alone, _ = refiner.encode(PROMPTS)
+    close(alone.hidden, whole.hidden[..., tiny.WIDTH :])
+    close(alone.pooled, whole.pooled)  # type: ignore[arg-type]
+
+
+def test_clip_skip_leaves_out_layers_and_keeps_the_norm(tmp_path: Path):
+    encoder = load_text_encoder(tiny.tiny_clip_folder(tmp_path))
+    ids = encoder.tokenizer(PROMPTS, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    layers = encoder.module(ids, output_hidden_states=True).hidden_states
+    tower: Any = getattr(encoder.module, "text_model", encoder.module)
+    for skip in (1, 2):
+        close(encoder.encode(PROMPTS, clip_skip=skip)[0].hidden, tower.final_layer_norm(layers[-1 - skip]))
+    for skip in (-1, 3):
+        with pytest.raises(UserError, match="allows 0 to 2"):
+            encoder.encode(PROMPTS, clip_skip=skip)
+
+
+# The mask
+
+
+def test_bert_masks_padding_only_where_its_config_says_so(tmp_path: Path):
+    from transformers import BertModel
+
+    for masked in (True, False):
+        folder = tiny.tiny_bert_folder(tmp_path / str(masked), masked)
+        encoder = load_text_encoder(folder)
+        told = encoder.tokenizer(PROMPTS, padding="max_length", max_length=16, return_tensors="pt")
+        theirs = BertModel.from_pretrained(folder / "text_encoder")
+        with torch.no_grad():
+            wanted = theirs(told.input_ids, attention_mask=told.attention_mask if masked else None)[0]
+            other = theirs(told.input_ids, attention_mask=None if masked else told.attention_mask)[0]
+        hidden = encoder.encode(PROMPTS)[0].hidden
+        close(hidden, wanted)
+        assert (hidden - other).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("spelling", ["BertTokenizer", "BertTokenizerFast"])
+def test_diffusers_draws_with_bert(tmp_path: Path, spelling: str):
+    import diffusers
+
+    folder = tiny.tiny_pipeline_folder(tmp_path, "bert")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", spelling]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a cat", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+
+
+def test_minilm_is_prepared_for_both_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers import BertModel, BertTokenizerFast
+
+    source = tiny.tiny_bert_folder(tmp_path / "made") / "text_encoder"
+    BertTokenizerFast.from_pretrained(tmp_path / "made/tokenizer").save_pretrained(source)
+    tiny.bert_tokenizer_folder(source)
+    (source / "special_tokens_map.json").write_text("{}")
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="not the published"):
+        minilm.minilm_from_package(out / "text_encoder", out / "tokenizer", source=source)
+    with pytest.raises(UserError, match="there is no"):
+        minilm.minilm_from_package(out / "text_encoder", out / "tokenizer", source=tmp_path)
+    digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
+    monkeypatch.setattr(minilm, "WEIGHTS_SHA256", digest)
+    minilm.minilm_from_package(out / "text_encoder", out / "tokenizer", max_length=12, source=source)
+    assert {each.dtype for each in read_tensors(out / "text_encoder/model.safetensors").values()} == {
+        torch.float16
+    }
+    encoder = load_text_encoder(out)
+    theirs, report = BertModel.from_pretrained(out / "text_encoder", output_loading_info=True)
+    assert not any(report.values()) and theirs.dtype == torch.float32
+    told = encoder.tokenizer(PROMPTS, padding="max_length", return_tensors="pt")
+    assert told.input_ids.shape == (2, 12) and encoder.window.size == 12
+    with torch.no_grad():
+        wanted = theirs(told.input_ids, attention_mask=told.attention_mask)[0]
+    close(encoder.encode(PROMPTS)[0].hidden, wanted)
+
+
+# Prompts longer than the window
+
+
+def test_a_long_clip_prompt_becomes_chunks(tmp_path: Path):
+    encoder = load_text_encoder(tiny.tiny_clip_folder(tmp_path, projection=True))
+    tokens = encoder.tokenize(LONG)
+    assert len(tokens) > 75 and 77 * encoder.window.chunks(len(tokens)) == encoder.length([LONG])
+    embedding, notes = encoder.encode([LONG, "a photo"])
+    start, stop, pad = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id, encoder.window.pad
+    chunks = [tokens[i : i + 75] for i in range(0, len(tokens), 75)]
+    rows = [([start, *each, stop] + [pad] * 77)[:77] for each in chunks]
+    output = encoder.module(torch.tensor(rows))
+    close(embedding.hidden[0], output.last_hidden_state.flatten(0, 1))
+    close(embedding.pooled[0], output.text_embeds[0])  # type: ignore[index]
+    short = encoder.encode(["a photo", ""])[0]
+    close(embedding.hidden[1, :77], short.hidden[0])
+    close(embedding.hidden[1, 77:154], short.hidden[1])  # filled with the empty prompt
+    start_of_note = f'prompt "the cat, the cat, the ca..." of {len(tokens)} tokens'
+    assert notes == [f"{start_of_note} was encoded in {len(chunks)} chunks of 75"]
+
+
+def test_the_window_is_full_at_75_tokens(tmp_path: Path):
+    encoder = load_text_encoder(tiny.tiny_clip_folder(tmp_path))
+    full = " ".join(["the"] * 75)
+    assert len(encoder.tokenize(full)) == 75
+    assert encoder.length([full]) == 77 and encoder.encode([full])[1] == []
+    assert encoder.length([full + " the"]) == 154 and len(encoder.encode([full + " the"])[1]) == 1
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "bert"])
+def test_prompt_and_negative_come_at_one_length(tmp_path: Path, family: tiny.Family):
+    encoder = conditioning(tiny.tiny_pipeline_folder(tmp_path, family))
+    for prompts, negatives in ((["a photo"], [LONG]), ([LONG], ["a photo"]), ([LONG], None)):
+        positive, negative, notes = encode_pair(encoder, prompts, negatives)
+        assert positive.hidden.shape == negative.hidden.shape
+        assert positive.hidden.shape[1] == encoder.length([LONG])
+        assert len(notes) == 1  # once, though both of SDXL's encoders cut it
+
+
+def test_t5_reads_a_long_prompt_whole(tmp_path: Path):
+    from transformers import T5EncoderModel
+
+    folder = tiny.tiny_t5_folder(tmp_path)
+    encoder = load_text_encoder(folder)
+    theirs = T5EncoderModel.from_pretrained(folder / "text_encoder")
+    for prompts, size in ((["a cat", "a photo of"], 16), (["a cat", "the raccoon and the dog"], 25)):
+        told = encoder.tokenizer(prompts, padding="max_length", max_length=size, return_tensors="pt")
+        with torch.no_grad():
+            wanted = theirs(told.input_ids, attention_mask=told.attention_mask)[0]
+        embedding, notes = encoder.encode(prompts)
+        close(embedding.hidden, wanted)
+        assert [note.partition(" of ")[2] for note in notes] == (
+            [] if size == 16 else ["24 tokens was encoded whole, beyond the usual 15"]
+        )
+    with pytest.raises(UserError, match="clip_skip"):
+        encoder.encode(["a"], clip_skip=1)
+
+
+def test_a_prompt_given_twice_is_run_once(tmp_path: Path):
+    encoder = load_text_encoder(tiny.tiny_clip_folder(tmp_path, projection=True))
+    batches: list[int] = []
+    encoder.module.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    embedding, _ = encoder.encode(["a cat", "", "a cat", ""])
+    assert batches == [2]
+    assert torch.equal(embedding.hidden[0], embedding.hidden[2])
+    assert embedding.pooled is not None and embedding.pooled.shape[0] == 4
+    assert torch.equal(embedding.pooled[1], embedding.pooled[3])
+
+
+def test_windows():
+    window = Window(5, (1,), (2,), 0)
+    assert window.capacity == 3
+    assert window.fill([7]) == ([1, 7, 2, 0, 0], [1, 1, 1, 0, 0])
+    assert window.split([7, 8, 9, 10], 3) == [[7, 8, 9], [10], []]
+    assert [window.chunks(n) for n in (0, 3, 4, 6, 7)] == [1, 1, 2, 2, 3]
+    assert window.stretched(2) == window and window.stretched(8).size == 10
+
+
+def test_embeddings():
+    one = TextEmbedding(torch.arange(6.0).view(2, 1, 3), torch.arange(2.0).view(2, 1))
+    assert one.repeat_interleave(2).hidden[:, 0, 0].tolist() == [0, 0, 3, 3]
+    both = concatenate([one, one.zeros()]).to(dtype=torch.float64)
+    assert both.hidden.shape == (4, 1, 3) and both.pooled is not None and both.pooled.dtype == torch.float64
+    with pytest.raises(ValueError, match="pooled"):
+        concatenate([one, TextEmbedding(one.hidden)])
+
+
+# Loading and saving
+
+
+def test_loading_needs_no_network_and_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection was tried")
+
+    folder = tiny.tiny_pipeline_folder(tmp_path, "sdxl")
+    tiny.tiny_bert_folder(tmp_path / "bert")
+    capfd.readouterr()
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    conditioning(folder).encode([LONG])
+    load_text_encoder(tmp_path / "bert").encode([LONG])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_are_frozen_in_the_asked_precision(tmp_path: Path):
+    encoder = load_text_encoder(tiny.tiny_clip_folder(tmp_path), torch_dtype=torch.bfloat16)
+    assert {p.dtype for p in encoder.module.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in encoder.module.parameters()) and not encoder.module.training
+    assert encoder.encode(["a"])[0].hidden.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_offloaded_weights_give_the_same(tmp_path: Path, skip: int):
+    from accelerate import cpu_offload
+
+    encoder = load_text_encoder(tiny.tiny_clip_folder(tmp_path, projection=True))
+    wanted = encoder.encode(PROMPTS, clip_skip=skip)[0]
+    cpu_offload(encoder.module, execution_device=torch.device("cpu"))
+    assert next(encoder.module.parameters()).is_meta  # the weights come only while a layer runs
+    found = encoder.encode(PROMPTS, clip_skip=skip)[0]
+    assert torch.equal(found.hidden, wanted.hidden)
+    close(found.pooled, wanted.pooled)  # type: ignore[arg-type]
+
+
+def test_published_names_are_written_and_both_are_read(tmp_path: Path):
+    from transformers import CLIPTextModel
+
+    folder = tiny.tiny_clip_folder(tmp_path / "made")
+    encoder = load_text_encoder(folder)
+    config, tensors = export(encoder)["text_encoder"]
+    assert all(name.startswith("text_model.") for name in tensors)
+    positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}  # as in older folders
+    write_tensors(tmp_path / "text_encoder/model.safetensors", tensors | positions)
+    (tmp_path / "text_encoder/config.json").write_text(json.dumps(config))
+    write_tokenizers(encoder, tmp_path)
+    wanted = encoder.encode(PROMPTS)[0].hidden
+    assert torch.equal(load_text_encoder(tmp_path).encode(PROMPTS)[0].hidden, wanted)
+    theirs = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")
+    ids = encoder.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    close(wanted, theirs(ids)[0])
+
+
+def test_a_t5_folder_comes_back(tmp_path: Path):
+    encoder = load_text_encoder(tiny.tiny_t5_folder(tmp_path))
+    config, tensors = export(encoder)["text_encoder"]
+    assert set(tensors) == set(read_tensors(tmp_path / "text_encoder/model.safetensors"))
+    assert config["use_attention_mask"] is True  # what was done, for readers that ask the config
+    again = build_text_encoder(config, tensors, encoder.tokenizer)
+    assert torch.equal(again.encode(PROMPTS)[0].hidden, encoder.encode(PROMPTS)[0].hidden)
+
+
+def test_a_whole_clip_gives_its_text_half(tmp_path: Path):
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+    text = tiny.clip_model().config
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32
+    )
+    whole = CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
+    )
+    whole.eval().save_pretrained(tmp_path)
+    tiny.clip_tokenizer_folder(tmp_path)
+    encoder = load_text_encoder(tmp_path, component="", tokenizer="")
+    ids = encoder.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    close(encoder.encode(PROMPTS)[0].hidden, whole.text_model(ids)[0])
+
+
+# CLIP's own vocabulary
+
+
+def test_clip_vocabulary_has_clips_size():
+    assert len(clip_vocabulary([f"{n} x" for n in range(48_894)])) == 49_408
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("open_clip"), reason="needs the open_clip package")
+def test_clip_tokenizer_gives_the_published_ids():
+    tokenizer = clip_tokenizer()
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert (tokenizer.model_max_length, tokenizer.pad_token_id) == (77, 49407)
+    padded = clip_tokenizer(pad_token="!")("a cat", padding="max_length").input_ids
+    assert padded == [49406, 320, 2368, 49407] + [0] * 73
+
+
+def test_without_a_vocabulary_the_error_says_where_to_get_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install open_clip_torch"):
+        clip_tokenizer()
+
+
+def test_tokenizer_folder_is_read(tmp_path: Path):
+    tokenizer = clip_tokenizer(tiny.clip_tokenizer_folder(tmp_path))
+    assert tokenizer.pad_token == EOS
+    assert tokenizer.decode(tokenizer("the cat").input_ids, skip_special_tokens=True) == "the cat"
+
+
+# OpenCLIP
+
+
+def open_clip_folder(tmp: Path, prefix: str = "") -> tuple[Path, Any]:
+    """An open_clip model folder, and the transformers CLIP that it was made from."""
+    model = tiny.clip_model(projection=True, act="gelu", layers=3)
+    ours = canonical_clip(model.state_dict())
+    theirs = KeyMap.over_ours(open_clip_rows(layers=3), ours, "test").to_theirs(ours)
+    theirs = {prefix + name: each for name, each in theirs.items()} | {"visual.x": torch.zeros(1)}
+    write_tensors(tmp / "open_clip_model.safetensors", theirs)
+    text = {
+        "vocab_size": tiny.CLIP_VOCABULARY,
+        "width": tiny.WIDTH,
+        "heads": 4,
+        "layers": 3,
+        "mlp_ratio": 2.0,
+    }
+    config = {"model_cfg": {"embed_dim": 24, "text_cfg": text, "vision_cfg": {}}}
+    (tmp / "open_clip_config.json").write_text(json.dumps(config))
+    return tmp, model
+
+
+@pytest.mark.skipif(not OPEN_CLIP, reason="needs the open_clip package and its torchvision")
+@pytest.mark.parametrize("prefix", ["", "text."])
+def test_open_clip_agrees_with_transformers(tmp_path: Path, prefix: str):
+    folder, theirs = open_clip_folder(tmp_path, prefix)
+    tokens = {"a cat": [5, 6, 7], "long": list(range(10, 110))}
+    top = tiny.CLIP_VOCABULARY - 1
+    rows = [[top - 1, 5, 6, 7, top] + [0] * 72, [top - 1, *range(10, 85), top]]
+    output = theirs(torch.tensor(rows), output_hidden_states=True)
+    norm = theirs.text_model.final_layer_norm
+    for penultimate, final_norm in ((False, True), (True, True), (True, False)):
+        encoder = load_open_clip(folder, penultimate=penultimate, final_norm=final_norm)
+        assert encoder.window == Window(77, (49406,), (49407,), 0)
+        assert encoder.tokenize("a photo of a cat") == [320, 1125, 539, 320, 2368]
+        encoder.tokenize, encoder.window = tokens.__getitem__, Window(77, (top - 1,), (top,), 0)
+        embedding, notes = encoder.encode(["a cat", "long"])
+        hidden = output.hidden_states[-1 - penultimate]
+        wanted = norm(hidden) if final_norm else hidden
+        torch.testing.assert_close(embedding.hidden[:, :77], wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(embedding.pooled, output.text_embeds, rtol=1e-5, atol=1e-5)
+        assert "2 chunks" in notes[0]
+
+
+@pytest.mark.skipif(not OPEN_CLIP, reason="needs the open_clip package and its torchvision")
+def test_open_clip_names_the_nearest_model(tmp_path: Path):
+    folder, _ = open_clip_folder(tmp_path)
+    with pytest.raises(UserError, match="ViT-H-14"):
+        load_open_clip("ViT-H-41", folder / "open_clip_model.safetensors")
+
+
+def test_missing_open_clip_says_how_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, _ = open_clip_folder(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
+    with pytest.raises(UserError, match="pip install open_clip_torch"):
+        load_open_clip(folder)
+    with pytest.raises(UserError, match="weights file"):
+        load_open_clip("ViT-H-14")
+
+
+# Mistakes
+
+
+def test_mistakes_get_one_clear_line(tmp_path: Path):
+    folder = tiny.tiny_clip_folder(tmp_path)
+    encoder = load_text_encoder(folder)
+    for prompts in ([], "a cat", [3], [["a"]]):
+        with pytest.raises(UserError, match="list of at least one prompt"):
+            encoder.encode(prompts)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="1 negative prompts for 2"):
+        encode_pair(encoder, PROMPTS, ["a"])
+    with pytest.raises(UserError, match="nowhere"):
+        load_text_encoder(folder, "nowhere")
+    with pytest.raises(UserError, match="no tokenizer folder"):
+        load_text_encoder(folder, tokenizer="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["BertModle"]}, "did you mean BertModel"),
+        ({"hidden_size": 64}, "of another shape"),
+        ({"num_hidden_layers": 4}, "missing"),
+        ({"architectures": ["CLIPTextModelWithProjection"]}, "text_projection"),
+        ({"num_attention_heads": 5}, "refuses the config"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str):
+    folder = tiny.tiny_clip_folder(tmp_path)
+    path = folder / "text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message) as caught:
+        load_text_encoder(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_are_refused(tmp_path: Path):
+    folder = tiny.tiny_clip_folder(tmp_path)
+    weights = folder / "text_encoder/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="cut short"):
+        load_text_encoder(folder)
+    weights.write_bytes(whole)
+    (folder / "tokenizer/vocab.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read the tokenizer") as caught:
+        load_text_encoder(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_joined_encoders_need_one_window(tmp_path: Path):
+    folder = tiny.tiny_pipeline_folder(tmp_path, "sdxl")
+    tiny.clip_tokenizer_folder(folder / "tokenizer_2", "!", size=50)
+    (folder / "tokenizer_2/tokenizer.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="text_encoder 77, text_encoder_2 50"):
+        conditioning(folder)

@@ -1,0 +1,340 @@
+"""The data part: sources, sprites, costumes, captions and the recipe, on sprites made here (no network)."""
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data import sources
+from ldm.data.captions import article
+from ldm.data.colours import BACKGROUNDS, PAINTS, oklab, repaint, srgb
+from ldm.data.costumes import COSTUMES, FACES, VISOR, wear
+from ldm.data.heldout import HELD_OUT, is_held_out
+from ldm.data.plan import Plan
+from ldm.data.recipe import KINDS, Recipe, RecipeConfig
+from ldm.data.sprites import STYLES, SpriteSet, build_sprites, fit, load_sprites, resize
+from ldm.data.things import THINGS, choose, plural
+from ldm.errors import UserError
+
+NAMES = (
+    *(
+        "raccoon",
+        "fox",
+        "cat face",
+        "koala",
+        "panda",
+        "horse face",
+        "cat",
+        "astronaut",
+        "robot",
+        "tree",
+        "sun",
+        "rocket",
+    ),
+    *(
+        "apple",
+        "car",
+        "orange",
+        "star",
+        "umbrella",
+        "box of french fries",
+        "sushi",
+        "top hat",
+        "crown",
+        "sunglasses",
+    ),
+)
+
+
+def blob(number: int) -> np.ndarray:
+    """A sprite of 128 px: an ellipse in a colour of its own."""
+    rng = np.random.default_rng(number)
+    rows, columns = np.mgrid[:128, :128]
+    width, height = rng.uniform(30, 56, 2)
+    inside = ((columns - 63.5) / width) ** 2 + ((rows - 63.5) / height) ** 2 < 1
+    picture = np.zeros((128, 128, 4), np.uint8)
+    picture[inside] = (*rng.integers(40, 220, 3), 255)
+    return picture
+
+
+@pytest.fixture(scope="module")
+def sprites() -> SpriteSet:
+    keys = [(name, style) for style in ("3d", "flat") for name in NAMES]
+    return SpriteSet({key: blob(number) for number, key in enumerate(keys)}, 128)
+
+
+@pytest.fixture(scope="module")
+def recipe(sprites: SpriteSet) -> Recipe:
+    return Recipe(sprites, RecipeConfig(seed=7))
+
+
+# --- things ---------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_sound():
+    assert len({thing.code for thing in THINGS.values()}) == len(THINGS)
+    assert all(re.fullmatch(r"[0-9a-f]{4,5}(-[0-9a-f]{4,5})*", thing.code) for thing in THINGS.values())
+    assert {thing.name for thing in THINGS.values() if thing.wearer} >= set(FACES)
+    assert all(not thing.colour or thing.colour in {*BACKGROUNDS, *PAINTS} for thing in THINGS.values())
+    assert all(name in {*THINGS, *PAINTS} for names in HELD_OUT for name in names)
+    assert set(COSTUMES) <= set(THINGS)
+    core = {thing.name for thing in choose(["core"])}
+    assert core >= {"raccoon", "fox", "rocket", "apple", "robot", "top hat", "crown", "sunglasses"}
+    assert 150 <= len(core) <= 200
+
+
+def test_plurals_and_articles():
+    assert [plural(word) for word in ("cat", "box", "cherry", "key", "bus")] == [
+        "cats",
+        "boxes",
+        "cherries",
+        "keys",
+        "buses",
+    ]
+    assert THINGS["mouse"].plural == "mice"
+    assert THINGS["loaf of bread"].plural == "loaves of bread"
+    words = ("apple", "unicorn", "ufo", "umbrella", "cat", "ewe")
+    assert [article(word) for word in words] == ["an", "a", "a", "an", "a", "a"]
+
+
+def test_an_unknown_thing_is_named_with_a_hint():
+    with pytest.raises(UserError, match="raccoon"):
+        choose(["racoon"])
+
+
+# --- sources --------------------------------------------------------------------------------------------------
+
+
+def test_fetch_leaves_alone_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("nothing had to be fetched")
+
+    monkeypatch.setattr(sources.subprocess, "run", never)
+    for source in sources.SOURCES.values():
+        (tmp_path / source.filename).touch()
+    assert set(sources.fetch(tmp_path)) == set(sources.SOURCES)
+
+
+def test_fetch_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources.shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match="npm is needed"):
+        sources.fetch(tmp_path, ["@iconify-json/noto"])
+    with pytest.raises(UserError, match="no source package"):
+        sources.fetch(tmp_path, ["noto"])
+    failing = ["python3", "-c", "import sys; sys.exit('error: no route')"]
+    monkeypatch.setattr(sources.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sources, "command", lambda *_: failing)
+    with pytest.raises(UserError, match=r"no route.*network"):
+        sources.fetch(tmp_path, ["@iconify-json/noto"])
+
+
+# --- sprites --------------------------------------------------------------------------------------------------
+
+
+def package(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Path:
+    webp = io.BytesIO()
+    Image.fromarray(blob(1)).save(webp, "WEBP", lossless=True)
+    package(
+        tmp_path / sources.SOURCES[STYLES["3d"].package].filename,
+        {"assets/1f34e.webp": webp.getvalue(), "assets/2602-fe0f.webp": webp.getvalue(), "README.md": b"art"},
+    )
+    icons = {
+        "width": 32,
+        "height": 32,
+        "icons": {"red-apple": {"body": '<circle cx="16" cy="16" r="8" fill="red"/>'}},
+    }
+    package(
+        tmp_path / sources.SOURCES[STYLES["flat"].package].filename,
+        {"icons.json": json.dumps(icons).encode(), "chars.json": b'{"1f34e": "red-apple"}'},
+    )
+    return tmp_path
+
+
+def test_sprites_are_built_kept_and_read(packages: Path):
+    pytest.importorskip("resvg_py")
+    path = packages / "made" / "sprites.npz"
+    built = build_sprites(packages, path, ["3d", "flat"], 64, ["apple", "umbrella", "car"])
+    assert set(built.pixels) == {("apple", "3d"), ("umbrella", "3d"), ("apple", "flat")}
+    again = load_sprites(path)
+    assert again.size == 64 and again.styles == ["3d", "flat"]
+    assert all(np.array_equal(again.pixels[key], built.pixels[key]) for key in built.pixels)
+    circle = built.pixels["apple", "flat"]
+    assert circle.shape == (64, 64, 4) and tuple(circle[32, 32]) == (255, 0, 0, 255)
+    assert (
+        abs(int((circle[32, :, 3] > 128).sum()) - 58) <= 2
+    )  # cropped, and grown to the frame less its margin
+
+
+def test_broken_missing_and_unknown_packages_are_user_errors(packages: Path):
+    path = packages / "sprites.npz"
+    with pytest.raises(UserError, match="missing: fetch"):
+        build_sprites(packages, path, ["cartoon"])
+    with pytest.raises(UserError, match="no style"):
+        build_sprites(packages, path, ["3dd"])
+    for style in ("3d", "flat"):
+        file = packages / sources.SOURCES[STYLES[style].package].filename
+        whole = file.read_bytes()
+        for content in (b"not an archive", whole[: len(whole) // 2]):
+            file.write_bytes(content)
+            with pytest.raises(UserError, match="fetch it again"):
+                build_sprites(packages, path, [style])
+    with pytest.raises(UserError, match="no sprites"):
+        load_sprites(packages / "none.npz")
+    path.write_bytes(b"PK but not a zip")
+    with pytest.raises(UserError, match="build it again"):
+        load_sprites(path)
+
+
+def test_resizing_leaves_no_dark_fringe():
+    picture = np.zeros((256, 256, 4), np.uint8)
+    rows, columns = np.mgrid[:256, :256]
+    picture[np.hypot(rows - 128, columns - 128) < 90] = (240, 220, 60, 255)
+    for small in (np.asarray(resize(Image.fromarray(picture), 60, 60)), fit(Image.fromarray(picture), 128)):
+        rim = small[(small[..., 3] > 48) & (small[..., 3] < 255)]
+        assert len(rim) > 20
+        assert np.abs(rim[:, :3].astype(int) - (240, 220, 60)).max() <= 12
+
+
+def test_an_empty_picture_is_refused():
+    with pytest.raises(UserError, match="empty"):
+        fit(Image.new("RGBA", (8, 8)), 16)
+
+
+# --- colours and costumes -------------------------------------------------------------------------------------
+
+
+def test_oklab_has_the_published_values_and_an_inverse():
+    rgb = np.random.default_rng(0).random((50, 3), dtype=np.float32)
+    assert np.abs(srgb(oklab(rgb)) - rgb).max() < 2e-3
+    red = oklab(np.array([[1.0, 0.0, 0.0]], np.float32))[0]
+    assert np.allclose(red, (0.62796, 0.22486, 0.12585), atol=1e-3)  # CSS Color 4, section 9
+
+
+def test_repainting_changes_the_main_colour_only():
+    picture = np.zeros((40, 40, 4), np.uint8)
+    picture[:, :30] = (220, 40, 40, 255)
+    picture[:, 30:] = (60, 170, 60, 255)
+    blue = repaint(picture, "blue").astype(int)
+    assert blue[0, 0, 2] > 1.5 * blue[0, 0, 0]
+    assert np.abs(blue[:, 30:] - picture[:, 30:].astype(int)).max() <= 3
+    grey = np.full((8, 8, 4), 128, np.uint8)
+    assert np.array_equal(repaint(grey, "red"), grey)
+
+
+def test_the_helmet_hides_the_astronauts_own_face(sprites: SpriteSet):
+    worn = wear(sprites, "fox", "astronaut", "flat")
+    suit = sprites.pixels["astronaut", "flat"]
+    rows, columns = np.mgrid[:128, :128]
+    distance = np.hypot(columns + 0.5 - VISOR[0], rows + 0.5 - VISOR[1])
+    assert not (worn == suit).all(-1)[distance < VISOR[2] - 2].any()
+    assert (worn == suit).all(-1)[distance > VISOR[2] + 2].all()
+
+
+@pytest.mark.parametrize("costume", ["top hat", "crown", "sunglasses"])
+def test_costumes_stay_in_the_frame(sprites: SpriteSet, costume: str):
+    worn = wear(sprites, "raccoon", costume, "3d")
+    assert worn.shape == (128, 128, 4)
+    assert not worn[[0, -1]][..., 3].any() and not worn[:, [0, -1]][..., 3].any()
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------
+
+
+def test_an_example_depends_on_seed_and_index_only(sprites: SpriteSet, recipe: Recipe):
+    fresh = Recipe(sprites, RecipeConfig(seed=7))
+    for index in (41, 3, 10**9, 0):
+        one, other = recipe.sample(index), fresh.sample(index)
+        assert one.caption == other.caption and np.array_equal(one.picture, other.picture)
+    other_seed = Recipe(sprites, RecipeConfig(seed=8))
+    assert any(recipe.sample(index).caption != other_seed.sample(index).caption for index in range(5))
+
+
+def test_pictures_captions_and_parts_agree(recipe: Recipe):
+    kinds: dict[str, int] = {}
+    for index in range(3000):
+        example = recipe.sample(index)
+        kinds[example.kind] = kinds.get(example.kind, 0) + 1
+        assert example.picture.shape == (128, 128, 3) and example.picture.dtype == np.uint8
+        plan = Plan(**example.parts)
+        assert not is_held_out(plan.names)
+        check_words(plan, example.caption)
+    total = sum(KINDS.values())
+    assert all(abs(kinds[kind] / 3000 - weight / total) < 0.04 for kind, weight in KINDS.items())
+
+
+def check_words(plan: Plan, words: str) -> None:
+    assert not re.search(r"\b(a [aeio]|an [^aeiou])|  | ,|\{|\[", words), words
+    assert plan.style_named == bool(re.search(r"\b3d\b|\bflat\b", words)), words
+    if plan.style_named:
+        assert re.search(rf"\b{plan.style}\b", words), words
+    background = plan.setting_named and plan.setting in BACKGROUNDS
+    assert background == ("background" in words), words
+    assert not background or f"{plan.setting} background" in words
+    for name in plan.things:
+        thing = THINGS[name]
+        known = (thing.wearer,) if plan.costume else (thing.plural,) if plan.count > 1 else thing.names
+        assert any(each in words for each in known), words
+    if plan.colour:
+        assert f"{plan.colour} " in words
+    if plan.count > 1:
+        assert {2: "two", 3: "three"}[plan.count] in words
+    if plan.costume and plan.costume != "astronaut":
+        assert plan.costume in words
+
+
+def test_relations_and_counts_are_drawn_as_said(sprites: SpriteSet, recipe: Recipe):
+    def middle(picture: np.ndarray, thing: str) -> np.ndarray:
+        colour = sprites.pixels[thing, "3d"][64, 64, :3].astype(int)
+        return np.argwhere(np.abs(picture.astype(int) - colour).max(-1) < 4).mean(0)
+
+    for relation, axis, sign in (("above", 0, -1), ("below", 0, 1), ("left of", 1, -1), ("right of", 1, 1)):
+        plan = Plan("pair", ("apple", "car"), "3d", "white", relation=relation)
+        picture = recipe.draw(plan).picture
+        assert sign * (middle(picture, "apple") - middle(picture, "car"))[axis] > 40
+        border = np.concatenate([picture[[0, -1]].reshape(-1, 3), picture[:, [0, -1]].reshape(-1, 3)])
+        assert (border == 255).all()
+
+
+def test_held_out_combinations_are_composed_on_demand(recipe: Recipe):
+    plans = recipe.heldout_plans()
+    assert {plan.style for plan in plans if plan.names == {"raccoon", "astronaut"}} == {"3d", "flat"}
+    for index in range(2 * len(plans)):
+        example = recipe.heldout(index)
+        plan = Plan(**example.parts)
+        assert is_held_out(plan.names)
+        check_words(plan, example.caption)
+    seen = [recipe.sample(index).parts for index in range(2000)]
+    assert any(parts["things"] == ("raccoon",) and parts["costume"] in ("top hat", "crown") for parts in seen)
+    assert any(parts["things"] == ("fox",) and parts["costume"] == "astronaut" for parts in seen)
+
+
+def test_wrong_configurations_are_user_errors(sprites: SpriteSet):
+    for config in (
+        RecipeConfig(styles=["cartoon"]),
+        RecipeConfig(styles=[]),
+        RecipeConfig(things=["raccon"]),
+        RecipeConfig(weights={"singel": 1.0}),
+        RecipeConfig(things=["raccoon"], weights={"pair": 1.0}),
+    ):
+        with pytest.raises(UserError):
+            Recipe(sprites, config)
+    with pytest.raises(UserError, match="held out"):
+        Recipe(sprites, RecipeConfig(things=["fox", "apple"], weights={"pair": 1.0})).sample(0)
+
+
+def test_another_size(sprites: SpriteSet):
+    assert Recipe(sprites, RecipeConfig(size=64)).sample(0).picture.shape == (64, 64, 3)

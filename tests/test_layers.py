@@ -1,0 +1,139 @@
+"""Imports point downward only between the floors of the house; the towers of one floor never meet.
+
+The rule is checked on the syntax trees, so an import inside a function, under TYPE_CHECKING or through
+importlib counts like any other.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = {
+    "ldm": 0,  # the package itself: its version
+    "ldm.errors": 0,
+    "ldm.config": 1,
+    "ldm.diffusion": 2,
+    "ldm.models": 2,
+    "ldm.data": 2,
+    "ldm.checkpoints": 2,
+    "ldm.conditioning": 3,
+    "ldm.system": 4,
+    "ldm.training": 5,
+    "ldm.evaluation": 5,
+    "pipelines": 5,
+    "scripts": 6,
+    "tests": 7,
+}
+OURS = {name.partition(".")[0] for name in PARTS}
+
+
+def part_of(module: str) -> str | None:
+    """The part that `module` belongs to, or None if it stands on no floor."""
+    pieces = module.split(".")
+    name = ".".join(pieces[:2]) if pieces[0] == "ldm" else pieces[0]
+    return name if name in PARTS else None
+
+
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield (line, full name) of every module that `source`, the text of `module`, imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            levels = max(node.level - is_package, 0)  # "." is the package itself
+            above = module.rsplit(".", levels)[0] if node.level else ""
+            base = ".".join(filter(None, [above, node.module]))
+            # `from ldm import system` imports a part, `from ldm import __version__` does not.
+            if base == "ldm":
+                names = (alias.name for alias in node.names)
+                yield from ((node.lineno, base if name.startswith("__") else f"ldm.{name}") for name in names)
+            else:
+                yield node.lineno, base
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """The imports of `source` that the floors forbid, one readable line each."""
+    here = part_of(module)
+    if here is None:
+        return [f"{module} stands on no floor: give it one in {Path(__file__).name}"]
+    found: list[str] = []
+    for line, target in imports(source, module, is_package):
+        if here.startswith(("ldm", "pipelines")) and target.partition(".")[0] == "diffusers":
+            found.append(f"{module}:{line} imports diffusers: only tests and scripts may")
+        if target.partition(".")[0] not in OURS:
+            continue
+        there = part_of(target)
+        if there is None:
+            found.append(f"{module}:{line} imports {target}, which stands on no floor")
+        elif there != here and PARTS[there] >= PARTS[here]:
+            found.append(f"{module}:{line} imports {target}: {here} must not know {there}")
+    return found
+
+
+def sources() -> list[Path]:
+    return sorted(path for top in OURS for path in (ROOT / top).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downward(path: Path) -> None:
+    pieces = path.relative_to(ROOT).with_suffix("").parts
+    is_package = pieces[-1] == "__init__"
+    module = ".".join(pieces[:-1] if is_package else pieces)
+    assert violations(path.read_text(encoding="utf-8"), module, is_package) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ldm.models.unet", "from ldm.diffusion.schedule import NoiseSchedule"),
+        ("ldm.models.unet", "import ldm.data.things as things"),
+        ("ldm.models.unet", "from ldm import checkpoints"),
+        ("ldm.models.unet", "from ..diffusion import schedule"),
+        ("ldm.models.unet", "from .. import system"),
+        ("ldm.models.unet", "def f():\n    if True:\n        from ldm.system import System"),
+        ("ldm.models.unet", "import importlib\nimportlib.import_module('ldm.training.loop')"),
+        ("ldm.models.unet", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipelines"),
+        ("ldm.models.unet", "import diffusers"),
+        ("ldm.conditioning.text", "import ldm.system"),
+        ("ldm.training.loop", "from ldm.evaluation import frechet"),
+        ("ldm.training.loop", "from pipelines import TextToImagePipeline"),
+        ("pipelines.text_to_image", "from ldm.training import loop"),
+        ("pipelines.cli", "from scripts import generate"),
+        ("ldm.errors", "from ldm.config import from_dict"),
+        ("ldm.system", "from tests import conftest"),
+        ("ldm.gadgets", "import math"),
+        ("ldm.system", "from ldm.gadgets import x"),
+    ],
+)
+def test_the_checker_catches(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ldm.models.unet", "import torch\nfrom ldm.errors import UserError\nfrom ldm import __version__"),
+        (
+            "ldm.models.unet",
+            "from ldm.models.layers import Attention\nfrom .layers import Block\nfrom . import vae",
+        ),
+        ("ldm.system", "from ldm import models, conditioning\nfrom ldm.checkpoints.folder import load"),
+        ("pipelines.cli", "from pipelines.text_to_image import TextToImagePipeline\nimport ldm.system"),
+        ("scripts.train", "from ldm.training.loop import train\nimport diffusers"),
+        ("tests.test_x", "import diffusers, scripts, pipelines, ldm.data.things"),
+    ],
+)
+def test_the_checker_allows(module: str, source: str) -> None:
+    assert violations(source, module) == []
+
+
+def test_relative_imports_of_a_package_start_at_itself() -> None:
+    assert list(imports("from .unet import UNet", "ldm.models", is_package=True)) == [(1, "ldm.models.unet")]
+    assert list(imports("from ..data import x", "ldm.models", is_package=True)) == [(1, "ldm.data")]

@@ -1,0 +1,187 @@
+"""The networks against diffusers' modules, from the same random weights, in float32."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.errors import UserError
+from ldm.models.attention import attend, set_attention_backend
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
+from ldm.models.unet import UNet, UNetConfig
+
+SMALL = {"block_out_channels": (32, 64, 64, 64), "norm_num_groups": 16, "sample_size": 16}
+DOWN4, UP4 = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+UNETS = {
+    "sd1": {**SMALL, "cross_attention_dim": 24, "attention_head_dim": 4},
+    "sd2": {
+        **SMALL,
+        "cross_attention_dim": 40,
+        "attention_head_dim": [2, 4, 8, 8],
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "sample_size": 16,
+        "block_out_channels": (32, 64, 96),
+        "norm_num_groups": 16,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 48,
+        "attention_head_dim": [2, 4, 6],
+        "transformer_layers_per_block": [1, 2, 3],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 20,
+    },
+    "inpainting": {**SMALL, "in_channels": 9, "cross_attention_dim": 24, "attention_head_dim": 4},
+    "small": {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 8,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 24,
+        "attention_head_dim": 4,
+        "resnet_time_scale_shift": "scale_shift",
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+    },
+}
+AUTOENCODERS = {
+    "sd": {
+        "block_out_channels": (16, 32, 32, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 8,
+    },
+    "small": {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "latent_channels": 8,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": False,
+    },
+}
+
+
+def randomise(module: nn.Module) -> None:
+    """Random values everywhere, norms and biases too, so that a mix-up of any two tensors shows."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+        if parameter.ndim == 1:
+            parameter.data += 0.5
+
+
+def relative_l2(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("size", [(16, 16), (18, 10)])  # the second is halved to odd sizes
+@torch.no_grad()
+def test_unet_equals_diffusers(name: str, size: tuple[int, int]) -> None:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    theirs = UNet2DConditionModel(**UNETS[name]).eval()
+    randomise(theirs)
+    config = UNetConfig.from_diffusers(json.loads(theirs.to_json_string()))
+    ours = UNet(config).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+
+    sample = torch.randn(2, config.in_channels, *size)
+    context, timestep = torch.randn(2, 7, config.cross_attention_dim), torch.tensor([3, 981])
+    added = {"text_embeds": torch.randn(2, 20), "time_ids": torch.tensor([[64.0, 48, 0, 3, 64, 48]] * 2)}
+    added = added if config.addition_embed_type else None
+    expected = theirs(sample, timestep, context, added_cond_kwargs=added).sample
+    assert relative_l2(ours(sample, timestep, context, added), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+@torch.no_grad()
+def test_autoencoder_equals_diffusers(name: str) -> None:
+    from diffusers import AutoencoderKL as Theirs
+
+    torch.manual_seed(0)
+    theirs = Theirs(**AUTOENCODERS[name]).eval()
+    randomise(theirs)
+    ours = AutoencoderKL(AutoencoderConfig.from_diffusers(json.loads(theirs.to_json_string()))).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+
+    picture = torch.rand(2, 3, 32, 48) * 2 - 1
+    expected = theirs.encode(picture).latent_dist
+    posterior = ours.encode(picture)
+    assert relative_l2(posterior.mean, expected.mean) < 1e-5
+    assert relative_l2(posterior.logvar, expected.logvar) < 1e-5
+    assert relative_l2(posterior.kl(), expected.kl()) < 1e-5
+    assert relative_l2(ours.decode(expected.mean), theirs.decode(expected.mean).sample) < 1e-5
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_configs_return_to_diffusers(name: str) -> None:
+    from diffusers import UNet2DConditionModel
+
+    theirs = UNet2DConditionModel(**UNETS[name])
+    config = UNetConfig.from_diffusers(json.loads(theirs.to_json_string()))
+    again = UNet2DConditionModel.from_config(config.to_diffusers())
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+
+
+def test_a_setting_we_cannot_honour_is_named() -> None:
+    with pytest.raises(UserError, match="class_embed_type = 'timestep'"):
+        UNetConfig.from_diffusers({"class_embed_type": "timestep"})
+    with pytest.raises(UserError, match="no_such_key"):
+        UNetConfig.from_diffusers({"no_such_key": 1})
+    with pytest.raises(UserError, match="attention_head_dim has 2 values"):
+        UNet(UNetConfig(attention_head_dim=(8, 8)))
+    with pytest.raises(UserError, match="AttnDownBlock2D"):
+        UNet(UNetConfig(down_block_types=("AttnDownBlock2D",) * 4))
+
+
+def test_scaling_is_undone() -> None:
+    tiny = {
+        **AUTOENCODERS["small"],
+        "latents_mean": [0.5] * 8,
+        "latents_std": [2.0] * 8,
+        "scaling_factor": 0.5,
+    }
+    model = AutoencoderKL(AutoencoderConfig.from_diffusers(tiny))
+    latent = torch.randn(1, 8, 4, 4)
+    torch.testing.assert_close(model.scale(latent), (latent - 0.5) * 0.5 / 2.0)
+    torch.testing.assert_close(model.unscale(model.scale(latent)), latent)
+
+
+def test_kl_of_the_unit_gaussian_is_zero() -> None:
+    unit = DiagonalGaussian(torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3))
+    assert torch.equal(unit.kl(), torch.zeros(2))
+
+
+def test_attention_equals_the_formula_and_names_backends() -> None:
+    query, key, value = torch.randn(2, 5, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    q, k, v = (t.view(2, -1, 2, 4).transpose(1, 2) for t in (query, key, value))
+    expected = ((q @ k.transpose(-1, -2) / 2).softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 8)
+    torch.testing.assert_close(attend(query, key, value, heads=2), expected)
+    with pytest.raises(UserError, match="did you mean sdpa"):
+        set_attention_backend("spda")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_xformers_equals_sdpa_on_cuda() -> None:
+    pytest.importorskip("xformers")
+    q, k, v = (torch.randn(2, 64, 80, device="cuda", dtype=torch.float16) for _ in range(3))
+    results = []
+    for backend in ("sdpa", "xformers"):
+        set_attention_backend(backend)  # type: ignore[arg-type]
+        results.append(attend(q, k, v, heads=2).float())
+    set_attention_backend("auto")
+    assert relative_l2(results[1], results[0]) < 5e-3

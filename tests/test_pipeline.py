@@ -1,0 +1,177 @@
+"""The whole pipeline: the same picture as diffusers from one saved folder, seeds, callbacks, bad input."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import SCHEDULER, tiny_pipeline_folder
+
+from ldm.errors import UserError
+from pipelines import TextToImagePipeline
+
+V_ZERO_SNR = {
+    **SCHEDULER,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+CASES = [
+    ("sd1", SCHEDULER),
+    ("sd1", V_ZERO_SNR),
+    ("sd2", {**SCHEDULER, "prediction_type": "v_prediction"}),
+    ("sdxl", SCHEDULER),
+    ("bert", V_ZERO_SNR),
+]
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+PROMPTS, NEGATIVES = ["a photo of the cat", "raccoon"], ["dog", "the dog"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    @cache
+    def build(family: str, scheduler: tuple[tuple[str, Any], ...]) -> Path:
+        return tiny_pipeline_folder(tmp_path_factory.mktemp(family), family, dict(scheduler))  # type: ignore[arg-type]
+
+    return lambda family, scheduler=SCHEDULER: build(family, tuple(scheduler.items()))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Callable[..., Path]) -> TextToImagePipeline:
+    return TextToImagePipeline.from_pretrained(folder("sd1"), device="cpu")
+
+
+def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(-10 * np.log10(max(np.square(ours - theirs).mean(), 1e-20)))
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["sd1", "sd1-v-zsnr", "sd2-v", "sdxl", "bert-v-zsnr"])
+def test_the_picture_is_diffusers_picture(folder: Callable[..., Path], case: int) -> None:
+    import diffusers
+
+    path = folder(*CASES[case])
+    ours = TextToImagePipeline.from_pretrained(path, device="cpu")
+    theirs = diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    own = theirs.scheduler.config
+    for sampler, scheduler in SCHEDULERS.items():
+        theirs.scheduler = getattr(diffusers, scheduler).from_config(own)
+        settings: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 5.0, "output_type": "np"}
+        expected = theirs(
+            PROMPTS,
+            negative_prompt=NEGATIVES,
+            generator=[torch.Generator().manual_seed(s) for s in (3, 4)],
+            **settings,
+        ).images
+        drawn = ours(PROMPTS, negative_prompt=NEGATIVES, seed=3, sampler=sampler, **settings).images
+        assert drawn.std() > 0.02  # a flat picture would agree with any other flat picture
+        assert psnr(drawn, expected) > 60, sampler
+
+
+def test_defaults_of_diffusers_without_negative_prompt(folder: Callable[..., Path]) -> None:
+    """No sampler named, no negative prompt (zeros for SDXL), another size: still the same picture."""
+    from diffusers import StableDiffusionXLPipeline
+
+    path = folder("sdxl")
+    settings: dict[str, Any] = {"num_inference_steps": 4, "height": 48, "width": 64, "output_type": "np"}
+    theirs = StableDiffusionXLPipeline.from_pretrained(path, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs("cat", generator=torch.Generator().manual_seed(0), **settings).images
+    ours = TextToImagePipeline.from_pretrained(path, device="cpu")("cat", seed=0, **settings).images
+    assert psnr(ours, expected) > 60
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "dpmpp_2m_sde"])
+def test_an_image_depends_on_its_own_seed_only(pipe: TextToImagePipeline, sampler: str) -> None:
+    settings: dict[str, Any] = {"num_inference_steps": 6, "sampler": sampler, "output_type": "np"}
+    batch = pipe(
+        ["cat", "the dog"], num_images_per_prompt=4, seed=[9, 1, 7, 3, 5, 2, 8, 4], **settings
+    ).images
+    alone = pipe("the dog", seed=2, **settings).images[0]
+    assert np.abs(batch[5] - alone).max() < 1 / 255
+    assert np.abs(batch[4] - alone).max() > 1 / 255
+
+
+def test_guidance_one_runs_no_unconditional_pass(pipe: TextToImagePipeline) -> None:
+    rows: list[int] = []
+    hook = pipe.system.unet.register_forward_pre_hook(
+        lambda module, arguments: rows.append(len(arguments[0]))
+    )
+    pipe("cat", num_inference_steps=2, guidance_scale=1.0, output_type="latent")
+    pipe("cat", num_inference_steps=2, guidance_scale=3.0, output_type="latent")
+    hook.remove()
+    assert rows == [1, 1, 2, 2]
+
+
+def test_the_callback_sees_every_step_and_can_stop(pipe: TextToImagePipeline) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def callback(owner: TextToImagePipeline, step: int, timestep: int, state: dict[str, Any]) -> bool:
+        assert state["latents"].shape == state["denoised"].shape == (1, 4, 16, 16)
+        assert state["preview"]()[0].size == (16, 16)
+        seen.append((step, timestep))
+        return step < 2
+
+    pipe("cat", num_inference_steps=5, sampler="ddim", seed=0, callback_on_step_end=callback)
+    assert seen == [(0, 801), (1, 601), (2, 401)]
+
+
+def test_the_preview_resembles_the_picture(pipe: TextToImagePipeline) -> None:
+    """Colour fields that the fit has not seen come back; the tiny random autoencoder is linear enough."""
+    autoencoder = pipe.system.autoencoder
+    fields = torch.rand(4, 3, 1, 1).expand(4, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        latents = autoencoder.scale(autoencoder.encode(fields).mean)
+    shown = np.stack([np.asarray(picture) / 255 for picture in pipe.preview(latents)]).mean((1, 2))
+    true = (fields[:, :, 0, 0].numpy() + 1) / 2
+    assert np.corrcoef(shown.ravel(), true.ravel())[0, 1] > 0.5
+
+
+def test_long_prompts_are_noted(pipe: TextToImagePipeline) -> None:
+    output = pipe("cat " * 100, num_inference_steps=1, output_type="latent")
+    assert any("2 chunks of 75" in note for note in output.notes)
+
+
+def test_offloaded_parts_draw_the_same(folder: Callable[..., Path], pipe: TextToImagePipeline) -> None:
+    offloaded = TextToImagePipeline.from_pretrained(folder("sd1"), device="cpu", low_memory=True)
+    pictures = [p("cat", seed=0, num_inference_steps=2, output_type="np").images for p in (pipe, offloaded)]
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_save_and_load_again(folder: Callable[..., Path], tmp_path: Path) -> None:
+    for family in ("sd1", "sdxl", "bert"):
+        first = TextToImagePipeline.from_pretrained(folder(family), device="cpu")
+        first.save_pretrained(tmp_path / family)
+        again = TextToImagePipeline.from_pretrained(tmp_path / family, device="cpu")
+        assert again.system.fingerprint == first.system.fingerprint
+        draw = {"seed": 1, "num_inference_steps": 2, "output_type": "np"}
+        np.testing.assert_array_equal(first("cat", **draw).images, again("cat", **draw).images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "there is no prompt"),
+        ({"height": 60}, "height 60 is not a multiple of 8: use 56 or 64"),
+        ({"sampler": "eular"}, "did you mean euler"),
+        ({"schedule": "karas"}, "did you mean karras"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"seed": [1, 2]}, "2 seeds for 1 images"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"output_type": "pill"}, "did you mean pil"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(
+    pipe: TextToImagePipeline, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pipe(**{"prompt": "cat", **arguments})
