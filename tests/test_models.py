@@ -171,6 +171,8 @@ def test_attention_equals_the_formula_and_names_backends() -> None:
     q, k, v = (t.view(2, -1, 2, 4).transpose(1, 2) for t in (query, key, value))
     expected = ((q @ k.transpose(-1, -2) / 2).softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 8)
     torch.testing.assert_close(attend(query, key, value, heads=2), expected)
+    halves = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), heads=2)  # plain products on the CPU
+    torch.testing.assert_close(halves.float(), expected, atol=0.03, rtol=0.03)
     with pytest.raises(UserError, match="did you mean sdpa"):
         set_attention_backend("spda")  # type: ignore[arg-type]
 

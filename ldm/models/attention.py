@@ -1,12 +1,14 @@
 """Scaled dot-product attention: the one place where a backend is chosen.
 
-Every network calls `attend`. The backend is SDPA, or xformers where it is installed and the tensors are on CUDA.
+Every network calls `attend`. The backend is SDPA, or xformers where it is installed and the tensors are on CUDA; short
+bfloat16 sequences on the CPU go through plain matrix products, several times faster there than SDPA, backwards above all.
 """
 
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ldm.errors import UserError, nearest
 
 Backend = Literal["auto", "sdpa", "xformers"]
 _backend: Backend = "auto"
+_SHORT = 256  # keys; measured on two cores with AVX512-bf16, 64 to 4096 queries
 
 
 def set_attention_backend(name: Backend) -> None:
@@ -44,9 +47,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     if _backend == "xformers" or (_backend == "auto" and query.is_cuda and _has_xformers()):
         out = _xformers(q, k, v)
     else:
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        out = out.transpose(1, 2)
+        short = key.shape[1] <= _SHORT and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+        products = _plain if _backend == "auto" and short else F.scaled_dot_product_attention
+        out = products(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return out.reshape(batch, length, width)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, H, L, d) in and out."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

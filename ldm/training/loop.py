@@ -82,7 +82,6 @@ class Trainer:
 
         self.objective, self.config, self.folder = objective, config, folder
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
-        torch.manual_seed(config.seed)
         model = objective.model.to(self.accelerator.device).train()
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.ema = EMA(model, config.ema_half_life)
@@ -111,7 +110,7 @@ class Trainer:
             if self._due(self.config.validate_every):
                 self.log(self.objective.validate(self.ema.model, self.folder, self.seen))
                 self.model.train()
-            if self.config.max_seconds and time.monotonic() - started > self.config.max_seconds:
+            if self.config.max_seconds is not None and time.monotonic() - started > self.config.max_seconds:
                 self.save()
                 return False
         self.save()
@@ -180,8 +179,8 @@ class Trainer:
         model = self.accelerator.unwrap_model(self.model)
         model.load_state_dict(_part(tensors, "model."))
         self.ema.model.load_state_dict(_part(tensors, "ema."))
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        state = {index: _part(tensors, f"optimizer.{name}.") for index, name in enumerate(names)}
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        state = {i: _like(p, _part(tensors, f"optimizer.{name}.")) for i, (name, p) in enumerate(trained)}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.seen = int(read_metadata(path)["seen"])
@@ -191,3 +190,11 @@ class Trainer:
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors below a prefix, copied out of the mapped file, which the next save replaces."""
     return {name[len(prefix) :]: each.clone() for name, each in tensors.items() if name.startswith(prefix)}
+
+
+def _like(parameter: Tensor, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Moments in the memory layout of their parameter: the fused optimizer walks both in the order of memory."""
+    return {
+        name: torch.empty_like(parameter).copy_(each) if each.shape == parameter.shape else each
+        for name, each in moments.items()
+    }

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
 import yaml
 
 from ldm.checkpoints.files import write_text
@@ -41,6 +42,7 @@ def train(path: str | Path, overrides: Iterable[str] = ()) -> bool:
     """Train what the config file says; True when the run is complete. The resolved config goes beside the weights."""
     config = load_yaml(path, RunConfig, overrides)
     folder = Path(config.output)
+    torch.manual_seed(config.loop.seed)  # the weights that training starts from
     objective = build_objective(config)
     write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     return Trainer(objective, config.loop, folder).run()
