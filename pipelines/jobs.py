@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoints.files import write_bytes
 from ldm.errors import UserError
-from pipelines.pictures import grid
+from ldm.pictures import grid
 from pipelines.recipe import Recipe
 from pipelines.text_to_image import TextToImagePipeline
 

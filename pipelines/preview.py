@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.models.autoencoder import AutoencoderKL, to_unit_range
-from pipelines.pictures import to_pil
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.pictures import to_pil, to_unit_range
 
 if TYPE_CHECKING:
     from PIL.Image import Image

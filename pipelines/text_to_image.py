@@ -21,9 +21,8 @@ from ldm.diffusion.driver import Noise, Step
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.plan import Plan, plan
 from ldm.errors import UserError, nearest
-from ldm.models.autoencoder import to_unit_range
+from ldm.pictures import to_numpy, to_pil, to_unit_range
 from ldm.system import System
-from pipelines.pictures import to_numpy, to_pil
 from pipelines.placement import choose_device, offload, wake
 from pipelines.preview import LatentPreview
 from pipelines.recipe import Recipe
@@ -314,7 +313,7 @@ class TextToImagePipeline:
         autoencoder = self.system.autoencoder
         wake(autoencoder)
         unscaled = autoencoder.unscale(latents).to(autoencoder.decoder.conv_in.weight.dtype)
-        pictures = to_unit_range(autoencoder.decode(unscaled).float())
+        pictures = to_unit_range(autoencoder.decode(unscaled))
         if not bool(pictures.isfinite().all()):
             raise UserError(
                 "the picture came out as NaN: try torch_dtype float32 (float16 overflows in some models)"

@@ -15,6 +15,7 @@ PARTS = {
     "ldm": 0,  # the package itself: its version
     "ldm.errors": 0,
     "ldm.config": 1,
+    "ldm.pictures": 1,
     "ldm.diffusion": 2,
     "ldm.models": 2,
     "ldm.data": 2,

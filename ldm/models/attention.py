@@ -1,7 +1,7 @@
 """Scaled dot-product attention: the one place where a backend is chosen.
 
-Every network calls `attend`. The backend is SDPA, or xformers where it is installed and the tensors are on CUDA; short
-bfloat16 sequences on the CPU go through plain matrix products, several times faster there than SDPA, backwards above all.
+Every network calls `attend`. The backend is SDPA, or xformers where it is installed and the tensors are on CUDA. Short
+bfloat16 sequences on the CPU go through plain matrix products, several times faster there than SDPA, backwards most.
 """
 
 from functools import cache

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -227,8 +226,3 @@ class PositionAttention(Attention):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         positions = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         return x + super().forward(positions).transpose(1, 2).reshape(x.shape)
-
-
-def to_unit_range(picture: Tensor) -> Tensor:
-    """A decoded picture in [-1, 1] as (B, 3, H, W) in [0, 1], clamped."""
-    return torch.clamp(picture / 2 + 0.5, 0, 1)

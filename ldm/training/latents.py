@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.checkpoints.files import read_metadata, read_tensors, write_tensors
 from ldm.data.recipe import Recipe
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.training.pictures import to_tensor
+from ldm.pictures import to_tensor
 
 SHARD = 2048
 _CHUNK = 64  # pictures a call of the encoder

@@ -21,9 +21,9 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.scheduler_config import SchedulerConfig
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.unet import UNet, UNetConfig
+from ldm.pictures import grid, to_pil, to_unit_range
 from ldm.system import System
 from ldm.training.latents import LatentCache
-from ldm.training.pictures import save_grid
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class TextToImageObjective:
         seeds = [seed for seed in (0, 1) for _ in prompts]
         latents = how.sample(denoise, Noise(seeds, self.latent_shape, device))
         decoded = self.autoencoder.decode(self.autoencoder.unscale(latents))
-        save_grid(decoded, folder / f"drawn-{seen:08d}.png", len(prompts))
+        grid(to_pil(to_unit_range(decoded)), len(prompts)).save(folder / f"drawn-{seen:08d}.png")
         return {}
 
     def scheduler(self) -> SchedulerConfig:

@@ -1,15 +1,27 @@
-"""Tensors to pictures, pictures to grids."""
+"""Pictures to tensors and back, and sheets of several."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def to_numpy(pictures: Tensor) -> "np.ndarray":
+def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
+    """uint8 pictures (H, W, 3) of one size to (B, 3, H, W) float32 in [-1, 1], as networks see them."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_unit_range(pictures: Tensor) -> Tensor:
+    """What a decoder gave, about in [-1, 1], as float32 in [0, 1], clamped."""
+    return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+
+def to_numpy(pictures: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [0, 1] to (B, H, W, 3) float32."""
     return pictures.permute(0, 2, 3, 1).float().cpu().numpy()
 
@@ -21,7 +33,7 @@ def to_pil(pictures: Tensor) -> "list[Image]":
     return [Image.fromarray(picture) for picture in (to_numpy(pictures) * 255).round().astype(np.uint8)]
 
 
-def grid(pictures: "list[Image]", columns: int) -> "Image":
+def grid(pictures: "Sequence[Image]", columns: int) -> "Image":
     """Pictures of one size, row by row; a last row that is not full ends in white."""
     from PIL import Image
 
