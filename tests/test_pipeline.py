@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import SCHEDULER, tiny_pipeline_folder
 
+from ldm.checkpoints.files import read_tensors
 from ldm.errors import UserError
 from pipelines import TextToImagePipeline
 
@@ -150,17 +151,26 @@ def test_save_and_load_again(folder: Callable[..., Path], tmp_path: Path) -> Non
     for family in ("sd1", "sdxl", "bert"):
         first = TextToImagePipeline.from_pretrained(folder(family), device="cpu")
         first.save_pretrained(tmp_path / family)
+        for part in ("unet", "vae", "text_encoder"):  # under the names that other programs look for
+            published, ours = (_names(path / part) for path in (folder(family), tmp_path / family))
+            assert {name.removeprefix("text_model.") for name in published} == {
+                name.removeprefix("text_model.") if family != "bert" else name for name in ours
+            }
         again = TextToImagePipeline.from_pretrained(tmp_path / family, device="cpu")
         assert again.system.fingerprint == first.system.fingerprint
         draw = {"seed": 1, "num_inference_steps": 2, "output_type": "np"}
         np.testing.assert_array_equal(first("cat", **draw).images, again("cat", **draw).images)
 
 
+def _names(part: Path) -> set[str]:
+    return set(read_tensors(next(part.glob("*.safetensors"))))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"prompt": []}, "there is no prompt"),
-        ({"height": 60}, "height 60 is not a multiple of 8: use 56 or 64"),
+        ({"height": 33}, "height 33 is not a multiple of 2: use 32 or 34"),
         ({"sampler": "eular"}, "did you mean euler"),
         ({"schedule": "karas"}, "did you mean karras"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),

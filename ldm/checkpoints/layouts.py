@@ -199,7 +199,13 @@ def open_clip_rows(layers: int) -> list[Row]:
 # One spelling for our own names, where versions of diffusers and transformers differ
 
 
-_CLIP_PARTS = ("embeddings.token_embedding.", "embeddings.position_", "encoder.layers.", "final_layer_norm.")
+_CLIP_PARTS = (
+    "embeddings.token_embedding.",
+    "embeddings.position_embedding.",
+    "embeddings.position_ids",
+    "encoder.layers.",
+    "final_layer_norm.",
+)
 _OLD_ATTENTION = {"query.": "to_q.", "key.": "to_k.", "value.": "to_v.", "proj_attn.": "to_out.0."}
 
 

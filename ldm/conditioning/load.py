@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.files import load_strict
 from ldm.checkpoints.folder import read_component
-from ldm.checkpoints.layouts import canonical_clip, fit_clip
+from ldm.checkpoints.layouts import canonical_clip, fit_clip, is_clip
 from ldm.conditioning.families import Family, family_of, states_of
 from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.conditioning.tokenizer import load_tokenizer, quiet, text_ids, window_of
@@ -96,7 +96,9 @@ def _config_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    tensors = canonical_clip(module.state_dict())
+    tensors = dict(module.state_dict())
+    if is_clip(tensors):
+        tensors = canonical_clip(tensors)
     if "shared.weight" in tensors:
         tensors.pop("encoder.embed_tokens.weight", None)  # the same table under a second name
     return tensors
