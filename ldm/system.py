@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import ldm
+from ldm.checkpoints import read_checkpoint
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.files import load_strict
-from ldm.checkpoints.folder import read_folder, write_folder
+from ldm.checkpoints.folder import write_folder
 from ldm.checkpoints.hub import resolve
-from ldm.checkpoints.single_file import read_single_file, write_single_file
+from ldm.checkpoints.single_file import write_single_file
 from ldm.conditioning.load import export, write_tokenizers
 from ldm.conditioning.system import build_conditioning
 from ldm.conditioning.text import TextEncoder
@@ -79,8 +80,7 @@ class System:
         Raises UserError that says what is wrong and what to do.
         """
         path = bundled_model() if name is None else resolve(name, variant)
-        folder = path if path.is_dir() else None
-        checkpoint = read_folder(path, variant) if folder else read_single_file(path, prediction_type)
+        checkpoint = read_checkpoint(path, variant, prediction_type)
         if checkpoint.pipeline not in _PIPELINES:
             raise UserError(
                 f"{path} holds a {checkpoint.pipeline or 'system of no name'}: not a Stable Diffusion"
@@ -101,14 +101,40 @@ class System:
         system = cls(
             unet=unet,
             autoencoder=autoencoder,
-            text=build_conditioning(checkpoint, folder, torch_dtype, device),
+            text=build_conditioning(checkpoint, path if path.is_dir() else None, torch_dtype, device),
             scheduler=scheduler,
             pipeline=checkpoint.pipeline,
             options=checkpoint.options,
             fingerprint=fingerprint(checkpoint.tensors["unet"]),
             notes=checkpoint.notes,
         )
+        system._check(path)
         return system.to(device, torch_dtype)
+
+    def _check(self, path: Path) -> None:
+        """Raise UserError where the parts do not belong together."""
+        unet, channels = self.unet.config, self.autoencoder.config.latent_channels
+        if unet.out_channels != channels:
+            raise UserError(
+                f"{path}: the U-Net gives {unet.out_channels} channels, the autoencoder's latents have {channels}: "
+                "parts of different models"
+            )
+        sample = self.text.encode([""])[0]
+        if sample.hidden.shape[-1] != unet.cross_attention_dim:
+            raise UserError(
+                f"{path}: the U-Net attends to {unet.cross_attention_dim} features, the text encoder gives "
+                f"{sample.hidden.shape[-1]}: parts of different families"
+            )
+        if self.is_xl and (sample.pooled is None or sample.pooled.shape[-1] != self._pooled_width):
+            raise UserError(
+                f"{path}: the U-Net is SDXL's, which wants a pooled text of {self._pooled_width} features"
+            )
+
+    @property
+    def _pooled_width(self) -> int:
+        """Features of the pooled text that SDXL's U-Net takes, beside its six sizes."""
+        config = self.unet.config
+        return (config.projection_class_embeddings_input_dim or 0) - 6 * (config.addition_time_embed_dim or 0)
 
     @property
     def is_xl(self) -> bool:
@@ -156,9 +182,10 @@ class System:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Ten hex digits over names, shapes, dtypes and the first values of every tensor.
+    """Ten hex digits over names, shapes, dtypes and the first 64 values of every tensor.
 
-    Training changes every tensor, so a few values of each tell two checkpoints apart without reading gigabytes.
+    Enough to tell checkpoints apart, since training moves some of the first values of every tensor that it trains,
+    without reading gigabytes.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):

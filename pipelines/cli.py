@@ -1,7 +1,6 @@
 """Draw pictures from prompts on the command line: `ldm-generate "a raccoon astronaut"`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +21,12 @@ examples:
 # The options that are settings of a recipe: flag, Recipe's name, type, help.
 _SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--negative-prompt", "negative_prompt", str, "what the picture should not show"),
-    ("--seed", "seed", int, "the first picture's seed; the next ones count up (default: random)"),
+    (
+        "--seed",
+        "seed",
+        int,
+        "the seed of each prompt's first picture; its next ones count up (default: random)",
+    ),
     ("--steps", "num_inference_steps", int, "sampling steps (default: the model's own)"),
     ("--guidance-scale", "guidance_scale", float, "how closely to follow the prompt; 1 is unguided"),
     ("--sampler", "sampler", str, "the solver, in place of the model's own, e.g. dpmpp_2m"),
@@ -71,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default: float32)"
     )
     parser.add_argument("--variant", help="weights with this word in their file names, e.g. fp16")
+    parser.add_argument("--prediction-type", help="epsilon or v_prediction, where a single file does not say")
     parser.add_argument(
         "--low-memory", action="store_true", default=None, help="parts rest on the CPU between uses"
     )
@@ -97,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _generate(arguments: argparse.Namespace) -> None:
     from pipelines import jobs
+    from pipelines.files import check_target
     from pipelines.recipe import Recipe, read_recipe
 
     settings = {
@@ -108,69 +114,65 @@ def _generate(arguments: argparse.Namespace) -> None:
     recipes = [Recipe(prompt, **settings) for prompt in arguments.prompts]
     if arguments.file:
         recipes += jobs.read_prompts(arguments.file, settings)
-    model, expected = arguments.model, None
+    expected = None
     if arguments.from_image:
         old = read_recipe(arguments.from_image)
-        expected, model = old.model_hash, model or old.model
-        arguments.dtype = arguments.dtype or old.dtype
+        expected = old.model_hash
+        for name in ("model", "variant", "prediction_type", "dtype"):
+            setattr(arguments, name, getattr(arguments, name) or getattr(old, name))
         recipes.append(replace(old, **settings))
     if not recipes:
         raise UserError("there is no prompt: give one or more, a --file, or --from-image (see --help)")
     recipes = jobs.several(recipes, arguments.num_images)
-    paths = _paths(arguments.out or Path("outputs"), recipes)
-    for target in {path.parent for path in [*paths, *([arguments.grid] if arguments.grid else [])]}:
-        _must_be_writable(target)
+    out = arguments.out or Path("outputs")
+    check_target(out, len(recipes))
+    if arguments.grid:
+        check_target(arguments.grid, 1, folder=False)
 
-    pipe = _load(model, arguments)
-    for note in pipe.system.notes:
-        print(f"note: {note}", file=sys.stderr)
+    pipe = _load(arguments)
     if expected and expected != pipe.system.fingerprint:
         print(f"note: {arguments.from_image} was drawn by other weights ({expected})", file=sys.stderr)
     columns = arguments.columns or (arguments.num_images if arguments.num_images > 1 else None)
-    notes = jobs.run(pipe, recipes, paths, arguments.batch_size, arguments.grid, columns, not arguments.quiet)
+    quiet, batch_size = arguments.quiet, arguments.batch_size
+    try:
+        notes = jobs.run(pipe, recipes, out, batch_size, arguments.grid, columns, not quiet, print)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory: draw smaller pictures, or fewer at once (--batch-size), or --low-memory"
+        ) from error
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    for path in [*paths, *([arguments.grid] if arguments.grid else [])]:
-        print(path)
 
 
-def _load(model: str | None, arguments: argparse.Namespace) -> Any:
+def _load(arguments: argparse.Namespace) -> Any:
     import torch
 
     from pipelines import TextToImagePipeline
 
     try:
-        return TextToImagePipeline.from_pretrained(
-            model,
-            torch_dtype=getattr(torch, arguments.dtype or "float32"),
-            device=arguments.device,
-            variant=arguments.variant,
-            low_memory=arguments.low_memory,
-        )
+        device = torch.empty(1, device=arguments.device or "cpu").device
+        if device.type == "meta":
+            raise RuntimeError("no picture comes out of it")
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that is unknown or not there
-        if arguments.device is None:
-            raise
         raise UserError(f"--device {arguments.device} can't be used: {str(error).splitlines()[0]}") from error
+    return TextToImagePipeline.from_pretrained(
+        arguments.model,
+        torch_dtype=getattr(torch, arguments.dtype or "float32"),
+        device=arguments.device,
+        variant=arguments.variant,
+        prediction_type=arguments.prediction_type,
+        low_memory=arguments.low_memory,
+    )
 
 
-def _paths(out: Path, recipes: Sequence[Any]) -> list[Path]:
-    from pipelines.jobs import name_files
+def _out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class of its own for it; the CPU's allocator has only words."""
+    import torch
 
-    if out.suffix.lower() != ".png":
-        return name_files(out, recipes)
-    if len(recipes) > 1:
-        raise UserError(f"--out {out} is one file for {len(recipes)} pictures: name a folder")
-    return [out]
-
-
-def _must_be_writable(folder: Path) -> None:
-    """Found out before minutes of drawing, not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't write to {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"can't write to {folder}: permission denied")
+    named = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+    return named or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

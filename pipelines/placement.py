@@ -1,5 +1,7 @@
 """Where the parts of a system run: Accelerate finds the device, and swaps parts in and out where memory is short."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,23 +21,33 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     return torch.device(PartialState().device or "cpu")
 
 
-def offload(system: System, device: torch.device, low_memory: bool | None) -> bool:
-    """Let each part rest on the CPU and move to `device` while it works, where that is wanted or needed.
+class Offload:
+    """Lets each part of a system rest on the CPU and be on `device` only while it works."""
 
-    low_memory: None decides by the free memory of a CUDA device. Returns whether it was done.
-    """
+    def __init__(self, system: System, device: torch.device):
+        from accelerate import cpu_offload_with_hook
+
+        self.hooks: list[Any] = []
+        for module in system.modules().values():
+            previous = self.hooks[-1] if self.hooks else None
+            self.hooks.append(cpu_offload_with_hook(module, device, prev_module_hook=previous)[1])
+
+    def rest(self) -> None:
+        """The last part of the chain goes back too: nothing comes after it to send it."""
+        self.hooks[-1].offload()
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def offload_where_needed(system: System, device: torch.device, low_memory: bool | None) -> Offload | None:
+    """Offload if wanted; None decides by the free memory of a CUDA device."""
     if low_memory is None:
         low_memory = (
             device.type == "cuda" and _weights(system) * _HEADROOM > torch.cuda.mem_get_info(device)[0]
         )
-    if not low_memory:
-        return False
-    from accelerate import cpu_offload_with_hook
-
-    previous = None
-    for module in system.modules().values():
-        _, previous = cpu_offload_with_hook(module, device, prev_module_hook=previous)
-    return True
+    return Offload(system, device) if low_memory else None
 
 
 def wake(module: nn.Module) -> None:

@@ -1,10 +1,11 @@
 """A recipe: everything that makes one picture, as it is asked for, kept in the PNG, and drawn again."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ldm.config import from_dict
 from ldm.errors import UserError
@@ -14,15 +15,17 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 KEYWORD = "ldm-recipe"  # of the PNG's text chunk
-PER_IMAGE = ("prompt", "negative_prompt", "seed")  # what may differ between the images of one batch
+_LARGEST = 16_384  # pixels along a side
+PER_IMAGE = ("prompt", "negative_prompt", "seed")  # what may differ between the images of one call
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One picture; what is None is the model's own default, and is filled in when the picture is drawn.
 
-    The names are those of `TextToImagePipeline.__call__`. model is what was asked for (a path or a hub id; None is
-    the bundled model), model_hash the fingerprint of the weights that drew it, version that of this package.
+    The names are those of `TextToImagePipeline.__call__` and `.from_pretrained`. model is what was asked for (a path
+    or a hub id; None is the bundled model), model_hash the fingerprint of the weights that drew it, version that of
+    this package.
     """
 
     prompt: str
@@ -41,8 +44,10 @@ class Recipe:
     original_size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] = (0, 0)
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     model: str | None = None
+    variant: str | None = None
+    prediction_type: str | None = None
     model_hash: str | None = None
     version: str | None = None
 
@@ -51,8 +56,8 @@ class Recipe:
         """Raises UserError for an unknown name, a wrong type or a missing prompt."""
         return from_dict(cls, mapping, where)
 
-    def batch_key(self) -> tuple[Any, ...]:
-        """Equal for recipes that can be drawn in one batch."""
+    def shared(self) -> tuple[Any, ...]:
+        """Equal for recipes that one call can draw."""
         return tuple(value for name, value in asdict(self).items() if name not in PER_IMAGE)
 
     def png_info(self) -> "PngInfo":
@@ -63,6 +68,36 @@ class Recipe:
         stated = {name: value for name, value in asdict(self).items() if value is not None}
         info.add_itxt(KEYWORD, json.dumps(stated, ensure_ascii=False))
         return info
+
+
+def check(recipe: Recipe, factor: int) -> None:
+    """Raise UserError for values of a complete recipe that no picture can have; sizes are multiples of `factor`."""
+    for name, size in (("height", recipe.height), ("width", recipe.width)):
+        if not isinstance(size, int) or not factor <= size <= _LARGEST or size % factor:
+            low = min(max(int(size or 0) // factor, 1) * factor, _LARGEST - factor)
+            near = f"use {low} or {low + factor}"
+            raise UserError(f"{name} {size} is not a multiple of {factor} up to {_LARGEST}: {near}")
+    assert (
+        recipe.guidance_scale is not None
+        and recipe.num_inference_steps is not None
+        and recipe.seed is not None
+    )
+    if recipe.num_inference_steps < 1:
+        raise UserError(f"num_inference_steps is {recipe.num_inference_steps}: it must be 1 or more")
+    if not math.isfinite(recipe.guidance_scale):
+        raise UserError(f"guidance_scale is {recipe.guidance_scale}: give a number, commonly 1 to 15")
+    for name, value in (("eta", recipe.eta), ("guidance_rescale", recipe.guidance_rescale)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}: it must be between 0 and 1")
+    if not -(2**63) <= recipe.seed < 2**64:
+        raise UserError(f"the seed {recipe.seed} does not fit in 64 bits")
+    for text in (recipe.prompt, recipe.negative_prompt or ""):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the prompt {text!r} is not valid Unicode: is it in another encoding?"
+            ) from error
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -86,6 +121,6 @@ def open_picture(path: str | Path) -> "Image":
         picture.load()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no picture that can be read ({error})") from error
     return picture

@@ -1,11 +1,13 @@
 """The text-to-image pipeline: text encoder, sampler, decoder.
 
 pipe = TextToImagePipeline.from_pretrained()
-pipe("a raccoon astronaut").images[0].save("raccoon.png")
+pipe("a raccoon astronaut").save("raccoon.png")
 """
 
 import math
+import operator
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,9 +25,10 @@ from ldm.diffusion.plan import Plan, plan
 from ldm.errors import UserError, nearest
 from ldm.pictures import to_numpy, to_pil, to_unit_range
 from ldm.system import System
-from pipelines.placement import choose_device, offload, wake
+from pipelines.files import check_target, save_picture
+from pipelines.placement import Offload, choose_device, offload_where_needed, wake
 from pipelines.preview import LatentPreview
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, check
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 # (pipe, step index, timestep, {"latents", "denoised", "preview"}) -> False to stop there
@@ -46,16 +49,39 @@ class TextToImageOutput:
     recipes: list[Recipe]
     notes: list[str] = field(default_factory=list)
 
+    def save(self, path: str | Path) -> list[Path]:
+        """Save PIL pictures with their recipes, one to a `.png`, or all into a folder. Raises UserError."""
+        check_target(Path(path), len(self.images))
+        pairs = zip(self.images, self.recipes, strict=True)
+        return [save_picture(picture, recipe, Path(path)) for picture, recipe in pairs]
+
 
 class TextToImagePipeline:
-    """Draws pictures from prompts with one system. Nothing of a call is kept, so it may serve several threads."""
+    """Draws pictures from prompts with one system. Nothing of a call is kept; calls from several threads take turns."""
 
-    def __init__(self, system: System, device: torch.device | str = "cpu", name: str | None = None):
-        """name: what the model is called in recipes (a path or a hub id; None is the bundled model)."""
+    def __init__(
+        self,
+        system: System,
+        device: torch.device | str = "cpu",
+        offload: Offload | None = None,
+        identity: dict[str, str | None] | None = None,
+    ):
+        """identity: how the system was loaded, for recipes: Recipe's model, variant and prediction_type.
+
+        Raises UserError for a U-Net that wants more than latents.
+        """
+        unet, channels = system.unet.config, system.autoencoder.config.latent_channels
+        if unet.in_channels != channels:
+            raise UserError(
+                f"the U-Net takes {unet.in_channels} channels where latents have {channels}: "
+                "an inpainting model or the like, which can't draw from text alone"
+            )
         self.system = system
         self.device = torch.device(device)
-        self.name = name
+        self._offload = offload
+        self._identity: dict[str, Any] = identity or {}
         self._preview: LatentPreview | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -77,12 +103,19 @@ class TextToImagePipeline:
         """
         where = choose_device(device)
         system = System.load(name, torch_dtype=torch_dtype, variant=variant, prediction_type=prediction_type)
-        if not offload(system, where, low_memory):
+        offload = offload_where_needed(system, where, low_memory)
+        if not offload:
             system.to(where, torch_dtype)
-        return cls(system, where, None if name is None else str(name))
+        model = None if name is None else str(name)
+        return cls(
+            system, where, offload, {"model": model, "variant": variant, "prediction_type": prediction_type}
+        )
 
     def to(self, device: torch.device | str, torch_dtype: torch.dtype | None = None) -> "TextToImagePipeline":
-        """Move the whole system; without `torch_dtype` it keeps its precision."""
+        """Move the whole system, to stay there; without `torch_dtype` it keeps its precision."""
+        if self._offload:
+            self._offload.remove()
+            self._offload = None
         self.device = torch.device(device)
         self.system.to(self.device, torch_dtype or self.dtype)
         return self
@@ -179,15 +212,38 @@ class TextToImagePipeline:
         callback_on_step_end: StepCallback | None = None,
         progress: bool = False,
     ) -> TextToImageOutput:
-        """Draw recipes that differ in prompt, negative prompt and seed only, as one batch. Raises UserError."""
+        """Draw recipes that differ in prompt, negative prompt and seed only.
+
+        One batch, unless some conditions would change for standing beside others: prompts of more windows than
+        their neighbours, and with SDXL those without a negative prompt, make batches of their own. Raises UserError.
+        """
         if output_type not in get_args(OutputType):
             raise UserError(
                 f"output_type {output_type!r} is unknown{nearest(output_type, get_args(OutputType))}"
             )
         recipes = [self.complete(recipe) for recipe in recipes]
+        if len({recipe.shared() for recipe in recipes}) != 1:
+            raise ValueError("the recipes of one call may differ in prompt, negative_prompt and seed only")
+        batches: dict[tuple[int, bool], list[int]] = {}
+        for place, recipe in enumerate(recipes):
+            length = self.system.text.length([recipe.prompt, recipe.negative_prompt or ""])
+            batches.setdefault((length, recipe.negative_prompt is None), []).append(place)
+        notes, drawn = list(self.system.notes), dict[int, Tensor]()
+        with self._lock:
+            for places in batches.values():
+                latents, more = self._draw([recipes[k] for k in places], callback_on_step_end, progress)
+                notes += [note for note in more if note not in notes]
+                drawn |= zip(places, latents, strict=True)
+            images = self._pictures(torch.stack([drawn[k] for k in range(len(recipes))]), output_type)
+            if self._offload:
+                self._offload.rest()
+        return TextToImageOutput(images, recipes, notes)
+
+    def _draw(
+        self, recipes: Sequence[Recipe], callback: StepCallback | None, progress: bool
+    ) -> tuple[Tensor, list[str]]:
+        """The latents (B, C, h, w) of complete recipes, in one batch, and the notes on their prompts."""
         shared = recipes[0]
-        if any(recipe.batch_key() != shared.batch_key() for recipe in recipes):
-            raise ValueError("the recipes of one batch may differ in prompt, negative_prompt and seed only")
         assert shared.guidance_scale is not None
         how = self.plan(shared)
         condition, notes = self._condition(recipes, guided=shared.guidance_scale > 1)
@@ -201,42 +257,40 @@ class TextToImagePipeline:
             [recipe.seed for recipe in recipes if recipe.seed is not None], self._shape(shared), self.device
         )
         with _progress_bar(progress, how) as bar:
-            latents = how.sample(denoise, noise, self._after_step(callback_on_step_end, how, bar))
-        return TextToImageOutput(self._pictures(latents, output_type), recipes, notes)
+            return how.sample(denoise, noise, self._after_step(callback, how, bar)), notes
 
     def complete(self, recipe: Recipe) -> Recipe:
         """The recipe with the model's defaults in place of every None. Raises UserError for impossible values."""
-        system, factor = self.system, self.system.autoencoder.config.factor
+        system = self.system
         height = system.default_size if recipe.height is None else recipe.height
         width = system.default_size if recipe.width is None else recipe.width
-        for name, size in (("height", height), ("width", width)):
-            if size < factor or size % factor:
-                low = max(size // factor, 1) * factor
-                raise UserError(f"{name} {size} is not a multiple of {factor}: use {low} or {low + factor}")
-        steps, scale = recipe.num_inference_steps, recipe.guidance_scale
         defaults = {
             "num_inference_steps": 50,
             "guidance_scale": 5.0 if system.is_xl else 7.5,
             **system.options,
         }
-        steps = defaults["num_inference_steps"] if steps is None else steps
-        if steps < 1:
-            raise UserError(f"num_inference_steps is {steps}: it must be 1 or more")
         sizes = {"original_size": (height, width), "target_size": (height, width)} if system.is_xl else {}
-        return replace(
+        complete = replace(
             recipe,
             seed=secrets.randbelow(2**32) if recipe.seed is None else recipe.seed,
-            num_inference_steps=steps,
-            guidance_scale=defaults["guidance_scale"] if scale is None else scale,
             sampler=recipe.sampler or system.scheduler.sampler,
             height=height,
             width=width,
-            **{key: getattr(recipe, key) or value for key, value in sizes.items()},
+            **{
+                name: defaults[name] if getattr(recipe, name) is None else getattr(recipe, name)
+                for name in ("num_inference_steps", "guidance_scale")
+            },
+            **{name: getattr(recipe, name) or value for name, value in sizes.items()},
             dtype=str(self.dtype).removeprefix("torch."),
-            model=self.name,
+            **self._identity,
             model_hash=system.fingerprint,
             version=__version__,
         )
+        check(complete, system.autoencoder.config.factor)
+        self.plan(complete)
+        if complete.clip_skip:
+            system.text.encode([""], clip_skip=complete.clip_skip)  # it alone knows how many layers there are
+        return complete
 
     def plan(self, recipe: Recipe) -> Plan:
         """How a complete recipe is sampled. Raises UserError for unknown samplers and schedules."""
@@ -257,11 +311,11 @@ class TextToImagePipeline:
         if not guided:
             condition, notes = self.system.text.encode(prompts, clip_skip=recipes[0].clip_skip)
         else:
-            stated = [recipe.negative_prompt for recipe in recipes]
-            negatives = None if all(each is None for each in stated) else [each or "" for each in stated]
+            none = recipes[0].negative_prompt is None  # of all, or of none: see `draw`
+            negatives = None if none else [recipe.negative_prompt or "" for recipe in recipes]
             cond, uncond, notes = encode_pair(self.system.text, prompts, negatives, recipes[0].clip_skip)
             condition = concatenate([uncond, cond])
-        return condition.to(self.device, self.dtype), [*self.system.notes, *notes]
+        return condition.to(self.device, self.dtype), notes
 
     def _network(self, condition: TextEmbedding, recipe: Recipe) -> Network:
         """The U-Net with its condition bound; a call of half the rows is the one without the negative prompts."""
@@ -291,7 +345,7 @@ class TextToImagePipeline:
                 return None
             sigma = torch.tensor([step.sigma], dtype=torch.float64)
             state = {
-                "latents": step.x / math.sqrt(1 + step.sigma**2),  # of unit variance, as diffusers shows them
+                "latents": step.x / math.sqrt(1 + step.sigma**2),  # before the step, at unit variance
                 "denoised": step.x0,
                 "preview": lambda: self.preview(step.x0),
             }
@@ -336,12 +390,10 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int | None]:
     """One for each image."""
     if seed is None:
         return [None] * count
-    seeds = [seed + k for k in range(count)] if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [operator.index(seed) + k for k in range(count)]
     if len(seeds) != count:
         raise UserError(f"there are {len(seeds)} seeds for {count} images: give one int, or one an image")
-    if any(not -(2**63) <= each < 2**64 for each in seeds):
-        raise UserError("a seed must fit in 64 bits")
-    return list(seeds)
+    return [operator.index(each) for each in seeds]
 
 
 def _progress_bar(shown: bool, how: Plan) -> Any:

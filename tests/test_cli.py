@@ -54,8 +54,12 @@ def test_prompts_from_arguments_and_a_grid(
 
 
 def test_a_file_of_rows_with_settings(model: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "a cat", "seed": 1}, {"prompt": "dog", "height": 48, "width": 64, "sampler": "ddim"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    rows = [
+        {"prompt": "a cat\u2028", "seed": 1},
+        {"prompt": "dog", "height": 48, "width": 64, "sampler": "ddim"},
+    ]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8-sig")  # as some editors write it
     arguments = [
         "--file",
         str(tmp_path / "rows.jsonl"),
@@ -162,7 +166,12 @@ def test_a_model_that_cannot_be_used(
         (["cat", "--num-images", "0"], "--num-images must be 1 or more"),
         (["cat", "--model", "no/such/folder"], "no/such/folder"),
         (["cat", "--device", "cuda:77"], "--device cuda:77"),
+        (["cat", "--device", "meta"], "--device meta"),
+        (["cat", "--seed", "9" * 30], "does not fit in 64 bits"),
         (["cat", "dog", "--out", "one.png"], "one.png is one file for 2 pictures"),
+        (["cat", "--out", "one.jpg"], "one.jpg: pictures are saved as PNG"),
+        (["cat", "--grid", "one.jpg"], "one.jpg: pictures are saved as PNG"),
+        (["--file", "prompts.json"], "prompts.json: prompts come one a line"),
         (["--file", "missing.txt"], "missing.txt can't be read"),
         (["--from-image", "missing.png"], "missing.png: no such file"),
     ],
@@ -190,6 +199,8 @@ def test_a_mistake_in_the_last_row_costs_no_drawing(
     for last, words in (
         ('{"prompt": "dog", "samplr": "ddim"}', "line 2: unknown key 'samplr', did you mean sampler"),
         ('{"prompt": "dog", "height": 33}', "height 33"),
+        ('{"prompt": "dog", "clip_skip": 9}', "clip_skip is 9"),
+        ('{"prompt": "dog", "model": "another"}', "line 2: 'model' holds for the whole run"),
         ('{"prompt": 5}', "line 2"),
         ("{not json", "line 2: not valid JSON"),
     ):
@@ -206,6 +217,16 @@ def test_a_mistake_in_the_last_row_costs_no_drawing(
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
         assert not list((tmp_path / "out").glob("*.png")) if (tmp_path / "out").exists() else True
+
+
+def test_a_grid_of_several_sizes_is_refused_before_drawing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "cat"}\n{"prompt": "dog", "height": 48}')
+    places = ["--out", str(tmp_path / "out"), "--grid", str(tmp_path / "grid.png")]
+    assert main(["--file", str(tmp_path / "rows.jsonl"), "--model", str(model), *places, *FAST]) == 2
+    assert "a grid needs pictures of one size" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_an_empty_prompt_file_and_a_foreign_picture(
@@ -228,4 +249,4 @@ def test_an_unwritable_place_is_found_before_drawing(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     assert main(["cat", "--model", str(model), "--out", str(tmp_path / "file" / "folder"), *FAST]) == 2
-    assert "can't write to" in capsys.readouterr().err
+    assert "can't write" in capsys.readouterr().err

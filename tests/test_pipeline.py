@@ -1,6 +1,8 @@
 """The whole pipeline: the same picture as diffusers from one saved folder, seeds, callbacks, bad input."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tiny import SCHEDULER, tiny_pipeline_folder
 from ldm.checkpoints.files import read_tensors
 from ldm.errors import UserError
 from pipelines import TextToImagePipeline
+from pipelines.recipe import Recipe, read_recipe
 
 V_ZERO_SNR = {
     **SCHEDULER,
@@ -101,6 +104,22 @@ def test_an_image_depends_on_its_own_seed_only(pipe: TextToImagePipeline, sample
     assert np.abs(batch[4] - alone).max() > 1 / 255
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_neighbours_do_not_change_a_picture(folder: Callable[..., Path], family: str) -> None:
+    """Beside a prompt of more windows, and beside a row with a negative prompt (SDXL's zeros are for none at all)."""
+    pipe = TextToImagePipeline.from_pretrained(folder(family), device="cpu")
+    rows = [
+        Recipe("cat", None, 1),
+        Recipe("cat " * 100, None, 2),
+        Recipe("dog", "the cat", 3),
+        Recipe("dog", None, 4),
+    ]
+    rows = [replace(row, num_inference_steps=3) for row in rows]
+    together = pipe.draw(rows, "np").images
+    for row, picture in zip(rows, together, strict=True):
+        assert np.abs(pipe.draw([row], "np").images[0] - picture).max() < 1 / 255
+
+
 def test_guidance_one_runs_no_unconditional_pass(pipe: TextToImagePipeline) -> None:
     rows: list[int] = []
     hook = pipe.system.unet.register_forward_pre_hook(
@@ -143,8 +162,60 @@ def test_long_prompts_are_noted(pipe: TextToImagePipeline) -> None:
 
 def test_offloaded_parts_draw_the_same(folder: Callable[..., Path], pipe: TextToImagePipeline) -> None:
     offloaded = TextToImagePipeline.from_pretrained(folder("sd1"), device="cpu", low_memory=True)
-    pictures = [p("cat", seed=0, num_inference_steps=2, output_type="np").images for p in (pipe, offloaded)]
-    np.testing.assert_array_equal(*pictures)
+    order = (pipe, offloaded, offloaded, offloaded.to("cpu"))
+    pictures = [p("cat", seed=0, num_inference_steps=2, output_type="np").images for p in order]
+    for picture in pictures[1:]:
+        np.testing.assert_array_equal(picture, pictures[0])
+    assert not any(hasattr(module, "_hf_hook") for module in offloaded.system.modules().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_half_precision_on_cuda(folder: Callable[..., Path], low_memory: bool) -> None:
+    """Close to the CPU's picture, twice over, and with low memory nothing stays on the device."""
+    settings: dict[str, Any] = {
+        "seed": 0,
+        "num_inference_steps": 4,
+        "sampler": "euler_ancestral",
+        "output_type": "np",
+    }
+    expected = TextToImagePipeline.from_pretrained(folder("sdxl"), device="cpu")("cat", **settings).images
+    pipe = TextToImagePipeline.from_pretrained(
+        folder("sdxl"), device="cuda", torch_dtype=torch.float16, low_memory=low_memory
+    )
+    for _ in range(2):
+        assert psnr(pipe("cat", **settings).images, expected) > 30
+    if low_memory:
+        assert all(p.device.type == "cpu" for m in pipe.system.modules().values() for p in m.parameters())
+
+
+def test_pictures_are_saved_with_their_recipes(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    output = pipe(["cat", "dog"], seed=[np.int64(5), 7], num_inference_steps=1)
+    assert output.save(tmp_path / "many") == [
+        tmp_path / "many" / "0000-cat.png",
+        tmp_path / "many" / "0001-dog.png",
+    ]
+    assert read_recipe(tmp_path / "many" / "0001-dog.png") == output.recipes[1]
+    with pytest.raises(UserError, match=r"one.png is one file for 2 pictures"):
+        output.save(tmp_path / "one.png")
+
+
+def test_models_that_are_for_something_else(folder: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="takes 9 channels where latents have 4: an inpainting model"):
+        TextToImagePipeline.from_pretrained(folder("inpaint"), device="cpu")
+    shutil.copytree(folder("sd1"), tmp_path / "mixed")
+    shutil.rmtree(tmp_path / "mixed" / "unet")
+    shutil.copytree(folder("sdxl") / "unet", tmp_path / "mixed" / "unet")
+    with pytest.raises(UserError, match="attends to 64 features, the text encoder gives 32"):
+        TextToImagePipeline.from_pretrained(tmp_path / "mixed", device="cpu")
+
+
+def test_a_prediction_type_named_overrides_the_folder(folder: Callable[..., Path]) -> None:
+    pipe = TextToImagePipeline.from_pretrained(folder("sd1"), device="cpu", prediction_type="v_prediction")
+    assert pipe.system.scheduler.get("prediction_type") == "v_prediction"
+    assert (
+        pipe("cat", num_inference_steps=1, output_type="latent").recipes[0].prediction_type == "v_prediction"
+    )
 
 
 def test_save_and_load_again(folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -170,7 +241,7 @@ def _names(part: Path) -> set[str]:
     ("arguments", "message"),
     [
         ({"prompt": []}, "there is no prompt"),
-        ({"height": 33}, "height 33 is not a multiple of 2: use 32 or 34"),
+        ({"height": 33}, "height 33 is not a multiple of 2 up to 16384: use 32 or 34"),
         ({"sampler": "eular"}, "did you mean euler"),
         ({"schedule": "karas"}, "did you mean karras"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
@@ -178,6 +249,12 @@ def _names(part: Path) -> set[str]:
         ({"seed": [1, 2]}, "2 seeds for 1 images"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"output_type": "pill"}, "did you mean pil"),
+        ({"seed": 2**70}, "does not fit in 64 bits"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"eta": 7.0}, "eta is 7.0"),
+        ({"guidance_rescale": -1.0}, "guidance_rescale is -1.0"),
+        ({"clip_skip": 9}, "clip_skip is 9"),
+        ({"prompt": "\udce9t\udce9"}, "is not valid Unicode"),
     ],
 )
 def test_bad_arguments_say_what_to_do(

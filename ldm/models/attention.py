@@ -34,7 +34,13 @@ def set_attention_backend(name: Backend) -> None:
 
 @cache
 def _has_xformers() -> bool:
-    return find_spec("xformers") is not None
+    if find_spec("xformers") is None:
+        return False
+    try:  # it is built for one version of torch, and beside another its import fails
+        import xformers.ops  # pyright: ignore[reportMissingImports]  # noqa: F401
+    except (ImportError, RuntimeError, OSError):
+        return False
+    return True
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -44,7 +50,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """
     batch, length, width = query.shape
     q, k, v = (t.view(batch, -1, heads, width // heads) for t in (query, key, value))  # (B, L, H, d)
-    if _backend == "xformers" or (_backend == "auto" and query.is_cuda and _has_xformers()):
+    narrow = width // heads <= 256  # what xformers' kernels take
+    if _backend == "xformers" or (_backend == "auto" and query.is_cuda and narrow and _has_xformers()):
         out = _xformers(q, k, v)
     else:
         short = key.shape[1] <= _SHORT and query.dtype == torch.bfloat16 and query.device.type == "cpu"

@@ -82,10 +82,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        if set(config.down_block_types) | set(config.up_block_types) > {
-            "DownEncoderBlock2D",
-            "UpDecoderBlock2D",
-        }:
+        if {*config.down_block_types, *config.up_block_types} - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
             raise UserError("the autoencoder supports DownEncoderBlock2D and UpDecoderBlock2D blocks only")
         self.config = config
         c = config.latent_channels

@@ -5,7 +5,7 @@ Parameter names are those of diffusers' UNet2DConditionModel, so its weights loa
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,6 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    "upcast_attention": (False, True),  # a hint for float16 attention; SDPA accumulates in float32 anyway
 }
 
 
@@ -54,6 +53,7 @@ class UNetConfig:
     """The settings of a U-Net, named as in diffusers' `unet/config.json`; the defaults are SD 1.x's.
 
     attention_head_dim: the NUMBER of heads a level (diffusers' historical misnomer).
+    upcast_attention: kept for other programs' sake; SDPA accumulates in float32 anyway.
     addition_embed_type: "text_time" for SDXL's pooled text and size/crop conditions.
     """
 
@@ -70,8 +70,9 @@ class UNetConfig:
     use_linear_projection: bool = False
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
+    upcast_attention: bool = False
     dropout: float = 0.0
-    resnet_time_scale_shift: str = "default"
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     addition_embed_type: str | None = None
