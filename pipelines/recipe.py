@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,6 +69,39 @@ class Recipe:
         stated = {name: value for name, value in asdict(self).items() if value is not None}
         info.add_itxt(KEYWORD, json.dumps(stated, ensure_ascii=False))
         return info
+
+
+def recipes_for(
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] | None,
+    seed: int | Sequence[int] | None,
+    images_per_prompt: int,
+    settings: Mapping[str, Any],
+) -> list[Recipe]:
+    """The recipes of a call, prompt by prompt; see `TextToImagePipeline.__call__`. Raises UserError."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(isinstance(each, str) for each in prompts):
+        raise UserError("there is no prompt: give a string, or a list of at least one")
+    if images_per_prompt < 1:
+        raise UserError(f"num_images_per_prompt is {images_per_prompt}: it must be 1 or more")
+    count = len(prompts) * images_per_prompt
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        negatives = [negative_prompt] * len(prompts)
+    else:
+        negatives = list(negative_prompt)
+    if len(negatives) != len(prompts):
+        raise UserError(
+            f"there are {len(negatives)} negative prompts for {len(prompts)} prompts: one, or one each"
+        )
+    if seed is None:
+        seeds = [None] * count
+    else:
+        seeds = list(seed) if isinstance(seed, Sequence) else [operator.index(seed) + k for k in range(count)]
+        seeds = [operator.index(each) for each in seeds]
+    if len(seeds) != count:
+        raise UserError(f"there are {len(seeds)} seeds for {count} images: give one int, or one an image")
+    places = [k for k in range(len(prompts)) for _ in range(images_per_prompt)]
+    return [Recipe(prompts[k], negatives[k], each, **settings) for k, each in zip(places, seeds, strict=True)]
 
 
 def check(recipe: Recipe, factor: int) -> None:

@@ -5,7 +5,6 @@ pipe("a raccoon astronaut").save("raccoon.png")
 """
 
 import math
-import operator
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from ldm.system import System
 from pipelines.files import check_target, save_picture
 from pipelines.placement import Offload, choose_device, offload_where_needed, wake
 from pipelines.preview import LatentPreview
-from pipelines.recipe import Recipe, check
+from pipelines.recipe import Recipe, check, recipes_for
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 # (pipe, step index, timestep, {"latents", "denoised", "preview"}) -> False to stop there
@@ -171,11 +170,6 @@ class TextToImagePipeline:
         xl: SDXL's `original_size`, `target_size`, `crops_coords_top_left`, each (height, width) in pixels.
         Raises UserError.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(each, str) for each in prompts):
-            raise UserError("there is no prompt: give a string, or a list of at least one")
-        if num_images_per_prompt < 1:
-            raise UserError(f"num_images_per_prompt is {num_images_per_prompt}: it must be 1 or more")
         unknown = [key for key in xl if key not in ("original_size", "target_size", "crops_coords_top_left")]
         if unknown:
             raise TypeError(
@@ -194,14 +188,7 @@ class TextToImagePipeline:
             "clip_skip": clip_skip,
             **xl,
         }
-        negatives = _negatives(negative_prompt, len(prompts))
-        count = len(prompts) * num_images_per_prompt
-        recipes = [
-            Recipe(prompts[k], negatives[k], each, **settings)
-            for each, k in zip(
-                _seeds(seed, count), (i // num_images_per_prompt for i in range(count)), strict=True
-            )
-        ]
+        recipes = recipes_for(prompt, negative_prompt, seed, num_images_per_prompt, settings)
         return self.draw(recipes, output_type, callback_on_step_end, progress)
 
     @torch.no_grad()
@@ -373,27 +360,6 @@ class TextToImagePipeline:
                 "the picture came out as NaN: try torch_dtype float32 (float16 overflows in some models)"
             )
         return {"pil": to_pil, "np": to_numpy, "pt": lambda tensor: tensor}[output_type](pictures)
-
-
-def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
-    """One for each prompt."""
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt] * count
-    if len(negative_prompt) != count:
-        raise UserError(
-            f"there are {len(negative_prompt)} negative prompts for {count} prompts: give one, or one each"
-        )
-    return list(negative_prompt)
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int | None]:
-    """One for each image."""
-    if seed is None:
-        return [None] * count
-    seeds = list(seed) if isinstance(seed, Sequence) else [operator.index(seed) + k for k in range(count)]
-    if len(seeds) != count:
-        raise UserError(f"there are {len(seeds)} seeds for {count} images: give one int, or one an image")
-    return [operator.index(each) for each in seeds]
 
 
 def _progress_bar(shown: bool, how: Plan) -> Any:
