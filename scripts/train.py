@@ -5,6 +5,9 @@ accelerate launch scripts/train.py --config configs/bundled-autoencoder.yaml [--
 
 import argparse
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
 
 from ldm.errors import UserError
 from ldm.training.run import train

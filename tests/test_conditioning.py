@@ -139,6 +139,18 @@ def test_diffusers_draws_with_bert(tmp_path: Path, spelling: str):
     assert pipeline("a cat", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
 
 
+def test_standardised_states_have_zero_mean_and_unit_variance(tmp_path: Path) -> None:
+    """Folded into the last norm: any loader of the folder sees it, and nothing else of the states is lost."""
+    folder = tiny.tiny_bert_folder(tmp_path)
+    before = load_text_encoder(folder).encode(PROMPTS)[0].hidden
+    minilm.standardise(folder, PROMPTS)
+    after = load_text_encoder(folder).encode(PROMPTS)[0].hidden
+    torch.testing.assert_close(after.mean((0, 1)), torch.zeros(after.shape[-1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.std((0, 1)), torch.ones(after.shape[-1]), atol=1e-3, rtol=0)
+    restored = after * before.std((0, 1)) + before.mean((0, 1))
+    torch.testing.assert_close(restored, before, atol=1e-4, rtol=1e-4)
+
+
 def test_minilm_is_prepared_for_both_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from transformers import BertModel, BertTokenizerFast
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from ldm.checkpoints.files import write_text
 from ldm.config import load_yaml, to_dict
 from ldm.errors import UserError
 from ldm.training.autoencoder import AutoencoderObjective, AutoencoderObjectiveConfig
 from ldm.training.loop import LoopConfig, Objective, Trainer
+from ldm.training.share import processes
 from ldm.training.text_to_image import TextToImageObjective, TextToImageObjectiveConfig
 
 
@@ -39,10 +39,13 @@ def build_objective(config: RunConfig) -> Objective:
 
 
 def train(path: str | Path, overrides: Iterable[str] = ()) -> bool:
-    """Train what the config file says; True when the run is complete. The resolved config goes beside the weights."""
+    """Train what the config file says; True when the run is complete.
+
+    The resolved config goes into the run's folder and into its state.
+    """
     config = load_yaml(path, RunConfig, overrides)
-    folder = Path(config.output)
     torch.manual_seed(config.loop.seed)  # the weights that training starts from
-    objective = build_objective(config)
-    write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-    return Trainer(objective, config.loop, folder).run()
+    with processes().main_process_first():  # it fetches what is missing
+        objective = build_objective(config)
+    resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
+    return Trainer(objective, config.loop, Path(config.output), resolved).run()

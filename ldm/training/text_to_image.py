@@ -24,6 +24,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.pictures import grid, to_pil, to_unit_range
 from ldm.system import System
 from ldm.training.latents import LatentCache
+from ldm.training.share import Draws
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class TextToImageObjectiveConfig:
     """What is learnt from what.
 
     autoencoder, text_encoder: folders that hold `vae`, and `text_encoder` with `tokenizer`; both stay frozen.
-    cached_pictures: size of the pool of encoded compositions; a longer run goes over it again, reshuffled.
+    latents: folder of the pool of encoded compositions; cached_pictures: its size, in whole shards of 2048. A longer
+        run goes over it again, reshuffled.
     condition_dropout: share of captions replaced by the empty one, for classifier-free guidance (Ho & Salimans 2022).
     validation_prompts: drawn at every validation, two seeds each.
     """
@@ -84,18 +86,21 @@ class TextToImageObjective:
         recipe = Recipe(load_sprites(config.sprites), config.recipe)
         self.cache = LatentCache(Path(config.latents), recipe, self.autoencoder, config.cached_pictures)
 
-    def batch(self, start: int, size: int) -> Batch:
-        return Batch(*self.cache.read(start, size))
+    def to(self, device: torch.device) -> None:
+        for module in (self.autoencoder, *self.text.modules.values()):
+            module.to(device)
 
-    def loss(self, model: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def batch(self, start: int, size: int, rows: slice) -> Batch:
+        return Batch(*self.cache.read(start, size, rows))
+
+    def loss(self, model: nn.Module, batch: Batch, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(model.parameters()).device
-        size = len(batch.captions)
-        dropped = (torch.rand(size, generator=rng) < self.config.condition_dropout).tolist()
+        dropped = (rng.uniform() < self.config.condition_dropout).tolist()
         condition = self.embed(
             ["" if drop else c for drop, c in zip(dropped, batch.captions, strict=True)], device
         )
-        noise = torch.randn(batch.latents.shape, generator=rng)
-        timestep = torch.randint(self.schedule.num_train_timesteps, (size,), generator=rng)
+        noise = rng.normal(*batch.latents.shape[1:])
+        timestep = rng.integers(self.schedule.num_train_timesteps)
         losses = diffusion_loss(
             lambda x, timestep: model(x, timestep, condition),
             batch.latents.to(device, memory_format=torch.channels_last),
@@ -110,10 +115,8 @@ class TextToImageObjective:
 
     @torch.no_grad()
     def embed(self, captions: Sequence[str], device: torch.device) -> Tensor:
-        """(B, L, D), float32. Equal captions are encoded once."""
-        unique = list(dict.fromkeys(captions))
-        hidden = self.text.encode(unique)[0].hidden
-        return hidden[[unique.index(c) for c in captions]].float().to(device)
+        """(B, L, D), float32."""
+        return self.text.encode(captions)[0].hidden.float().to(device)
 
     @torch.no_grad()
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
@@ -162,13 +165,17 @@ class TextToImageObjective:
 
 def half(checkpoint: Checkpoint) -> Checkpoint:
     """The same weights in float16, for a small file; they are computed with in whatever precision they are loaded."""
-    tensors = {part: {name: t.half() for name, t in own.items()} for part, own in checkpoint.tensors.items()}
+    tensors = {
+        part: {name: each.half() if each.is_floating_point() else each for name, each in own.items()}
+        for part, own in checkpoint.tensors.items()
+    }
     return replace(checkpoint, tensors=tensors)
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:
-    """The frozen first stage from a folder that holds `vae`."""
+    """The frozen first stage from a folder that holds `vae`, in float32 whatever it is stored in."""
     config, tensors = read_component(folder, "vae")
-    model = AutoencoderKL(AutoencoderConfig.from_diffusers(config))
+    with torch.device("meta"):
+        model = AutoencoderKL(AutoencoderConfig.from_diffusers(config, f"{folder}/vae/config.json"))
     load_strict(model, tensors, folder / "vae")
-    return model.eval().requires_grad_(False)
+    return model.float().eval().requires_grad_(False)
