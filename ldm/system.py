@@ -18,7 +18,8 @@ from ldm.checkpoints.hub import resolve
 from ldm.checkpoints.single_file import write_single_file
 from ldm.conditioning.load import export, write_tokenizers
 from ldm.conditioning.system import build_conditioning
-from ldm.conditioning.text import TextEncoder
+from ldm.conditioning.text import TextEmbedding, TextEncoder
+from ldm.diffusion.denoiser import Network
 from ldm.diffusion.scheduler_config import SchedulerConfig
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -108,13 +109,17 @@ class System:
             fingerprint=fingerprint(checkpoint.tensors["unet"]),
             notes=checkpoint.notes,
         )
-        system._check(path)
+        system.check(path)
         return system.to(device, torch_dtype)
 
-    def _check(self, path: Path) -> None:
+    def check(self, path: str | Path) -> None:
         """Raise UserError where the parts do not belong together."""
+        if self.autoencoder.config.num_class_embeds:
+            raise UserError(
+                f"{path}: the autoencoder is conditioned on labels, which text to image has none of"
+            )
         unet, channels = self.unet.config, self.autoencoder.config.latent_channels
-        if unet.out_channels != channels:
+        if unet.out_channels not in (channels, 2 * channels):  # twice: with a learned variance
             raise UserError(
                 f"{path}: the U-Net gives {unet.out_channels} channels, the autoencoder's latents have {channels}: "
                 "parts of different models"
@@ -158,6 +163,24 @@ class System:
             module.to(device=device, dtype=dtype)
         return self
 
+    def bind(self, condition: TextEmbedding, time_ids: Tensor | None = None) -> Network:
+        """The U-Net under a condition of R rows; a call of fewer rows is under the last of them.
+
+        condition: on the U-Net's device, in its dtype. time_ids: (R, 6), SDXL's sizes in pixels: original height and
+        width, crop top and left, target height and width.
+        """
+        unet, added = self.unet, dict[str, Tensor]()
+        if self.is_xl:
+            assert condition.pooled is not None and time_ids is not None
+            added = {"text_embeds": condition.pooled, "time_ids": time_ids}
+
+        def network(x: Tensor, timestep: Tensor) -> Tensor:
+            last = slice(len(condition.hidden) - len(x), None)
+            rows = {key: value[last] for key, value in added.items()}
+            return unet(x.to(condition.hidden.dtype), timestep, condition.hidden[last], rows or None)
+
+        return network
+
     def checkpoint(self) -> Checkpoint:
         """Configs and tensors as files hold them."""
         parts = {
@@ -191,7 +214,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten()[:64].contiguous().view(torch.uint8).numpy().tobytes())
+        some = tensor.detach().flatten()[:64].cpu().contiguous()
+        digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:10]
 
 

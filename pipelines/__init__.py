@@ -1,5 +1,6 @@
 """Pipelines: from a prompt to a picture."""
 
-from pipelines.text_to_image import TextToImageOutput, TextToImagePipeline
+from pipelines.output import TextToImageOutput
+from pipelines.text_to_image import TextToImagePipeline
 
 __all__ = ["TextToImageOutput", "TextToImagePipeline"]

@@ -16,6 +16,7 @@ examples:
   %(prog)s "a fox" "an owl" --num-images 4 --seed 0 --grid outputs/grid.png
   %(prog)s --file prompts.jsonl --batch-size 8         a row: {"prompt": "a fox", "seed": 7, "guidance_scale": 3}
   %(prog)s --model path/to/sd15.safetensors "a castle" --sampler dpmpp_2m --steps 25
+  %(prog)s "a castle" --model sd15.safetensors --lora style.safetensors:0.8 --lora more.safetensors
   %(prog)s --from-image outputs/0003-a-fox.png         draws that picture again
 """
 # The options that are settings of a recipe: flag, Recipe's name, type, help.
@@ -70,6 +71,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--columns", type=int, metavar="N", help="of the grid (default: --num-images, or squarest)"
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="PATH[:WEIGHT]",
+        help="a LoRA in diffusers' or kohya's layout (several: once each)",
+    )
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        metavar="PATH",
+        help="new words of textual inversion (several: once each)",
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: what there is)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default: float32)"
@@ -103,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(arguments: argparse.Namespace) -> None:
     from pipelines import jobs
     from pipelines.files import check_target
-    from pipelines.recipe import Recipe, read_recipe
+    from pipelines.recipe import EmbeddingUse, LoRAUse, Recipe, read_recipe
 
     settings = {
         name: getattr(arguments, name) for _, name, _, _ in _SETTINGS if getattr(arguments, name) is not None
@@ -115,9 +128,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.file:
         recipes += jobs.read_prompts(arguments.file, settings)
     expected = None
+    loras = tuple(LoRAUse(*_weighed(each)) for each in arguments.lora or ())
+    embeddings = tuple(EmbeddingUse(each) for each in arguments.embedding or ())
     if arguments.from_image:
         old = read_recipe(arguments.from_image)
         expected = old.model_hash
+        loras, embeddings = loras or old.loras, embeddings or old.embeddings
         for name in ("model", "variant", "prediction_type", "dtype"):
             setattr(arguments, name, getattr(arguments, name) or getattr(old, name))
         recipes.append(replace(old, **settings))
@@ -132,6 +148,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     pipe = _load(arguments)
     if expected and expected != pipe.system.fingerprint:
         print(f"note: {arguments.from_image} was drawn by other weights ({expected})", file=sys.stderr)
+    for note in pipe.load_adapters_of(Recipe("", loras=loras, embeddings=embeddings)):
+        print(f"note: {note}", file=sys.stderr)
     columns = arguments.columns or (arguments.num_images if arguments.num_images > 1 else None)
     quiet, batch_size = arguments.quiet, arguments.batch_size
     try:
@@ -144,6 +162,15 @@ def _generate(arguments: argparse.Namespace) -> None:
         ) from error
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def _weighed(text: str) -> tuple[str, float]:
+    """PATH[:WEIGHT]; what follows the last colon is part of the path where it is no number."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _load(arguments: argparse.Namespace) -> Any:

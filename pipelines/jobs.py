@@ -23,6 +23,8 @@ _NOT_IN_A_ROW = (
     "prediction_type",
     "dtype",
     "model_hash",
+    "loras",
+    "embeddings",
     "version",
 )  # of a run, not of a row
 

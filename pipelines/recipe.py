@@ -4,7 +4,7 @@ import json
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,12 +21,30 @@ PER_IMAGE = ("prompt", "negative_prompt", "seed")  # what may differ between the
 
 
 @dataclass(frozen=True)
+class LoRAUse:
+    """A LoRA that takes part: its file or folder as it was named, how much of it, and the file's `file_hash`."""
+
+    path: str
+    weight: float = 1.0
+    hash: str | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingUse:
+    """New words that take part: their file or folder, the token where one was given, and the file's `file_hash`."""
+
+    path: str
+    token: str | None = None
+    hash: str | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One picture; what is None is the model's own default, and is filled in when the picture is drawn.
 
     The names are those of `TextToImagePipeline.__call__` and `.from_pretrained`. model is what was asked for (a path
-    or a hub id; None is the bundled model), model_hash the fingerprint of the weights that drew it, version that of
-    this package.
+    or a hub id; None is the bundled model), model_hash the fingerprint of the weights that drew it, without adapters,
+    loras and embeddings the adapters that were loaded, version that of this package.
     """
 
     prompt: str
@@ -50,6 +68,8 @@ class Recipe:
     variant: str | None = None
     prediction_type: str | None = None
     model_hash: str | None = None
+    loras: tuple[LoRAUse, ...] = ()
+    embeddings: tuple[EmbeddingUse, ...] = ()
     version: str | None = None
 
     @classmethod
@@ -59,7 +79,7 @@ class Recipe:
 
     def shared(self) -> tuple[Any, ...]:
         """Equal for recipes that one call can draw."""
-        return tuple(value for name, value in asdict(self).items() if name not in PER_IMAGE)
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name not in PER_IMAGE)
 
     def png_info(self) -> "PngInfo":
         """The metadata to save a PNG with: `image.save(path, pnginfo=recipe.png_info())`."""

@@ -7,52 +7,29 @@ pipe("a raccoon astronaut").save("raccoon.png")
 import math
 import secrets
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ldm import __version__
-from ldm.conditioning.text import TextEmbedding, concatenate, encode_pair
-from ldm.diffusion.denoiser import Network
 from ldm.diffusion.driver import Noise, Step
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.plan import Plan, plan
 from ldm.errors import UserError, nearest
-from ldm.pictures import to_numpy, to_pil, to_unit_range
 from ldm.system import System
-from pipelines.files import check_target, save_picture
-from pipelines.placement import Offload, choose_device, offload_where_needed, wake
+from pipelines.adapters import Adapters
+from pipelines.condition import bound, condition_of
+from pipelines.output import OutputType, TextToImageOutput, pictures
+from pipelines.placement import Offload, choose_device, offload_where_needed
 from pipelines.preview import LatentPreview
 from pipelines.recipe import Recipe, check, recipes_for
 
-OutputType = Literal["pil", "np", "pt", "latent"]
 # (pipe, step index, timestep, {"latents", "denoised", "preview"}) -> False to stop there
 StepCallback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], object]
-
-
-@dataclass(frozen=True)
-class TextToImageOutput:
-    """What a call drew.
-
-    images: PIL pictures; or one array (B, H, W, 3) in [0, 1] ("np"), one tensor (B, 3, H, W) in [0, 1] ("pt"), or
-        latents (B, C, h, w) as the U-Net has them ("latent"); prompt by prompt, `num_images_per_prompt` each.
-    recipes: how to draw each image again, nothing left open.
-    notes: what the caller should know, such as how a long prompt was read.
-    """
-
-    images: Any
-    recipes: list[Recipe]
-    notes: list[str] = field(default_factory=list)
-
-    def save(self, path: str | Path) -> list[Path]:
-        """Save PIL pictures with their recipes, one to a `.png`, or all into a folder. Raises UserError."""
-        check_target(Path(path), len(self.images))
-        pairs = zip(self.images, self.recipes, strict=True)
-        return [save_picture(picture, recipe, Path(path)) for picture, recipe in pairs]
 
 
 class TextToImagePipeline:
@@ -80,6 +57,7 @@ class TextToImagePipeline:
         self._offload = offload
         self._identity: dict[str, Any] = identity or {}
         self._preview: LatentPreview | None = None
+        self._adapters = Adapters(system, self.device)
         self._lock = threading.Lock()
 
     @classmethod
@@ -117,6 +95,7 @@ class TextToImagePipeline:
             self._offload = None
         self.device = torch.device(device)
         self.system.to(self.device, torch_dtype or self.dtype)
+        self._adapters.to(self.device)
         return self
 
     @property
@@ -124,12 +103,64 @@ class TextToImagePipeline:
         """The precision of the U-Net; samplers keep their state in float32 all the same."""
         return self.system.unet.conv_in.weight.dtype
 
+    def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
+        """Put a LoRA over the networks that it is for, beside those that are there; returns its name.
+
+        path: a file in diffusers' layout, of any age, or in kohya's; or a folder with diffusers' file. weight: how much
+        of it. name: for `set_loras` and `unload_loras`; None is the file's. Raises UserError.
+        """
+        with self._lock:
+            return self._adapters.load_lora(path, weight, name)
+
+    def set_loras(self, weights: Mapping[str, float]) -> None:
+        """Use these LoRAs, with these weights; others that are loaded get weight 0. Raises UserError."""
+        with self._lock:
+            self._adapters.set_loras(weights)
+
+    def unload_loras(self, names: Iterable[str] | None = None) -> None:
+        """Take LoRAs out, merged or not; None takes all. The weights are then those of the model. Raises UserError."""
+        with self._lock:
+            self._adapters.unload_loras(names)
+
+    def merge_loras(self) -> None:
+        """Add all LoRAs, as weighed, to the networks' weights: they cost no time any more, and are saved with them."""
+        with self._lock:
+            self._adapters.merge_loras()
+
+    def unmerge_loras(self) -> None:
+        """Give the networks the very weights from before `merge_loras`; the LoRAs are beside them again."""
+        with self._lock:
+            self._adapters.unmerge_loras()
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
+        """Teach the text encoders new words, by an embedding of diffusers' or AUTOMATIC1111's; returns the words.
+
+        token: the word to use in prompts, in place of the file's own. Raises UserError.
+        """
+        with self._lock:
+            return self._adapters.load_words(path, token)
+
+    def unload_textual_inversion(self) -> None:
+        """Forget all words that were loaded."""
+        with self._lock:
+            self._adapters.unload_words()
+
+    def load_adapters_of(self, recipe: Recipe) -> list[str]:
+        """Load the LoRAs and embeddings that a recipe names; returns notes on files that have changed since.
+
+        Raises UserError, also where a file is gone.
+        """
+        with self._lock:
+            return self._adapters.load_again(recipe.loras, recipe.embeddings)
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that diffusers loads too."""
+        """Write a folder that diffusers loads too. Of adapters it holds what is merged; a warning says so."""
+        self._adapters.warn_of_saving()
         self.system.save(folder)
 
     def save_single_file(self, path: str | Path) -> None:
-        """Write one `.safetensors` in the LDM layout."""
+        """Write one `.safetensors` in the LDM layout. Of adapters it holds what is merged; a warning says so."""
+        self._adapters.warn_of_saving()
         self.system.save_single_file(path)
 
     def __call__(
@@ -221,7 +252,9 @@ class TextToImagePipeline:
                 latents, more = self._draw([recipes[k] for k in places], callback_on_step_end, progress)
                 notes += [note for note in more if note not in notes]
                 drawn |= zip(places, latents, strict=True)
-            images = self._pictures(torch.stack([drawn[k] for k in range(len(recipes))]), output_type)
+            images = pictures(
+                self.system.autoencoder, torch.stack([drawn[k] for k in range(len(recipes))]), output_type
+            )
             if self._offload:
                 self._offload.rest()
         return TextToImageOutput(images, recipes, notes)
@@ -233,9 +266,10 @@ class TextToImagePipeline:
         shared = recipes[0]
         assert shared.guidance_scale is not None
         how = self.plan(shared)
-        condition, notes = self._condition(recipes, guided=shared.guidance_scale > 1)
+        condition, notes = condition_of(self.system.text, recipes, guided=shared.guidance_scale > 1)
+        network = bound(self.system, condition.to(self.device, self.dtype), shared)
         denoise = classifier_free(
-            how.denoiser(self._network(condition, shared)),
+            how.denoiser(network),
             shared.guidance_scale,
             shared.guidance_rescale,
             shared.guidance_interval or (0.0, math.inf),
@@ -270,6 +304,7 @@ class TextToImagePipeline:
             **{name: getattr(recipe, name) or value for name, value in sizes.items()},
             dtype=str(self.dtype).removeprefix("torch."),
             **self._identity,
+            **self._adapters.recipe(),
             model_hash=system.fingerprint,
             version=__version__,
         )
@@ -291,37 +326,6 @@ class TextToImagePipeline:
         config = self.system.autoencoder.config
         assert recipe.height and recipe.width
         return config.latent_channels, recipe.height // config.factor, recipe.width // config.factor
-
-    def _condition(self, recipes: Sequence[Recipe], guided: bool) -> tuple[TextEmbedding, list[str]]:
-        """B rows; where guided 2B, the first B under the negative prompts."""
-        prompts = [recipe.prompt for recipe in recipes]
-        if not guided:
-            condition, notes = self.system.text.encode(prompts, clip_skip=recipes[0].clip_skip)
-        else:
-            none = recipes[0].negative_prompt is None  # of all, or of none: see `draw`
-            negatives = None if none else [recipe.negative_prompt or "" for recipe in recipes]
-            cond, uncond, notes = encode_pair(self.system.text, prompts, negatives, recipes[0].clip_skip)
-            condition = concatenate([uncond, cond])
-        return condition.to(self.device, self.dtype), notes
-
-    def _network(self, condition: TextEmbedding, recipe: Recipe) -> Network:
-        """The U-Net with its condition bound; a call of half the rows is the one without the negative prompts."""
-        unet, dtype = self.system.unet, self.dtype
-        added: dict[str, Tensor] = {}
-        if self.system.is_xl:
-            assert condition.pooled is not None and recipe.original_size and recipe.target_size
-            ids = (*recipe.original_size, *recipe.crops_coords_top_left, *recipe.target_size)
-            rows = torch.tensor([ids], dtype=torch.float32, device=self.device).expand(
-                len(condition.hidden), -1
-            )
-            added = {"text_embeds": condition.pooled, "time_ids": rows}
-
-        def network(x: Tensor, timestep: Tensor) -> Tensor:
-            last = slice(len(condition.hidden) - len(x), None)
-            rows = {key: value[last] for key, value in added.items()}
-            return unet(x.to(dtype), timestep, condition.hidden[last], rows or None)
-
-        return network
 
     def _after_step(
         self, callback: StepCallback | None, how: Plan, bar: Any
@@ -347,19 +351,6 @@ class TextToImagePipeline:
         if self._preview is None:
             self._preview = LatentPreview(self.system.autoencoder)
         return self._preview(latents)
-
-    def _pictures(self, latents: Tensor, output_type: OutputType) -> Any:
-        if output_type == "latent":
-            return latents
-        autoencoder = self.system.autoencoder
-        wake(autoencoder)
-        unscaled = autoencoder.unscale(latents).to(autoencoder.decoder.conv_in.weight.dtype)
-        pictures = to_unit_range(autoencoder.decode(unscaled))
-        if not bool(pictures.isfinite().all()):
-            raise UserError(
-                "the picture came out as NaN: try torch_dtype float32 (float16 overflows in some models)"
-            )
-        return {"pil": to_pil, "np": to_numpy, "pt": lambda tensor: tensor}[output_type](pictures)
 
 
 def _progress_bar(shown: bool, how: Plan) -> Any:

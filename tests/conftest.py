@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 # Before torch and huggingface_hub are first imported: they read these once.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -22,6 +23,19 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def sprites(tmp_path: Path) -> str:
+    rng = np.random.default_rng(0)
+    pixels = {}
+    for name in ("tree", "star", "rocket"):
+        pixels[name, "3d"] = np.full((128, 128, 4), 255, np.uint8)
+        pixels[name, "3d"][20:100, 20:100, :3] = rng.integers(0, 255, 3)
+    from ldm.data.sprites import SpriteSet
+
+    SpriteSet(pixels, 128).save(tmp_path / "sprites.npz")
+    return str(tmp_path / "sprites.npz")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

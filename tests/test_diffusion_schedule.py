@@ -1,14 +1,12 @@
 """Noise schedules, spacings, the prediction table and the training loss, against formulas and diffusers' tables."""
 
-import math
-
 import diffusers
 import pytest
 import torch
 
 from ldm.diffusion import parameterization
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.losses import diffusion_loss, loss_weight
+from ldm.diffusion.losses import diffusion_loss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.spacing import SPACINGS, lcm_timesteps, spaced_sigmas, spaced_timesteps
 from ldm.errors import UserError
@@ -155,42 +153,3 @@ def test_denoiser_of_a_perfect_network(prediction_type):
     assert denoised.dtype == torch.float32
     error = (denoised - x0).flatten(1).norm(dim=1) / (1 + sigma)
     assert bool((error < 0.02).all())  # as good as half precision allows
-
-
-@pytest.mark.parametrize("weighting", ["unit", "snr", "min_snr"])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_loss_equals_the_direct_formula(prediction_type, weighting):
-    schedule = NoiseSchedule.build()
-    timestep = torch.tensor([0, 10, 400, 999])
-    x0, noise, output = torch.randn(3, 4, 3, 6, 6, dtype=torch.float64)
-    alpha_bar = schedule.alphas_cumprod[timestep]
-    alpha, std = (each.sqrt().view(-1, 1, 1, 1) for each in (alpha_bar, 1 - alpha_bar))
-    target = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - std * x0}[prediction_type]
-    snr = alpha_bar / (1 - alpha_bar)
-    over = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
-    weight = {"unit": 1, "snr": snr / over, "min_snr": snr.clamp(max=5) / over}[weighting]
-    seen = []
-    loss = diffusion_loss(
-        lambda x, t: seen.append((x, t)) or output, x0, noise, timestep, schedule, prediction_type, weighting
-    )
-    assert loss.shape == (4,) and loss.dtype == torch.float32
-    assert torch.allclose(loss.double(), weight * (output - target).square().mean((1, 2, 3)), rtol=1e-4)
-    assert torch.allclose(seen[0][0].double(), alpha * x0 + std * noise, atol=1e-6)
-    assert seen[0][1].tolist() == timestep.tolist()
-
-
-def test_loss_at_zero_terminal_snr_is_finite_and_unknown_weighting_is_named():
-    schedule = NoiseSchedule.build(rescale_betas_zero_snr=True)
-    x0, noise = torch.randn(2, 2, 3, 4, 4)
-    timestep = torch.tensor([999, 0])
-    loss = diffusion_loss(lambda x, t: -x0, x0, noise, timestep, schedule, "v_prediction", "min_snr")
-    assert bool(loss.isfinite().all()) and loss[0] < 1e-5  # v is -x0 where there is no signal
-    with pytest.raises(UserError, match="min_snr"):
-        loss_weight(torch.ones(1), "epsilon", "minsnr")  # type: ignore[arg-type]
-
-
-def test_min_snr_weights_of_the_paper():
-    sigma = torch.tensor([1 / math.sqrt(20), 1.0, 2.0], dtype=torch.float64)  # SNR 20, 1, 1/4
-    assert loss_weight(sigma, "epsilon", "min_snr").tolist() == pytest.approx([5 / 20, 1, 1])
-    assert loss_weight(sigma, "sample", "min_snr").tolist() == pytest.approx([5, 1, 0.25])
-    assert loss_weight(sigma, "v_prediction", "min_snr").tolist() == pytest.approx([5 / 21, 1 / 2, 0.2])

@@ -1,5 +1,6 @@
 """Tensors and text on disk: read without running foreign code, written whole or not at all."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -71,6 +72,19 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path} can't be read as text: {error}") from error
 
 
+def file_in(path: str | Path, name: str) -> Path:
+    """Return `path`, or where that is a folder the file of this name in it."""
+    return Path(path) / name if Path(path).is_dir() else Path(path)
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the first ten hex digits of a file's SHA-256: the name by which adapters are looked up elsewhere too."""
+    path = Path(path)
+    _must_be_file(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+
+
 def _must_be_file(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder, where a file was expected")
@@ -100,9 +114,16 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: str | Path) -> Any:
+    """Return what a `.pt` or the like holds, unpickled with `weights_only=True`, which runs no code of the file.
+
+    Raises:
+        UserError: no such file, cut short, corrupt, or it asks to run code.
+    """
+    path = Path(path)
+    _must_be_file(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
@@ -115,6 +136,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         reason = _one_line(error) or "it ends too soon"
         raise UserError(f"{path} is cut short or corrupt, get it again ({reason})") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    found = read_pickle(path)
     while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict):

@@ -106,7 +106,7 @@ def read_component(
     """Return a network's config and its tensors, under today's names where older versions had others."""
     config = read_json(component_folder(folder, component) / "config.json")
     tensors = read_tensors(component_file(folder, component, variant))
-    if config.get("_class_name") == "AutoencoderKL":
+    if config.get("_class_name") in ("AutoencoderKL", "VQModel"):
         tensors = canonical_vae(tensors)
     elif is_clip(tensors):
         tensors = canonical_clip(tensors)

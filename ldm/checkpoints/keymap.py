@@ -69,11 +69,13 @@ class KeyMap:
             raise ValueError("a key map must be one-to-one, and these rows give some name twice")
 
     @classmethod
-    def over_ours(cls, rows: Iterable[Row], names: Iterable[str], where: object) -> "KeyMap":
-        """Expand rows over our names; UserError names those that the other layout has no place for."""
+    def over_ours(
+        cls, rows: Iterable[Row], names: Iterable[str], where: object, layout: str = "the single-file layout"
+    ) -> "KeyMap":
+        """Expand rows over our names; UserError names those that the other `layout` has no place for."""
         names = list(names)
         by_prefix = {prefix: each for each in rows for prefix in each.ours}
-        found = _matches(by_prefix, names, f"{where}: the single-file layout has no place for")
+        found = _matches(by_prefix, names, f"{where}: {layout} has no place for")
         links = {_link(by_prefix[prefix], name[len(prefix) :]): None for name, prefix in found.items()}
         mapping = cls(tuple(links))
         if absent := [name for link in links for name in link.ours if name not in found]:
@@ -81,12 +83,16 @@ class KeyMap:
         return mapping
 
     @classmethod
-    def over_theirs(cls, rows: Iterable[Row], names: Iterable[str], where: object) -> "KeyMap":
+    def over_theirs(
+        cls,
+        rows: Iterable[Row],
+        names: Iterable[str],
+        where: object,
+        complaint: str = "names that are unknown in this family's single-file layout:",
+    ) -> "KeyMap":
         """Expand rows over the other layout's names; UserError names those that it is not known to have."""
         by_prefix = {each.theirs: each for each in rows}
-        found = _matches(
-            by_prefix, list(names), f"{where}: names that are unknown in this family's single-file layout:"
-        )
+        found = _matches(by_prefix, list(names), f"{where}: {complaint}")
         return cls(tuple(_link(by_prefix[prefix], name[len(prefix) :]) for name, prefix in found.items()))
 
     def names(self) -> dict[tuple[str, ...], str]:

@@ -12,6 +12,7 @@ from ldm.checkpoints.files import load_strict
 from ldm.checkpoints.folder import read_component
 from ldm.checkpoints.layouts import canonical_clip, fit_clip, is_clip
 from ldm.conditioning.families import Family, family_of, states_of
+from ldm.conditioning.inversion import ExtendedEmbedding
 from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.conditioning.tokenizer import load_tokenizer, quiet, text_ids, window_of
 from ldm.errors import UserError
@@ -97,6 +98,9 @@ def _config_of(module: nn.Module) -> dict[str, Any]:
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     tensors = dict(module.state_dict())
+    for name, part in module.named_modules(remove_duplicate=False):  # new words have files of their own
+        if isinstance(part, ExtendedEmbedding):
+            tensors.pop(f"{name}.rows")
     if is_clip(tensors):
         tensors = canonical_clip(tensors)
     if "shared.weight" in tensors:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.conditioning.text import TextEmbedding, WindowedEncoder
+from ldm.conditioning.text import TextEmbedding, TextEncoder, WindowedEncoder
 from ldm.errors import UserError
 
 
@@ -52,3 +52,10 @@ def join(parts: list[WindowedEncoder], zeros_without_negative: bool = True) -> J
         sizes = ", ".join(f"{part.name} {part.window.size}" for part in parts)
         raise UserError(f"the text encoders have windows of different sizes ({sizes}) and can't be joined")
     return JoinedEncoder(parts, zeros_without_negative)
+
+
+def parts_of(encoder: TextEncoder) -> list[WindowedEncoder]:
+    """The encoders that read windows of the prompt: one, or SDXL's pair."""
+    if isinstance(encoder, JoinedEncoder):
+        return encoder.parts
+    return [encoder] if isinstance(encoder, WindowedEncoder) else []

@@ -42,9 +42,13 @@ class Denoiser:
         return self.x0_from(self.output(x, sigma), x, sigma)
 
     def output(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The network's own prediction at `x` (B, ...) and `sigma` (B,), in the dtype of `x`."""
+        """The network's own prediction at `x` (B, ...) and `sigma` (B,), in the dtype of `x`.
+
+        Of a network that learned its variance too, and gives twice the channels, the first half.
+        """
         timestep = self.timestep(sigma)
-        return self.network(x * per_image(parameterization.c_in(sigma), x), timestep).to(x.dtype)
+        output = self.network(x * per_image(parameterization.c_in(sigma), x), timestep)
+        return output[:, : x.shape[1]].to(x.dtype)
 
     def x0_from(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The clean picture that the prediction `output` stands for."""

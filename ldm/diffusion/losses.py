@@ -1,5 +1,7 @@
 """The training loss of a denoising network, for every prediction type."""
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,7 +13,28 @@ from ldm.diffusion.parameterization import per_image
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
-Weighting = Literal["unit", "snr", "min_snr"]
+Weighting = Literal["unit", "snr", "min_snr", "p2", "vlb"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How errors are weighed and what noise a network learns from.
+
+    weighting: see `loss_weight`. gamma: min-SNR's bound. p2_gamma, p2_k: P2's exponent and offset.
+    offset_noise: scale of a noise that is the same all over a channel, which teaches very dark and bright pictures.
+    input_perturbation: scale of more noise in what the network sees, and not in what it should predict (Ning et al.
+        2023; 0.1).
+    variance: the VLB's share in the hybrid loss of a network that learns its variance too, and so gives twice the
+        channels (Nichol & Dhariwal 2021, eq. 16; 0.001). 0: it doesn't.
+    """
+
+    weighting: Weighting = "unit"
+    gamma: float = 5.0
+    p2_gamma: float = 1.0
+    p2_k: float = 1.0
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
+    variance: float = 0.0
 
 
 def diffusion_loss(
@@ -21,37 +44,107 @@ def diffusion_loss(
     timestep: Tensor,
     schedule: NoiseSchedule,
     prediction_type: str = "epsilon",
-    weighting: Weighting = "unit",
-    gamma: float = 5.0,
+    config: LossConfig | None = None,
+    seen_noise: Tensor | None = None,
 ) -> Tensor:
     """Weighted squared error of the network's output, one value per picture (B,), float32.
 
-    x0, noise: (B, C, h, w); timestep: (B,) integers in [0, T-1] (or numbers between them). The network
-    gets the noised picture at unit variance, `(x0 + sigma * noise) / sqrt(1 + sigma^2)`, in float32.
+    x0, noise: (B, C, h, w); timestep: (B,) integers in [0, T-1] (or numbers between them, but for the VLB's terms).
+    The network gets the noised picture at unit variance, `(x0 + sigma * noise) / sqrt(1 + sigma^2)`, in float32;
+    with `seen_noise` in place of the noise where that is given.
     Raises UserError for a prediction type that the schedule does not allow.
     """
+    config = config or LossConfig()
     parameterization.check(prediction_type, schedule)
-    x0, noise = x0.float(), noise.float()
-    sigma = schedule.to(x0.device).sigma(timestep).to(x0.dtype)
-    x = x0 + per_image(sigma, x0) * noise
-    output = network(x * per_image(parameterization.c_in(sigma), x), timestep.to(torch.float32))
-    error = output.float() - parameterization.target(prediction_type, x0, x, sigma)
-    return loss_weight(sigma, prediction_type, weighting, gamma) * error.square().flatten(1).mean(1)
+    schedule, x0, noise = schedule.to(x0.device), x0.float(), noise.float()
+    sigma = schedule.sigma(timestep).to(x0.dtype)
+    level = per_image(sigma, x0)
+    x = x0 + level * noise
+    seen = x if seen_noise is None else x0 + level * seen_noise.float()
+    output = network(seen * parameterization.c_in(level), timestep.to(torch.float32)).float()
+    output, fraction = output.chunk(2, dim=1) if config.variance else (output, None)
+    error = output - parameterization.target(prediction_type, x0, x, sigma)
+    weight = loss_weight(timestep, schedule, prediction_type, config)
+    losses = weight.to(error.dtype) * error.square().flatten(1).mean(1)
+    if fraction is None:
+        return losses
+    found = parameterization.x0_from(prediction_type, output.detach(), seen, sigma)
+    bound = schedule.num_train_timesteps * variational_bound(found - x0, fraction, timestep, schedule)
+    return losses + config.variance * bound  # one timestep stands for all the terms of the bound
 
 
 def loss_weight(
-    sigma: Tensor, prediction_type: str, weighting: Weighting = "unit", gamma: float = 5.0
+    timestep: Tensor, schedule: NoiseSchedule, prediction_type: str, config: LossConfig
 ) -> Tensor:
-    """Weight of the squared error of the network's output at noise levels `sigma` (B,).
+    """Weight of the squared error of the network's output at timesteps (B,), in the schedule's precision.
 
-    unit: 1. The others weigh the error of x0, by SNR = 1 / sigma^2 (snr) or by min(SNR, gamma) (min_snr:
-    Hang et al. 2023). An error of the output is c_out times smaller than the error of x0 it makes, so the
-    weight carries c_out^2: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v_prediction, / 1 for sample.
+    unit: 1. The others weigh the error of x0, by the signal-to-noise ratio SNR = 1 / sigma^2:
+        snr: SNR, which is a unit weight on the noise's error (Ho et al. 2020)
+        min_snr: min(SNR, gamma) (Hang et al. 2023)
+        p2: SNR / (k + SNR)^gamma (Choi et al. 2022, eq. 8)
+        vlb: the variational bound's own weights (Ho et al. 2020, eq. 12), (SNR(t-1) - SNR(t)) / 2
+    An error of the output is c_out times smaller than the error of x0 it makes, so the weight carries c_out^2.
     """
-    if weighting == "unit":
+    sigma = schedule.sigma(timestep)
+    if config.weighting == "unit":
         return torch.ones_like(sigma)
-    if weighting not in ("snr", "min_snr"):
-        raise UserError(f"weighting {weighting!r} is unknown: use 'unit', 'snr' or 'min_snr'")
     _, c_out = parameterization.c_skip_out(prediction_type, sigma)
     snr = 1 / sigma**2
-    return c_out**2 * (snr.clamp(max=gamma) if weighting == "min_snr" else snr)
+    if config.weighting == "snr":
+        weight = snr
+    elif config.weighting == "min_snr":
+        weight = snr.clamp(max=config.gamma)
+    elif config.weighting == "p2":
+        weight = snr / (config.p2_k + snr) ** config.p2_gamma
+    elif config.weighting == "vlb":
+        posterior = Posterior.at(timestep, schedule)
+        weight = posterior.x0_scale**2 / (2 * posterior.log_variance.exp())
+    else:
+        known = "unit, snr, min_snr, p2, vlb"
+        raise UserError(f"weighting {config.weighting!r} is unknown: use one of {known}")
+    return c_out**2 * weight
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(x_{t-1} | x_t, x0) of Ho et al. 2020, eq. 6-7, at timesteps (B,), in coordinates of unit variance.
+
+    x0_scale: what an error of x0 is multiplied by in the mean. log_variance, log_beta: of the posterior, and of the
+    forward step, the bounds between which a variance is learned. The first timestep's variance is 0: it takes the
+    second's (Nichol & Dhariwal 2021, sec. 3.1).
+    """
+
+    x0_scale: Tensor
+    log_variance: Tensor
+    log_beta: Tensor
+
+    @classmethod
+    def at(cls, timestep: Tensor, schedule: NoiseSchedule) -> "Posterior":
+        """timestep: (B,) integers."""
+        here = schedule.alphas_cumprod
+        before = torch.cat([torch.ones_like(here[:1]), here[:-1]])
+        beta = 1 - here / before
+        variance = beta * (1 - before) / (1 - here)
+        variance = torch.cat([variance[1:2], variance[1:]])
+        tables = (before.sqrt() * beta / (1 - here), variance.log(), beta.log())
+        return cls(*(table[timestep.long()] for table in tables))
+
+
+def variational_bound(error: Tensor, fraction: Tensor, timestep: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Terms of the variational bound, nats an element, (B,): KL(q(x_{t-1}|x_t, x0) || p(x_{t-1}|x_t)).
+
+    error: of x0, (B, C, h, w). fraction: (B, C, h, w), where in [-1, 1] the log-variance lies between the
+    posterior's and the forward step's (Nichol & Dhariwal 2021, eq. 15). The last term, of t = 0, is the Gaussian's
+    negative log-likelihood: latents are no whole numbers, which the paper's discrete decoder is for.
+    """
+    posterior = Posterior.at(timestep, schedule.to(error.device))
+    x0_scale, low, high = (
+        per_image(each.to(error.dtype), error)
+        for each in (posterior.x0_scale, posterior.log_variance, posterior.log_beta)
+    )
+    log_variance = low + (high - low) * (fraction + 1) / 2
+    squared = (x0_scale * error).square() * (-log_variance).exp()
+    divergence = 0.5 * (log_variance - low + (low - log_variance).exp() + squared - 1)
+    likelihood = 0.5 * (math.log(2 * math.pi) + log_variance + squared)
+    first = per_image(timestep == 0, error)
+    return torch.where(first, likelihood, divergence).flatten(1).mean(1)

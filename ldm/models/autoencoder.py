@@ -5,7 +5,7 @@ Parameter names are those of diffusers' AutoencoderKL, so its weights load witho
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.models import diffusers_config
 from ldm.models.layers import Attention, Downsample, ResnetBlock, Upsample
+
+if TYPE_CHECKING:
+    from ldm.models.vq import VQConfig
 
 _EPS = 1e-6
 _INERT: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish")}
@@ -24,6 +27,7 @@ class AutoencoderConfig:
 
     scaling_factor, shift_factor: the U-Net sees (z - shift_factor) * scaling_factor.
     force_upcast: the decoder overflows in float16 and must run in float32 there (SDXL's).
+    num_class_embeds: encoder and decoder are conditioned on a label, one of so many; ours, diffusers has none.
     """
 
     in_channels: int = 3
@@ -43,6 +47,7 @@ class AutoencoderConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    num_class_embeds: int | None = None
 
     @classmethod
     def from_diffusers(
@@ -52,7 +57,7 @@ class AutoencoderConfig:
         return diffusers_config.parse(cls, mapping, _INERT, where)
 
     def to_diffusers(self) -> dict[str, Any]:
-        return diffusers_config.to_diffusers(self, "AutoencoderKL")
+        return diffusers_config.to_diffusers(self, "AutoencoderKL", ours=("num_class_embeds",))
 
     @property
     def factor(self) -> int:
@@ -82,33 +87,42 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        if {*config.down_block_types, *config.up_block_types} - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-            raise UserError("the autoencoder supports DownEncoderBlock2D and UpDecoderBlock2D blocks only")
+        check_blocks(config)
         self.config = config
         c = config.latent_channels
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, 2 * c)
         self.decoder = Decoder(config)
         if config.use_quant_conv:
             self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Conv2d(c, c, 1)
+        if config.num_class_embeds:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, config.block_out_channels[-1])
 
-    def forward(self, picture: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
-        """What training runs: the decoding of a latent drawn with `noise` (shaped like it), and the posterior."""
-        posterior = self.encode(picture)
-        return self.decode(posterior.sample(noise)), posterior
+    def forward(
+        self, picture: Tensor, noise: Tensor | None = None, labels: Tensor | None = None
+    ) -> tuple[Tensor, DiagonalGaussian]:
+        """What training runs: the decoding of a latent, and the posterior.
 
-    def encode(self, picture: Tensor) -> DiagonalGaussian:
-        """picture: (B, 3, H, W) in [-1, 1], H and W divisible by the factor."""
-        moments = self.encoder(picture)
+        The latent is drawn with `noise` (shaped like it); without, it is the posterior's mean.
+        """
+        posterior = self.encode(picture, labels)
+        latent = posterior.mean if noise is None else posterior.sample(noise)
+        return self.decode(latent, labels), posterior
+
+    def encode(self, picture: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
+        """picture: (B, 3, H, W) in [-1, 1], H and W divisible by the factor; labels: (B,), where it is conditioned."""
+        moments = self.encoder(picture, embedded(self, labels))
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
         mean, logvar = moments.chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, labels: Tensor | None = None) -> Tensor:
         """latent: (B, C, h, w), unscaled. Returns (B, 3, h*f, w*f), about in [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(latent) if self.config.use_post_quant_conv else latent)
+        if self.config.use_post_quant_conv:
+            latent = self.post_quant_conv(latent)
+        return self.decoder(latent, embedded(self, labels))
 
     def scale(self, latent: Tensor) -> Tensor:
         """A latent of the autoencoder as the U-Net sees it: about unit variance."""
@@ -129,68 +143,115 @@ class AutoencoderKL(nn.Module):
         return mean, std / c.scaling_factor
 
 
-class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, 2*C, H/f, W/f): mean and log-variance before `quant_conv`."""
+def check_blocks(config: "AutoencoderConfig | VQConfig") -> None:
+    """Raise UserError for blocks that the first stage has not, or not one each way for each width."""
+    levels = len(config.block_out_channels)
+    for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if tuple(given := getattr(config, name)) != (kind,) * levels:
+            raise UserError(
+                f"the autoencoder of {levels} block_out_channels has {levels} times {kind} for {name}, not "
+                f"{', '.join(given) or 'none'}"
+            )
 
-    def __init__(self, config: AutoencoderConfig):
+
+def embedded(network: nn.Module, labels: Tensor | None) -> Tensor | None:
+    """What conditions the residual blocks of a network with a `class_embedding`: (B, D), SiLU-activated.
+
+    labels: (B,) whole numbers. Raises UserError where they are missing, or the network knows none.
+    """
+    table = getattr(network, "class_embedding", None)
+    if table is None and labels is None:
+        return None
+    if table is None or labels is None:
+        raise UserError(
+            "this autoencoder is conditioned on labels (num_class_embeds): give each picture its label"
+            if labels is None
+            else "this autoencoder is not conditioned on labels (num_class_embeds): give none"
+        )
+    return F.silu(table(labels))
+
+
+def _label_width(config: "AutoencoderConfig | VQConfig") -> int | None:
+    return config.block_out_channels[-1] if config.num_class_embeds else None
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, out_channels, H/f, W/f): before `quant_conv`, mean and log-variance or codes to be.
+
+    label: (B, D), None in a network without labels.
+    """
+
+    def __init__(self, config: "AutoencoderConfig | VQConfig", out_channels: int):
         super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
+        widths, groups, label_width = config.block_out_channels, config.norm_num_groups, _label_width(config)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, (width, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             sampler = Downsample(out, asymmetric=True) if i < len(widths) - 1 else None
             self.down_blocks.append(
-                Stage(width, out, config.layers_per_block, groups, "downsamplers", sampler)
+                Stage(width, out, config.layers_per_block, groups, "downsamplers", sampler, label_width)
             )
-        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention, label_width)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         x = self.conv_in(x)
         for stage in self.down_blocks:
-            x = stage(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+            x = stage(x, label)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x, label))))
 
 
 class Decoder(nn.Module):
-    """(B, C, h, w) -> (B, 3, h*f, w*f)."""
+    """(B, C, h, w) -> (B, 3, h*f, w*f). label: (B, D), None in a network without labels."""
 
-    def __init__(self, config: AutoencoderConfig):
+    def __init__(self, config: "AutoencoderConfig | VQConfig"):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        label_width = _label_width(config)
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention, label_width)
         self.up_blocks = nn.ModuleList()
         for i, (width, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             sampler = Upsample(out) if i < len(widths) - 1 else None
             self.up_blocks.append(
-                Stage(width, out, config.layers_per_block + 1, groups, "upsamplers", sampler)
+                Stage(width, out, config.layers_per_block + 1, groups, "upsamplers", sampler, label_width)
             )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        x = self.mid_block(self.conv_in(z), label)
         for stage in self.up_blocks:
-            x = stage(x)
+            x = stage(x, label)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Stage(nn.Module):
     """Residual blocks of one resolution, then a resampling layer, kept under diffusers' name for it."""
 
-    def __init__(self, width: int, out: int, layers: int, groups: int, name: str, sampler: nn.Module | None):
+    def __init__(
+        self,
+        width: int,
+        out: int,
+        layers: int,
+        groups: int,
+        name: str,
+        sampler: nn.Module | None,
+        label_width: int | None,
+    ):
         super().__init__()
         channels = [(width if j == 0 else out) for j in range(layers)]
-        self.resnets = nn.ModuleList(ResnetBlock(c, out, groups=groups, eps=_EPS) for c in channels)
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c, out, time_channels=label_width, groups=groups, eps=_EPS) for c in channels
+        )
         self.sampler_name = name
         if sampler is not None:
             self.add_module(name, nn.ModuleList([sampler]))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         for resnet in self.resnets:
-            x = resnet(x)
+            x = resnet(x, label)
         samplers = getattr(self, self.sampler_name, None)
         return x if samplers is None else samplers[0](x)
 
@@ -198,19 +259,20 @@ class Stage(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, one-head self-attention over all positions, residual block."""
 
-    def __init__(self, channels: int, groups: int, attention: bool):
+    def __init__(self, channels: int, groups: int, attention: bool, label_width: int | None):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, groups=groups, eps=_EPS) for _ in range(2)
+            ResnetBlock(channels, channels, time_channels=label_width, groups=groups, eps=_EPS)
+            for _ in range(2)
         )
         if attention:
             self.attentions = nn.ModuleList([PositionAttention(channels, groups)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        x = self.resnets[0](x, label)
         if hasattr(self, "attentions"):
             x = self.attentions[0](x)
-        return self.resnets[1](x)
+        return self.resnets[1](x, label)
 
 
 class PositionAttention(Attention):

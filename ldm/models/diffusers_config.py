@@ -4,7 +4,7 @@ A `config.json` of diffusers has many keys that no Stable Diffusion network uses
 accepted with its inert value and refused with any other, so that no setting is ever dropped in silence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
@@ -30,10 +30,15 @@ def parse(cls: type[T], mapping: Mapping[str, Any], inert: Mapping[str, tuple[An
     return from_dict(cls, known, where=where)
 
 
-def to_diffusers(config: Any, class_name: str) -> dict[str, Any]:
-    """The `config.json` that diffusers' `class_name` is built from."""
+def to_diffusers(config: Any, class_name: str, ours: Collection[str] = ()) -> dict[str, Any]:
+    """The `config.json` that diffusers' `class_name` is built from.
+
+    ours: settings that diffusers does not know, left out where they are None.
+    """
     listed = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in asdict(config).items()
+        if value is not None or key not in ours
     }
     return {"_class_name": class_name, **listed}
 

@@ -1,10 +1,12 @@
 """Layers that the networks share: residual blocks, transformers, resampling, sinusoidal embeddings."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.models.attention import attend
 
@@ -209,3 +211,13 @@ class SpatialTransformer(nn.Module):
         if not self.linear_projection:
             h = self.proj_out(h)
         return x + h
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Have residual and transformer blocks compute their activations again for the backward pass (Chen et al. 2016).
+
+    In place. The memory of a training step falls, its time rises by about a third, its result stays the same.
+    """
+    for module in model.modules():
+        if isinstance(module, ResnetBlock | TransformerBlock):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)

@@ -3,26 +3,58 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ldm.training.share import whole
 
 
 class EMA:
-    """Keeps `model`, a float32 copy that follows the trained one.
+    """Follows the trained parameters of a model, in float32; what is frozen is shared with it, not copied.
 
     half_life: in pictures; early on it is shortened to a tenth of what was seen, so that the random start is
     forgotten.
     """
 
     def __init__(self, model: nn.Module, half_life: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        """Make it before the model is wrapped or sharded, and `start` it after."""
         self.half_life = half_life
+        self.averages: dict[str, Tensor] = {}
+        stand_ins: dict[int, object] = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+            if p.requires_grad
+            else p
+            for p in model.parameters()
+        }
+        # A second model costs no memory: its trained parameters are stand-ins until `model` puts the averages there.
+        self._shell = copy.deepcopy(model, stand_ins).eval()
+
+    def start(self, trained: nn.Module) -> None:
+        """Take the weights, or each process's part of them, as the first average."""
+        self.averages = {n: p.detach().clone() for n, p in trained.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, trained: nn.Module, batch_size: int, seen: int) -> None:
         """After a step on `batch_size` pictures, `seen` in all."""
         half_life = min(self.half_life, 0.1 * seen)
         weight = 1 - 0.5 ** (batch_size / max(half_life, 1e-8))
-        for mine, theirs in zip(self.model.parameters(), trained.parameters(), strict=True):
-            mine.lerp_(theirs, weight)
-        for mine, theirs in zip(self.model.buffers(), trained.buffers(), strict=True):
-            mine.copy_(theirs)
+        for name, parameter in trained.named_parameters():
+            if name in self.averages:
+                self.averages[name].lerp_(parameter.detach(), weight)
+
+    def model(self, trained: nn.Module, keep: bool = True) -> nn.Module:
+        """The averaged model, in evaluation mode; all processes must ask for it together.
+
+        Buffers are the trained model's own. It follows no further: ask again after the next step.
+        keep: where weights are sharded, this process gets the whole of them, where it computes; else nothing of use.
+        """
+        device = next(iter(self.averages.values())).device
+        tensors = {name: whole(each, keep).to(device) for name, each in self.averages.items()}
+        tensors |= dict(trained.named_buffers())
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self._shell.get_submodule(owner)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                module._buffers[leaf] = tensor
+        return self._shell

@@ -1,120 +1,310 @@
-"""A pool of compositions, encoded once: shards of latents and captions in safetensors, built as they are needed."""
+"""Latents to train on, from two sources behind one protocol: a recipe's compositions, and pictures from disk."""
 
 import hashlib
 import json
-import time
-from dataclasses import asdict
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.files import read_metadata, read_tensors, write_tensors
+from ldm.data.buckets import Crop, Framing, Pixels, buckets, cut, nearest_bucket, plan_framing
+from ldm.data.order import Order
+from ldm.data.pictures import PictureSet
 from ldm.data.recipe import Recipe
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.pictures import to_tensor
 from ldm.system import fingerprint
+from ldm.training.cache import Entry, TensorCache
 
 SHARD = 2048
-_CHUNK = 64  # pictures a call of the encoder
 _ALL = slice(None)
+_PIXELS = 2**20  # a call of the encoder: 64 pictures of 128 px, 4 of 512 px
 
 
-class LatentCache:
-    """`pictures` compositions of a recipe as latents, float16 on disk and in memory.
+@dataclass(frozen=True)
+class LatentBatch:
+    """What diffusion learns from.
 
-    The first pass goes through the pool in order and builds what is missing; an interrupted build keeps its whole
-    shards. Each later pass has an order of its own. Of several processes the main one builds, the others wait.
-
-    Raises UserError unless `pictures` is a multiple of SHARD, and where a shard was made from something else.
+    latents: (B, C, h, w) float32, scaled to about unit variance, on the CPU or where they were computed.
+    time_ids: (B, 6) float32, SDXL's size conditions: original height and width, crop top and left, target height and
+    width, in pixels.
+    pictures: (B, 3, H, W) in [-1, 1] where they were asked for.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, autoencoder: AutoencoderKL, pictures: int):
+    latents: Tensor
+    captions: list[str]
+    time_ids: Tensor
+    pictures: Tensor | None = None
+
+
+class LatentSource(Protocol):
+    """An endless, deterministic order of latents."""
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """Pictures that are skipped: the reason by name."""
+        ...
+
+    def prepare(self) -> None:
+        """Compute now what `read` would else compute when it is first called. In all processes alike."""
+        ...
+
+    def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
+        """The `rows` of pictures `start` .. `start + size`. In all processes alike, but for `rows`."""
+        ...
+
+
+class RecipePool:
+    """`pictures` compositions of a recipe as latents, float16 on disk.
+
+    The first pass goes through the pool in order and builds what is missing, SHARD at a time; each later pass has an
+    order of its own. Another recipe, other sprites or another encoder have keys of their own in the folder.
+
+    with_pictures: also compose the pictures, which takes longer than reading latents.
+    dtype: what the encoder computes in, under autocast.
+
+    Raises UserError unless `pictures` is a multiple of SHARD.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        autoencoder: AutoencoderKL,
+        pictures: int,
+        folder: str | Path,
+        with_pictures: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         if pictures < SHARD or pictures % SHARD:
-            raise UserError(f"cached_pictures is {pictures}: make it a multiple of {SHARD}, a shard's size")
-        self.folder, self.recipe, self.autoencoder = folder, recipe, autoencoder
-        self.shards = pictures // SHARD
-        self._loaded: dict[int, tuple[Tensor, list[str]]] = {}
+            raise UserError(
+                f"compositions.pictures is {pictures}: make it a multiple of {SHARD}, a shard's size"
+            )
+        self.recipe, self.autoencoder, self.pictures = recipe, autoencoder, pictures
+        self.with_pictures, self.dtype = with_pictures, dtype
+        self.broken: Mapping[str, str] = {}
+        self.cache = TensorCache(folder)
         self._turn, self._order = 0, np.arange(pictures)
 
-    def read(self, start: int, size: int, rows: slice = _ALL) -> tuple[Tensor, list[str]]:
-        """The `rows` of pictures `start` .. `start + size` of the endless order: latents (N, C, h, w) and captions."""
-        places = [self._place(i) for i in range(start, start + size)]
-        for number in sorted(
-            {shard for shard, _ in places}
-        ):  # not only for its own rows: others wait for them
-            self._provide(number)
-        latents = torch.stack([self._shard(shard)[0][row] for shard, row in places[rows]])
-        return latents.float(), [self._shard(shard)[1][row] for shard, row in places[rows]]
+    def prepare(self) -> None:
+        """Nothing: the pool is built as it is needed."""
+
+    def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
+        indices = [self._index(i) for i in range(start, start + size)]
+        # Not only for this process's own rows: the others wait for theirs.
+        for shard in sorted({i // SHARD for i in indices if self._key(i) not in self.cache}):
+            self._build(range(shard * SHARD, (shard + 1) * SHARD))
+        mine = indices[rows]
+        keys = [self._key(i) for i in mine]
+        side = self.recipe.config.size
+        return LatentBatch(
+            latents=torch.stack([self.cache.read(key)["latents"] for key in keys]).float(),
+            captions=[self.cache.note(key) for key in keys],
+            time_ids=torch.tensor([[side, side, 0, 0, side, side]] * len(mine), dtype=torch.float32),
+            pictures=to_tensor([self.recipe.sample(i).picture for i in mine]) if self.with_pictures else None,
+        )
 
     @cached_property
     def made_from(self) -> str:
-        """A hash of all that decides a shard's content: encoder and scaling, recipe, sprites, shard size.
-
-        Not of the decoder: fine-tuning it leaves the latents as they are.
-        """
-        config = self.autoencoder.config
-        weights = {
-            name: each.cpu()
-            for name, each in self.autoencoder.state_dict().items()
-            if name.startswith(("encoder.", "quant_conv."))
-        }
-        scaling = (config.scaling_factor, config.shift_factor, config.latents_mean, config.latents_std)
+        """A hash of all that decides the pool's content: encoder and scaling, recipe, sprites."""
         # The order of the recipe's lists and weights counts too: no sorting of keys.
-        parts = [fingerprint(weights), scaling, asdict(self.recipe.config), SHARD]
+        parts = [encoder_key(self.autoencoder, self.dtype), asdict(self.recipe.config)]
         digest = hashlib.sha256(json.dumps(parts).encode())
         for (thing, style), pixels in sorted(self.recipe.sprites.pixels.items()):
             digest.update(f"{thing}/{style} {pixels.shape}".encode() + pixels.tobytes())
         return digest.hexdigest()[:16]
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Shard and row of a position in the endless order."""
-        turn, index = divmod(index, self.shards * SHARD)
+    def _key(self, index: int) -> str:
+        return f"{self.made_from}-{index}"
+
+    def _index(self, position: int) -> int:
+        """The composition at a position of the endless order."""
+        turn, place = divmod(position, self.pictures)
         if turn != self._turn:
-            count = self.shards * SHARD
-            self._turn = turn
-            self._order = np.random.default_rng(turn).permutation(count) if turn else np.arange(count)
-        return divmod(int(self._order[index]), SHARD)
+            self._turn, everything = turn, np.arange(self.pictures)
+            self._order = np.random.default_rng(turn).permutation(everything) if turn else everything
+        return int(self._order[place])
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.safetensors"
+    def _build(self, indices: Sequence[int]) -> None:
+        numbers = {self._key(i): i for i in indices}
+        captions: dict[str, str] = {}
 
-    def _provide(self, number: int) -> None:
-        """Return once the shard is on disk."""
-        if number in self._loaded or self._path(number).exists():
+        def make(keys: Sequence[str]) -> list[Entry]:
+            examples = [self.recipe.sample(numbers[key]) for key in keys]
+            captions.update(zip(keys, (e.caption for e in examples), strict=True))
+            latents = encode(self.autoencoder, to_tensor([e.picture for e in examples]), self.dtype)
+            return [{"latents": each} for each in latents]
+
+        chunk = _chunk(self.recipe.config.size, self.recipe.config.size)
+        self.cache.fill(list(numbers), make, chunk, SHARD, note=captions.__getitem__)
+
+
+class PictureLatents:
+    """The latents of pictures from disk, each cut to the bucket of its shape.
+
+    Args:
+        resolution, max_ratio, step: of the buckets (see ldm/data/buckets.py), in pixels.
+        batch_size: what `read` is asked for at a time: each batch is of one bucket.
+        seed: of order, cuts and flips.
+        crop, flip: how a picture is cut, and whether it is mirrored half of the time, anew each turn.
+        cache: a folder that keeps the latents (two of a picture that may be mirrored); all are computed at the first
+            read, or by `prepare`. None: each is computed when it is needed, and meanwhile the next batch is decoded.
+        with_pictures: also give the pictures.
+        dtype: what the encoder computes in, under autocast.
+
+    Raises:
+        UserError: a random crop with a cache; a step the autoencoder can't take; what `buckets` refuses.
+    """
+
+    def __init__(
+        self,
+        pictures: PictureSet,
+        autoencoder: AutoencoderKL,
+        *,
+        resolution: int,
+        batch_size: int,
+        seed: int = 0,
+        max_ratio: float = 1.0,
+        step: int = 64,
+        crop: Crop = "center",
+        flip: bool = False,
+        cache: Path | None = None,
+        with_pictures: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        factor = autoencoder.config.factor
+        if cache is not None and crop == "random":
+            raise UserError(
+                "random crops are new in each turn and can't be cached: set crop to center, or no cache"
+            )
+        if step % factor:
+            raise UserError(
+                f"the buckets' step is {step}: make it a multiple of {factor}, the autoencoder's factor"
+            )
+        sizes = buckets(resolution, step, max_ratio)
+        self.targets = [nearest_bucket(item.height, item.width, sizes) for item in pictures.items]
+        self.order = Order(self.targets, batch_size, seed)
+        self.pictures, self.autoencoder, self.seed = pictures, autoencoder, seed
+        self.crop: Crop = crop
+        self.flip, self.with_pictures, self.dtype = flip, with_pictures, dtype
+        self.cache = None if cache is None else TensorCache(cache)
+        self._chunk = _chunk(resolution, resolution)
+        self._full = False
+        self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders work outside Python's lock
+        self._begun: dict[int, dict[tuple[int, Framing], Future[Pixels]]] = {}  # by the batch's start
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        return self.pictures.broken
+
+    def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
+        """As LatentSource says; `size` is batch_size, and `start` a multiple of it."""
+        self.prepare()
+        chosen = self._framed(start, size, rows)
+        pictures = self._pictures(start, size, rows) if self.with_pictures or self.cache is None else None
+        if self.cache is not None:
+            latents = torch.stack([self.cache.read(self._key(*each))["latents"] for each in chosen]).float()
+        else:
+            assert pictures is not None
+            latents = encode(self.autoencoder, pictures, self.dtype)
+        return LatentBatch(
+            latents=latents,
+            captions=[self.pictures.items[index].caption for index, _ in chosen],
+            time_ids=torch.tensor([framing.time_ids for _, framing in chosen], dtype=torch.float32),
+            pictures=pictures if self.with_pictures else None,
+        )
+
+    def prepare(self) -> None:
+        """Fill the cache, if there is one; what is in it already is left alone."""
+        if self._full or self.cache is None:
             return
-        from accelerate import PartialState
+        wanted: dict[str, tuple[int, Framing]] = {}
+        by_bucket = sorted(range(len(self.targets)), key=self.targets.__getitem__)
+        for index in by_bucket:
+            item = self.pictures.items[index]
+            plain = plan_framing((item.height, item.width), self.targets[index])
+            for framing in (plain, replace(plain, flipped=True)) if self.flip else (plain,):
+                wanted[self._key(index, framing)] = index, framing
 
-        if PartialState().is_main_process:
-            self._build(number)
-        while not self._path(number).exists():
-            time.sleep(0.2)
+        def make(keys: Sequence[str]) -> list[Entry]:
+            futures = [self._workers.submit(self._cut, *wanted[key]) for key in keys]
+            cuts = [future.result() for future in futures]
+            alike = groupby(cuts, key=np.shape)  # a chunk may reach over a bucket's end
+            parts = [encode(self.autoencoder, to_tensor(list(some)), self.dtype) for _, some in alike]
+            return [{"latents": each} for part in parts for each in part]
 
-    def _shard(self, number: int) -> tuple[Tensor, list[str]]:
-        if number not in self._loaded:
-            path = self._path(number)
-            metadata = read_metadata(path)
-            if metadata.get("made_from") != self.made_from:
-                raise UserError(
-                    f"{path} was made from another autoencoder, recipe or sprites: delete {self.folder} (it is "
-                    "built anew), or give text_to_image.latents another folder"
-                )
-            captions: list[str] = json.loads(metadata["captions"])
-            self._loaded[number] = read_tensors(path)["latents"].clone(), captions
-        return self._loaded[number]
+        self.cache.fill(list(wanted), make, self._chunk, SHARD)
+        self._full = True
 
-    @torch.no_grad()
-    def _build(self, number: int) -> None:
-        device = next(self.autoencoder.parameters()).device
-        examples = [self.recipe.sample(i) for i in range(number * SHARD, (number + 1) * SHARD)]
-        latents: list[Tensor] = []
-        for start in range(0, SHARD, _CHUNK):
-            pictures = to_tensor([e.picture for e in examples[start : start + _CHUNK]]).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
-                mean = self.autoencoder.encode(pictures.contiguous(memory_format=torch.channels_last)).mean
-            latents.append(self.autoencoder.scale(mean.float()).half().cpu())
-        metadata = {"captions": json.dumps([e.caption for e in examples]), "made_from": self.made_from}
-        write_tensors(self._path(number), {"latents": torch.cat(latents)}, metadata)
+    @cached_property
+    def _encoder(self) -> str:
+        return encoder_key(self.autoencoder, self.dtype)
+
+    def _key(self, index: int, framing: Framing) -> str:
+        """All that decides a latent: the encoder, the picture's bytes, how they are cut."""
+        (height, width), (top, left) = framing.target, framing.crop
+        mirrored = "-flipped" if framing.flipped else ""
+        return f"{self._encoder}-{self.pictures.items[index].key}-{height}x{width}-{top},{left}{mirrored}"
+
+    def _framed(self, start: int, size: int, rows: slice) -> list[tuple[int, Framing]]:
+        """The pictures of a batch's rows, and how each is cut in its turn."""
+        framed: list[tuple[int, Framing]] = []
+        for turn, index in self.order.places(start, size)[rows]:
+            item, rng = self.pictures.items[index], np.random.default_rng((self.seed, 1, turn, index))
+            original, target = (item.height, item.width), self.targets[index]
+            framed.append((index, plan_framing(original, target, crop=self.crop, flip=self.flip, rng=rng)))
+        return framed
+
+    def _pictures(self, start: int, size: int, rows: slice) -> Tensor:
+        """The rows' pictures (B, 3, H, W) in [-1, 1]; the same rows of the next batch are begun."""
+        following = start + size
+        self._begun = {each: self._begun.get(each, {}) for each in (start, following)}
+        for at in (start, following):
+            for index, framing in self._framed(at, size, rows):
+                if (index, framing) not in self._begun[at]:
+                    self._begun[at][index, framing] = self._workers.submit(self._cut, index, framing)
+        return to_tensor([self._begun[start][each].result() for each in self._framed(start, size, rows)])
+
+    def _cut(self, index: int, framing: Framing) -> Pixels:
+        return cut(self.pictures.read(index), framing)
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKL, pictures: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w), float32, where the autoencoder is.
+
+    The posterior's mean, a few pictures at a time.
+    """
+    device = next(autoencoder.parameters()).device
+    latents: list[Tensor] = []
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for part in pictures.split(_chunk(*pictures.shape[2:])):
+            mean = autoencoder.encode(part.to(device, memory_format=torch.channels_last)).mean
+            latents.append(autoencoder.scale(mean.float()))
+    return torch.cat(latents)
+
+
+def encoder_key(autoencoder: AutoencoderKL, dtype: torch.dtype) -> str:
+    """A hash of all of an autoencoder that decides its latents: not of the decoder, which may be fine-tuned."""
+    config = autoencoder.config
+    weights = {
+        name: each
+        for name, each in autoencoder.state_dict().items()
+        if name.startswith(("encoder.", "quant_conv."))
+    }
+    scaling = (config.scaling_factor, config.shift_factor, config.latents_mean, config.latents_std)
+    parts = [fingerprint(weights), scaling, str(dtype)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _chunk(height: int, width: int) -> int:
+    """How many pictures go through the encoder at a time."""
+    return max(1, _PIXELS // (height * width))

@@ -1,5 +1,6 @@
 """What the bundled model's training needs before it starts: packages, sprites, the frozen text encoder."""
 
+import json
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -7,12 +8,12 @@ from pathlib import Path
 
 from ldm.checkpoints.folder import whole_folder
 from ldm.conditioning.minilm import PACKAGE, minilm_from_package, standardise
-from ldm.config import load_yaml
-from ldm.data.recipe import Recipe
+from ldm.data.recipe import Recipe, RecipeConfig
 from ldm.data.sources import fetch
 from ldm.data.sprites import SPRITES_FILE, build_sprites, load_sprites
 from ldm.errors import UserError
-from ldm.training.run import RunConfig
+from ldm.training.objectives import text_to_image
+from ldm.training.run import read_run
 
 TEXT = Path("runs/bundled/text")  # what configs/bundled-unet.yaml reads
 _CAPTIONS = 2048
@@ -23,14 +24,33 @@ def prepare(config: str | Path) -> None:
 
     config: the run whose captions MiniLM's hidden states are standardised over (configs/bundled-unet.yaml).
     """
-    objective = load_yaml(config, RunConfig).text_to_image
-    if objective is None:
+    objective = read_run(config).settings
+    if not isinstance(objective, text_to_image.Config) or not objective.compositions:
         raise UserError(f"{config} configures no text_to_image: its captions are needed")
     files = fetch()
     if not SPRITES_FILE.exists():
         build_sprites()
-    recipe = Recipe(load_sprites(), objective.recipe)
+    recipe = Recipe(load_sprites(), objective.compositions.recipe)
     unpack_minilm(files[PACKAGE], TEXT, [recipe.sample(i).caption for i in range(_CAPTIONS)])
+
+
+def compose(folder: Path, config: RecipeConfig, pictures: int) -> None:
+    """Write compositions of a recipe as a folder of pictures with captions, as fine-tuning reads it: an example set.
+
+    config: what they show. Raises UserError where the folder is there already.
+    """
+    from PIL import Image
+
+    recipe = Recipe(load_sprites(), config)
+    if folder.exists():
+        raise UserError(f"{folder} is there already: delete it, or give another folder")
+    with whole_folder(folder) as new:
+        lines: list[str] = []
+        for k in range(pictures):
+            example = recipe.sample(k)
+            Image.fromarray(example.picture).save(new / f"{k:05d}.png")
+            lines.append(json.dumps({"file_name": f"{k:05d}.png", "text": example.caption}) + "\n")
+        (new / "metadata.jsonl").write_text("".join(lines))
 
 
 def unpack_minilm(package: Path, folder: Path, captions: Sequence[str]) -> None:

@@ -1,41 +1,65 @@
-"""From a config file to a finished run."""
+"""From a config file to a finished run.
 
+A config names an output, the loop's settings, and one objective by the name of its module in
+`ldm/training/objectives`. Such a module has two names: `Config`, a dataclass, and `Objective`, made from it. A new
+objective is a new file there and nothing else.
+"""
+
+import importlib
+import pkgutil
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from ldm.config import load_yaml, to_dict
-from ldm.errors import UserError
-from ldm.training.autoencoder import AutoencoderObjective, AutoencoderObjectiveConfig
-from ldm.training.loop import LoopConfig, Objective, Trainer
+from ldm.config import from_dict, load_mapping, override, to_dict
+from ldm.errors import UserError, nearest
+from ldm.training import objectives
+from ldm.training.loop import LoopConfig, Trainer
+from ldm.training.objective import Objective
 from ldm.training.share import processes
-from ldm.training.text_to_image import TextToImageObjective, TextToImageObjectiveConfig
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """One training run: where it writes, how long it trains, and exactly one objective."""
+class Run:
+    """A config file, read and checked: where the run writes, how long it trains, what, and all of it as text."""
 
-    output: str
+    output: Path
     loop: LoopConfig
-    autoencoder: AutoencoderObjectiveConfig | None = None
-    text_to_image: TextToImageObjectiveConfig | None = None
+    name: str
+    settings: Any
+    resolved: str
+
+    def objective(self) -> Objective:
+        """Build the objective, with the weights that training starts from. Raises UserError."""
+        torch.manual_seed(self.loop.seed)
+        return _module(self.name).Objective(self.settings)
 
 
-def build_objective(config: RunConfig) -> Objective:
-    """Raises UserError unless exactly one objective is configured."""
-    named = [f.name for f in fields(config) if f.name not in ("output", "loop") and getattr(config, f.name)]
-    if len(named) != 1:
+def objective_names() -> list[str]:
+    """The objectives that a config can name."""
+    return sorted(each.name for each in pkgutil.iter_modules(objectives.__path__))
+
+
+def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """Read a config file, with overrides ("loop.pictures=1000"). Raises UserError."""
+    mapping = load_mapping(path)
+    known = objective_names()
+    sections = [key for key in mapping if key not in ("output", "loop")]
+    if unknown := [key for key in sections if key not in known]:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}{nearest(str(unknown[0]), known)}")
+    if len(sections) != 1:
         raise UserError(
-            f"a run config needs exactly one of autoencoder, text_to_image; it has {named or 'none'}"
+            f"{path}: a run has exactly one objective ({', '.join(known)}); this has {sections or 'none'}"
         )
-    if config.autoencoder:
-        return AutoencoderObjective(config.autoencoder)
-    assert config.text_to_image
-    return TextToImageObjective(config.text_to_image)
+    name = sections[0]
+    kind = make_dataclass("Run", [("output", str), ("loop", LoopConfig), (name, _module(name).Config)])
+    config: Any = from_dict(kind, override(mapping, overrides, kind), str(path))
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    return Run(Path(config.output), config.loop, name, getattr(config, name), text)
 
 
 def train(path: str | Path, overrides: Iterable[str] = ()) -> bool:
@@ -43,9 +67,11 @@ def train(path: str | Path, overrides: Iterable[str] = ()) -> bool:
 
     The resolved config goes into the run's folder and into its state.
     """
-    config = load_yaml(path, RunConfig, overrides)
-    torch.manual_seed(config.loop.seed)  # the weights that training starts from
+    run = read_run(path, overrides)
     with processes().main_process_first():  # it fetches what is missing
-        objective = build_objective(config)
-    resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
-    return Trainer(objective, config.loop, Path(config.output), resolved).run()
+        objective = run.objective()
+    return Trainer(objective, run.loop, run.output, run.resolved).run()
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{objectives.__name__}.{name}")

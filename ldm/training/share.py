@@ -1,9 +1,11 @@
 """The processes that share a batch: each one's part, and the random numbers of its rows."""
 
+import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 
@@ -17,18 +19,85 @@ def processes() -> "PartialState":
     from accelerate.utils import parse_flag_from_env
 
     asked = parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate launch --cpu
-    return PartialState(cpu=asked or not torch.accelerator.is_available())
+    # The main process may draw, encode or save for long while the others wait.
+    return PartialState(cpu=asked or not torch.accelerator.is_available(), timeout=timedelta(hours=4))
 
 
-def rows_of(size: int, process: int, processes: int) -> slice:
-    """The rows of a batch of `size` that one of several processes takes. Raises UserError if it doesn't divide."""
-    if size % processes:
+def rows_of(size: int, process: int, processes: int, accumulate: int = 1) -> list[slice]:
+    """The rows of a batch of `size` that one of several processes takes, in `accumulate` equal parts.
+
+    Raises UserError if it doesn't divide.
+    """
+    if accumulate < 1 or size % (processes * accumulate):
         raise UserError(
-            f"a batch of {size} pictures can't be shared by {processes} processes: make loop.batch_size a "
-            f"multiple of {processes}"
+            f"a batch of {size} pictures can't be shared by {processes} processes in {accumulate} parts each: make "
+            f"loop.batch_size a multiple of {processes * max(accumulate, 1)}, or change loop.accumulate"
         )
-    share = size // processes
-    return slice(process * share, (process + 1) * share)
+    share = size // processes // accumulate
+    first = process * accumulate
+    return [slice(i * share, (i + 1) * share) for i in range(first, first + accumulate)]
+
+
+def sharded() -> bool:
+    """Whether accelerate is asked to hold a part of every weight in each process (FSDP2).
+
+    Raises UserError for what can't be honoured: FSDP1, whose parts don't know the whole, and DeepSpeed, whose engine
+    takes optimizer, clipping and averaging out of the loop's hands.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "DeepSpeed is not supported: choose FSDP2 in accelerate config, which shards the same"
+        )
+    asked = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if asked and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP1 is not supported: set fsdp_version: 2 in accelerate's config")
+    return asked
+
+
+def shard_on_cpu(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> bool:
+    """FSDP2 for processes on CPUs, where accelerate's own settings ask for it and accelerate has it for GPUs only.
+
+    In place; False where it is not asked for, or is accelerate's to do. blocks: what is gathered at a time.
+    """
+    from accelerate.utils import DistributedType
+
+    shared = processes()
+    if not sharded() or shared.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (shared.num_processes,))
+    for module in [each for each in model.modules() if isinstance(each, blocks)]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return True
+
+
+def whole(tensor: Tensor, keep: bool = True) -> Tensor:
+    """The tensor; where processes hold a part each (FSDP), put together: all of them must ask for it.
+
+    keep: such a one is moved to the CPU; who doesn't keep it gets an empty one.
+    """
+    gather = getattr(tensor, "full_tensor", None)
+    if gather is None:
+        return tensor
+    full = gather()
+    return full.cpu() if keep else full.new_empty(0)
+
+
+def like(reference: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor as `reference` is held: device, layout in memory and, where sharded, this process's part."""
+    if hasattr(reference, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(reference, DTensor)
+        tensor = tensor.to(reference.device)
+        return distribute_tensor(tensor, reference.device_mesh, reference.placements)
+    # A fused optimizer walks a parameter and its moments in the order of memory.
+    return torch.empty_like(reference, dtype=tensor.dtype).copy_(tensor)
 
 
 class Draws:
@@ -53,3 +122,13 @@ class Draws:
     def integers(self, high: int) -> Tensor:
         """A whole number in [0, high) each: (rows,)."""
         return torch.randint(high, (self.size,), generator=self.generator)[self.rows]
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of what each process has under this name, without a gradient: the same in all of them."""
+    from accelerate.utils import reduce
+
+    processes()  # decides on the device where nothing did before
+    mean = reduce(values.detach().contiguous(), "mean")
+    assert isinstance(mean, Tensor)
+    return mean

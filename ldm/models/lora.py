@@ -1,0 +1,261 @@
+"""LoRA (Hu et al. 2021): low-rank changes of a network's layers, kept beside the network.
+
+An adapter is a forward hook on each layer that it changes. So the network keeps its parameters under their own names,
+its checkpoints know nothing of adapters, and several adapters add up. For speed, or to write a changed network, they
+merge into the weights, and come out again without a trace.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ldm.errors import UserError, nearest
+
+# A layer that can be adapted.
+Base = nn.Linear | nn.Conv2d
+# By its path in its network: down (r, in[, kh, kw]), up (out, r[, 1, 1]), alpha.
+Weights = Mapping[str, tuple[Tensor, Tensor, float]]
+
+# The projections of an attention: of our networks, of transformers' CLIP, BERT and T5.
+_ATTENTION = re.compile(
+    r"(.+\.)?(to_[qkv]|to_out\.0|[qkv]_proj|out_proj|attention\.self\.(query|key|value)"
+    r"|attention\.output\.dense|SelfAttention\.[qkvo])"
+)
+_PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
+    "attention": lambda path, layer: bool(_ATTENTION.fullmatch(path)),
+    # All but the first and the last convolution, which stand at the network's top.
+    "attention+conv": lambda path, layer: (
+        bool(_ATTENTION.fullmatch(path)) or (isinstance(layer, nn.Conv2d) and "." in path)
+    ),
+    "all-linear": lambda path, layer: isinstance(layer, nn.Linear),
+}
+_MERGED = "_merged_lora"  # where a layer keeps what it was before adapters were merged into it
+
+
+class LoRALayer(nn.Module):
+    """Adds scale * up(down(dropout(x))) to a layer's output, as its forward hook (Hu et al. 2021, sec. 4.1).
+
+    scale: alpha / rank, times the adapter's weight. It starts as no change: `up` is zero, and `down` keeps torch's
+    own start (Kaiming uniform), as in peft. Beside a convolution `down` has its kernel, and `up` is 1x1.
+    """
+
+    def __init__(self, base: Base, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.down: Base
+        self.up: Base
+        if isinstance(base, nn.Conv2d):
+            shape: Any = (base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation)
+            self.down = nn.Conv2d(*shape, bias=False, padding_mode=base.padding_mode)
+            self.up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
+        else:
+            self.down = nn.Linear(base.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return the output of `base` with the change, in the dtype it had."""
+        if self.scale == 0:
+            return output
+        x = self.dropout(inputs[0].to(self.down.weight.dtype))
+        return (output + self.scale * self.up(self.down(x))).to(output.dtype)
+
+    def delta(self) -> Tensor:
+        """Return the change of the base's weight, in its shape and in float32."""
+        down, up = self.down.weight.detach().float(), self.up.weight.detach().float()
+        return self.scale * (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+
+class LoRA(nn.Module):
+    """The layers of one adapter over one network. It is attached as soon as it is made.
+
+    Its parameters are its own layers', never the network's; a deepcopy of a module that holds both is of both.
+
+    Attributes:
+        paths: of the network's layers that it changes.
+        merged: whether it is part of the network's weights now.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        targets: str | Iterable[str] = "attention",
+        rank: int | Mapping[str, int] = 4,
+        alpha: float | Mapping[str, float] | None = None,
+        dropout: float = 0.0,
+    ):
+        """Make an adapter that changes nothing yet.
+
+        Args:
+            network: it stays as it is, but for the hooks on its layers.
+            targets: see `select`.
+            rank, alpha: for all layers, or for each by its path. The change is scaled by alpha / rank; None is rank.
+            dropout: of the layers' inputs in training, in [0, 1).
+
+        Raises:
+            UserError: no such layers, or a rank or a dropout that can't be.
+        """
+        super().__init__()
+        self._bases = select(network, targets)
+        ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(self._bases, rank)
+        if alpha is None:
+            alphas: dict[str, float] = {path: float(each) for path, each in ranks.items()}
+        else:
+            alphas = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(self._bases, float(alpha))
+        if min(ranks.values()) < 1 or not 0 <= dropout < 1:
+            raise UserError(
+                f"a LoRA of rank {min(ranks.values())} and dropout {dropout} can't be: "
+                "the rank is 1 or more, the dropout from 0 to below 1"
+            )
+        layers = {path: LoRALayer(b, ranks[path], alphas[path], dropout) for path, b in self._bases.items()}
+        # A dot has its own meaning in the names of modules.
+        self.layers = nn.ModuleDict({path.replace(".", "/"): layer for path, layer in layers.items()})
+        self._handles: list[RemovableHandle] = []
+        self._weight = 1.0
+        self.merged = False
+        self.attach()
+
+    @classmethod
+    def from_weights(cls, network: nn.Module, weights: Weights) -> "LoRA":
+        """Make an adapter of given weights, frozen, as `ldm.checkpoints.lora` reads them. Raises UserError."""
+        ranks = {path: len(down) for path, (down, _, _) in weights.items()}
+        with torch.device("meta"):
+            adapter = cls(
+                network, list(weights), ranks, {path: alpha for path, (_, _, alpha) in weights.items()}
+            )
+        for (down, up, _), layer in zip(weights.values(), adapter._layers().values(), strict=True):
+            layer.down.weight = nn.Parameter(down, requires_grad=False)
+            layer.up.weight = nn.Parameter(up, requires_grad=False)
+        return adapter.eval()
+
+    @property
+    def paths(self) -> list[str]:
+        return list(self._bases)
+
+    @property
+    def weight(self) -> float:
+        """How much of the adapter is used: 1 is as it was trained, 0 is nothing."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._weight = float(value)
+        for layer in self._layers().values():
+            layer.scale = self._weight * layer.alpha / layer.rank
+        if self.merged:
+            for base in self._bases.values():
+                _rewrite(base)
+
+    def weights(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Return the adapter's own tensors (not scaled by `weight`) and alphas, to be written."""
+        return {
+            path: (layer.down.weight.detach(), layer.up.weight.detach(), layer.alpha)
+            for path, layer in self._layers().items()
+        }
+
+    def attach(self) -> None:
+        """Change the outputs of the network's layers from now on; what was merged comes out of the weights."""
+        self.detach()
+        for path, layer in self._layers().items():
+            self._handles.append(self._bases[path].register_forward_hook(layer))
+
+    def detach(self) -> None:
+        """Leave the network as it was without this adapter, bit for bit."""
+        while self._handles:
+            self._handles.pop().remove()
+        if self.merged:
+            for path, layer in self._layers().items():
+                getattr(self._bases[path], _MERGED).layers.remove(layer)
+                _rewrite(self._bases[path])
+            self.merged = False
+
+    def merge(self) -> None:
+        """Add the change to the network's weights: in float32, with that of others merged there, rounded once.
+
+        Each layer keeps the weights that it had. Don't train a network into which something is merged.
+        """
+        self.detach()
+        for path, layer in self._layers().items():
+            base = self._bases[path]
+            if not hasattr(base, _MERGED):
+                setattr(base, _MERGED, _Merged(base.weight.detach()))
+            getattr(base, _MERGED).layers.append(layer)
+            _rewrite(base)
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Take the change out of the weights, which are then the very ones from before, and attach it instead."""
+        self.attach()
+
+    def _layers(self) -> dict[str, LoRALayer]:
+        """The layers by their paths."""
+        return dict(zip(self._bases, self.layers.values(), strict=True))  # pyright: ignore[reportReturnType]
+
+
+def select(network: nn.Module, targets: str | Iterable[str]) -> dict[str, Base]:
+    """Return the linear layers and convolutions that an adapter is to change, by path.
+
+    Args:
+        network: its grouped convolutions, and layers that others only take the weights of, are left out.
+        targets: "attention" (queries, keys, values, outputs), "attention+conv", "all-linear", a regular expression
+            that must match a whole path, or the paths themselves.
+
+    Raises:
+        UserError: no layer is meant, or a path is none of the network's.
+    """
+    layers = {
+        path: module
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        # Subclasses, such as the output of torch's MultiheadAttention, are not called, so a hook would be in vain.
+        and type(module) in (nn.Linear, nn.Conv2d)
+        and getattr(module, "groups", 1) == 1
+    }
+    kind = type(network).__name__
+    if not isinstance(targets, str):
+        paths = list(targets)
+        if unknown := [path for path in paths if path not in layers]:
+            raise UserError(f"this {kind} has no layer {unknown[0]!r} to adapt{nearest(unknown[0], layers)}")
+        return {path: layers[path] for path in paths}
+    if targets in _PRESETS:
+        chosen = {path: layer for path, layer in layers.items() if _PRESETS[targets](path, layer)}
+    else:
+        try:
+            chosen = {path: layer for path, layer in layers.items() if re.fullmatch(targets, path)}
+        except re.error as error:
+            raise UserError(f"the LoRA's targets {targets!r} are no regular expression: {error}") from error
+    if not chosen:
+        raise UserError(
+            f"the LoRA's targets {targets!r} match no layer of this {kind}{nearest(targets, _PRESETS)}: give "
+            f"{', '.join(_PRESETS)}, or a regular expression for whole paths such as {next(iter(layers), 'none')}"
+        )
+    return chosen
+
+
+@dataclass
+class _Merged:
+    """What a layer's weight was, and what is merged into it now."""
+
+    original: Tensor
+    layers: list[LoRALayer] = field(default_factory=list)
+
+
+def _rewrite(base: Base) -> None:
+    """Set a layer's weight to what it was plus what is merged into it; where that is nothing, its very self."""
+    merged: _Merged = getattr(base, _MERGED)
+    weight = base.weight
+    original = merged.original.to(weight.device)  # the network may have moved since
+    if not merged.layers:
+        delattr(base, _MERGED)
+        weight.data = original.to(weight.dtype)
+        return
+    total = original.float()
+    for layer in merged.layers:
+        total = total + layer.delta().to(weight.device)
+    weight.data = total.to(weight.dtype)

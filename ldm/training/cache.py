@@ -1,0 +1,153 @@
+"""Tensors that are computed once and kept on disk by what decides their content: latents, text embeddings."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, KeysView, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.files import check_finite, read_metadata, read_tensors, write_tensors
+from ldm.errors import UserError
+from ldm.training.share import processes
+
+Entry = dict[str, Tensor]  # named tensors of one key, without a batch dimension
+
+
+class TensorCache:
+    """Named tensors by key, in safetensors shards of one folder, float16 where they are floating.
+
+    A key should hold all that decides its entry (a picture's bytes, its cut, the network's weights): then nothing in
+    the folder is ever out of date, what was made otherwise merely has other keys, and deleting the folder costs time
+    only. Shards are written whole or not at all, and there may be any number of them, from any number of builds.
+    Their tensors are mapped, not loaded.
+
+    Raises UserError for a damaged shard.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._places: dict[str, tuple[Path, str, int]] = {}  # by key: shard, group of equal shapes in it, row
+        self._notes: dict[str, str] = {}
+        self._shards: dict[Path, dict[str, Tensor] | None] = {}  # None: not read from yet
+        self._scan()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def keys(self) -> KeysView[str]:
+        """All that can be read."""
+        return self._places.keys()
+
+    def read(self, key: str) -> Entry:
+        """The tensors of a key, views of the mapped file. Raises KeyError where it was never filled."""
+        path, group, row = self._places[key]
+        shard = self._shards[path]
+        if shard is None:
+            shard = self._shards[path] = read_tensors(path)
+        return {name.removeprefix(group): each[row] for name, each in shard.items() if name.startswith(group)}
+
+    def note(self, key: str) -> str:
+        """The text kept with a key, "" if none."""
+        return self._notes.get(key, "")
+
+    def fill(
+        self,
+        keys: Sequence[str],
+        make: Callable[[Sequence[str]], Sequence[Entry]],
+        chunk: int = 16,
+        shard: int = 2048,
+        note: Callable[[str], str] | None = None,
+    ) -> None:
+        """Compute the entries that are missing, `shard` of them to a file: an interrupted build loses one file's.
+
+        Of several processes, each of which must call this with the same keys, the main one computes and the others
+        wait until it is done.
+
+        Args:
+            keys: what should be there afterwards, in the order to compute it in.
+            make: gives the entries of up to `chunk` keys.
+            note: a text to keep with a key; asked after the key's entry was made.
+
+        Raises:
+            UserError: the folder can't be written to, or NaN or infinity (in float16) in an entry.
+        """
+        missing = [key for key in dict.fromkeys(keys) if key not in self]
+        if missing and processes().is_main_process:
+            self._compute(missing, make, chunk, shard, note)
+        while not all(key in self for key in missing):
+            time.sleep(0.2)
+            self._scan()
+
+    def _compute(
+        self,
+        keys: Sequence[str],
+        make: Callable[[Sequence[str]], Sequence[Entry]],
+        chunk: int,
+        shard: int,
+        note: Callable[[str], str] | None,
+    ) -> None:
+        from tqdm import tqdm
+
+        seldom = 0.1 if sys.stderr.isatty() else 30.0  # a log file needs no more
+        with tqdm(desc=f"filling {self.folder}", total=len(keys), mininterval=seldom) as progress:
+            for part in _parts(keys, shard):
+                entries: list[Entry] = []
+                for some in _parts(part, chunk):
+                    made = make(some)
+                    if len(made) != len(some):
+                        raise ValueError(f"{len(made)} entries were made for {len(some)} keys")
+                    entries += made
+                    progress.update(len(some))
+                self._write(part, entries, [note(key) if note else "" for key in part])
+
+    def _write(self, keys: Sequence[str], entries: Sequence[Entry], notes: Sequence[str]) -> None:
+        """One shard; entries of equal names, shapes and dtypes are rows of one stack, for a small header."""
+        groups: dict[object, tuple[str, list[Entry]]] = {}
+        rows: list[tuple[str, str, int, str]] = []
+        for key, entry, note in zip(keys, entries, notes, strict=True):
+            small = {
+                name: (each.half() if each.is_floating_point() else each).cpu()
+                for name, each in entry.items()
+            }
+            check_finite(small, f"the entry {key} for {self.folder}")
+            kind = tuple((name, tuple(each.shape), each.dtype) for name, each in sorted(small.items()))
+            group, members = groups.setdefault(kind, (f"{len(groups)}/", []))
+            rows.append((key, group, len(members), note))
+            members.append(small)
+        tensors = {
+            group + name: torch.stack([each[name] for each in members])
+            for group, members in groups.values()
+            for name in members[0]
+        }
+        path = (
+            self.folder / f"shard-{hashlib.sha256(chr(10).join(keys).encode()).hexdigest()[:16]}.safetensors"
+        )
+        write_tensors(path, tensors, {"rows": json.dumps(rows)})
+        self._add(path)
+
+    def _scan(self) -> None:
+        """Take in the shards that have come since."""
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            if path not in self._shards:
+                self._add(path)
+
+    def _add(self, path: Path) -> None:
+        try:
+            rows = json.loads(read_metadata(path)["rows"])
+        except (UserError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{path} is no whole shard of a cache ({error}): delete it, it is built anew"
+            ) from error
+        self._shards[path] = None
+        for key, group, row, note in rows:
+            self._places[key] = path, group, row
+            if note:
+                self._notes[key] = note
+
+
+def _parts(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (keys[start : start + size] for start in range(0, len(keys), size))

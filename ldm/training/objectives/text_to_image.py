@@ -1,0 +1,293 @@
+"""A U-Net that denoises latents under text (Rombach et al. 2022): from nothing, fine-tuned whole, or by a small part.
+
+The small parts are a LoRA (Hu et al. 2021) and the embedding of a new word (Gal et al. 2022). Inpainting, and
+DreamBooth's prior preservation (Ruiz et al. 2023), go with any of them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.data.masks import random_mask
+from ldm.diffusion.losses import LossConfig, diffusion_loss
+from ldm.diffusion.parameterization import check
+from ldm.errors import UserError
+from ldm.pictures import grid
+from ldm.training import sources
+from ldm.training.conditions import Conditions
+from ldm.training.drawing import draw
+from ldm.training.latents import LatentBatch, LatentSource, encode
+from ldm.training.share import Draws
+from ldm.training.sources import CompositionsConfig, PicturesConfig, PriorConfig
+from ldm.training.start import NewConfig, base_system, for_inpainting, new_system
+from ldm.training.trained import LoRAConfig, Trained, WordConfig
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What is drawn at every validation: a column a prompt, a row a seed."""
+
+    prompts: tuple[str, ...] = ()
+    seeds: int = 2
+    steps: int = 20
+    guidance: float = 3.5
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained, from what, on what.
+
+    base: a model to start from (a folder, a single file, a hub id, or "bundled"); new: a U-Net from nothing. One of
+        them. variant: of the base's files, such as fp16.
+    compositions: pictures of a recipe; pictures: from disk. One of them.
+    lora, word: train one of these in place of the whole U-Net. text_encoder: with the whole U-Net train the text
+        encoders too.
+    inpainting: the U-Net also sees a random mask and what lies outside of it.
+    prior: class pictures beside those of an instance.
+    condition_dropout: share of captions left out, for classifier-free guidance (Ho & Salimans 2022).
+    scheduler: values in place of the base's own, e.g. {rescale_betas_zero_snr: true, prediction_type: v_prediction}.
+    frozen: the precision in which what is not trained is held. Pictures are encoded under bfloat16 autocast.
+    """
+
+    base: str | None = None
+    variant: str | None = None
+    new: NewConfig | None = None
+    compositions: CompositionsConfig | None = None
+    pictures: PicturesConfig | None = None
+    lora: LoRAConfig | None = None
+    word: WordConfig | None = None
+    text_encoder: bool = False
+    inpainting: bool = False
+    prior: PriorConfig | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    condition_dropout: float = 0.1
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    frozen: Literal["float32", "bfloat16", "float16"] = "float32"
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def check(self) -> None:
+        """Raises UserError for settings that do not go together."""
+        for one, other in (("base", "new"), ("compositions", "pictures")):
+            if (getattr(self, one) is None) == (getattr(self, other) is None):
+                raise UserError(f"text_to_image needs exactly one of {one} and {other}")
+        if sum(map(bool, (self.lora, self.word, self.text_encoder))) > 1:
+            raise UserError(
+                "text_to_image trains one of lora, word and text_encoder (which is with the whole U-Net)"
+            )
+        if self.new and (self.lora or self.word or self.scheduler or self.text_encoder or self.prior):
+            raise UserError(
+                "lora, word, scheduler, text_encoder and prior go with a base; new is a U-Net from nothing"
+            )
+        if self.inpainting and (self.lora or self.word):
+            raise UserError("inpainting trains the whole U-Net: leave out lora and word")
+        if self.prior and not self.pictures:
+            raise UserError("prior goes with pictures of an instance")
+        if self.prior and self.pictures and self.pictures.max_ratio != 1:
+            raise UserError("prior preservation takes pictures of one size: set max_ratio to 1")
+
+
+class Objective:
+    """Weighted mean squared error of the prediction, at uniformly drawn timesteps."""
+
+    def __init__(self, config: Config):
+        config.check()
+        self.config = config
+        system = (
+            new_system(config.new)
+            if config.new
+            else base_system(
+                config.base or "", config.variant, config.scheduler, getattr(torch, config.frozen)
+            )
+        )
+        self.system = for_inpainting(system) if config.inpainting else system
+        self.schedule = system.scheduler.noise_schedule()
+        self.prediction_type: str = system.scheduler.get("prediction_type")
+        check(self.prediction_type, self.schedule)
+        self.found = sources.listed(config.pictures) if config.pictures else None
+        self.source: LatentSource
+        self.trained = Trained(self.system, config.lora, config.word, config.text_encoder)
+        self.model: nn.Module = self.trained
+        self.watched = "loss"
+        self._check_channels()
+        self._check_word()
+        cache = Path(config.pictures.cache) / "text" if config.pictures and config.pictures.cache else None
+        self.conditions = Conditions(self.system.text, cache if self.trained.text is None else None)
+
+    def prepare(self, device: torch.device, batch_size: int) -> None:
+        """Move everything; draw DreamBooth's class pictures and fill the caches, as far as they are not there."""
+        config, autoencoder = self.config, self.system.autoencoder
+        self.batch_size = batch_size
+        if config.frozen != "float32" and device.type == "cpu":
+            raise UserError(f"text_to_image.frozen {config.frozen} is for GPUs: use float32 on the CPU")
+        if config.prior and batch_size % 2:
+            raise UserError("prior preservation takes pictures in pairs: make loop.batch_size even")
+        for module in (self.model, *self.system.modules().values()):
+            module.to(device)
+        if config.compositions:
+            self.source = sources.compositions(config.compositions, autoencoder, config.inpainting)
+            return
+        assert config.pictures and self.found
+        captions = list(config.pictures.captions or [item.caption for item in self.found.items])
+        share, inpainting = batch_size // (2 if config.prior else 1), config.inpainting
+        self.source = sources.on_disk(config.pictures, self.found, self.system, share, inpainting)
+        if config.prior:
+            drawn = sources.draw_class(config.prior, self.system)
+            prior = sources.on_disk(config.pictures, drawn, self.system, share, inpainting)
+            self.source = sources.WithPrior(self.source, prior, config.prior.prompt)
+            captions.append(config.prior.prompt)
+        self.conditions.prepare(captions)
+        self.source.prepare()
+
+    def batch(self, start: int, size: int, rows: slice) -> LatentBatch:
+        return self.source.read(start, size, rows)
+
+    def loss(self, model: nn.Module, batch: LatentBatch, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        config, settings = self.config, self.config.loss
+        device = next(model.parameters()).device
+        if config.frozen != "float32" and not torch.is_autocast_enabled(device.type):
+            raise UserError(f"text_to_image.frozen {config.frozen} needs loop.precision bf16 or fp16")
+        dropped = rng.uniform() < config.condition_dropout
+        shape = batch.latents.shape[1:]
+        noise = rng.normal(*shape)
+        timestep = rng.integers(self.schedule.num_train_timesteps).to(device)
+        if settings.offset_noise:
+            noise = noise + settings.offset_noise * rng.normal(shape[0], 1, 1)
+        seen = (
+            noise + settings.input_perturbation * rng.normal(*shape) if settings.input_perturbation else None
+        )
+        captions = self._captions(batch, rng)
+        known = self._known(batch, rng, device)
+        losses = diffusion_loss(
+            lambda x, timestep: model(
+                torch.cat([x, *known], dim=1),
+                timestep,
+                lambda: self.conditions(captions, dropped).to(device),
+                batch.time_ids.to(device),
+            ),
+            _placed(batch.latents, device),
+            _placed(noise, device),
+            timestep,
+            self.schedule,
+            self.prediction_type,
+            settings,
+            None if seen is None else _placed(seen, device),
+        )
+        if not config.prior:
+            return losses.mean(), {}
+        instance, prior = losses[::2].mean(), losses[1::2].mean()
+        return instance + config.prior.weight * prior, {"instance": instance, "prior": prior}
+
+    def _captions(self, batch: LatentBatch, rng: Draws) -> list[str]:
+        """The pictures' own, or the config's; those of class pictures stay."""
+        given = self.config.pictures.captions if self.config.pictures else ()
+        if not given:
+            return batch.captions
+        chosen = [given[int(u * len(given))] for u in rng.uniform().tolist()]
+        if self.config.prior:
+            chosen[1::2] = batch.captions[1::2]
+        return chosen
+
+    @torch.no_grad()
+    def _known(self, batch: LatentBatch, rng: Draws, device: torch.device) -> list[Tensor]:
+        """For inpainting: masks (B, 1, h, w), 1 where something is to be drawn, and the latents of the rest."""
+        if not self.config.inpainting:
+            return []
+        assert batch.pictures is not None
+        seeds = (rng.uniform() * 2**24).long().tolist()
+        height, width = batch.pictures.shape[-2:]
+        masks = np.stack([random_mask(height, width, np.random.default_rng(seed)) for seed in seeds])
+        return self._masked(batch.pictures.to(device), torch.from_numpy(masks)[:, None].float().to(device))
+
+    def _masked(self, pictures: Tensor, masks: Tensor) -> list[Tensor]:
+        """As in diffusers' inpainting pipeline: what is to be drawn is grey, masks shrink to the nearest pixels."""
+        latents = encode(self.system.autoencoder, pictures * (masks < 0.5), torch.bfloat16)
+        return [F.interpolate(masks, size=latents.shape[-2:]), latents]
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
+        """Draws the validation prompts; with inpainting, into the first pictures without their middle."""
+        assert isinstance(model, Trained)
+        shown = self.config.validation
+        count = len(shown.prompts) * shown.seeds
+        if not count:
+            return {}
+        system, known = model.within(self.system), None
+        if self.config.inpainting:
+            known = self._emptied(count)
+        prompts = list(shown.prompts) * shown.seeds
+        seeds = [seed for seed in range(shown.seeds) for _ in shown.prompts]
+        side = self.config.pictures.resolution if self.config.pictures else self.system.default_size
+        size = (side, side)
+        if known is not None:
+            factor = self.system.autoencoder.config.factor
+            size = (known.shape[2] * factor, known.shape[3] * factor)
+        drawn = draw(system, prompts, seeds, shown.steps, shown.guidance, size, known)
+        grid(drawn, len(shown.prompts)).save(folder / f"drawn-{seen:08d}.png")
+        return {}
+
+    def _emptied(self, count: int) -> Tensor:
+        """Masks and latents (count, 1 + C, h, w) of the first pictures without their middle."""
+        device = self.system.unet.conv_in.weight.device
+        pictures = self.source.read(0, self.batch_size).pictures
+        assert pictures is not None
+        pictures = pictures.repeat(-(-count // len(pictures)), 1, 1, 1)[:count]
+        masks = torch.zeros_like(pictures[:, :1])
+        height, width = masks.shape[-2:]
+        masks[:, :, height // 4 : -(height // 4), width // 4 : -(width // 4)] = 1
+        return torch.cat(self._masked(pictures.to(device), masks.to(device)), dim=1)
+
+    def notes(self) -> list[str]:
+        """What was found out about the pictures."""
+        if not self.found:
+            return []
+        broken = [f"skipped {name}: {why}" for name, why in self.source.broken.items()]
+        return [
+            *self.found.notes,
+            *broken,
+            *([f"{len(broken)} broken pictures were skipped"] if broken else []),
+        ]
+
+    def export(self, model: nn.Module, folder: Path, config: str) -> None:
+        """What was trained: a diffusers folder in float16, a LoRA's file, or a word's."""
+        assert isinstance(model, Trained)
+        model.write(self.system, folder, {"config": config})
+
+    def _check_channels(self) -> None:
+        unet, channels = self.system.unet.config, self.system.autoencoder.config.latent_channels
+        out = channels * (2 if self.config.loss.variance else 1)
+        if unet.out_channels != out:
+            why = "with" if self.config.loss.variance else "without"
+            raise UserError(
+                f"the U-Net gives {unet.out_channels} channels: {why} a learned variance (loss.variance) set "
+                f"out_channels to {out}"
+            )
+        taken = 2 * channels + 1 if self.config.inpainting else channels
+        if unet.in_channels != taken:
+            raise UserError(
+                f"the U-Net takes {unet.in_channels} channels where training gives it {taken}"
+                + (
+                    ""
+                    if self.config.inpainting
+                    else ": set in_channels, or inpainting: true for an inpainting model"
+                )
+            )
+
+    def _check_word(self) -> None:
+        """A word that no caption has would never be trained."""
+        word, cut = self.config.word, self.config.pictures
+        if not word or not cut or not self.found:
+            return
+        captions = cut.captions or [item.caption for item in self.found.items]
+        if not any(word.word in caption for caption in captions):
+            raise UserError(
+                f"no caption has the word {word.word}: put it into text_to_image.pictures.captions"
+            )
+
+
+def _placed(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, memory_format=torch.channels_last)

@@ -1,0 +1,85 @@
+"""The optimizer, and the learning rate as a function of the pictures seen."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ldm.errors import UserError
+
+Schedule = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its learning rate; every count is in pictures.
+
+    kind: "adamw8bit" keeps its moments in 8 bits, through bitsandbytes, on CUDA.
+    schedule: as transformers' `get_scheduler` names them. warmup_stable_decay (Hägele et al. 2024) falls linearly to
+        zero over the last share `decay` of the run, so that a run can be prolonged from before it.
+    warmup: from 0 to the full rate; before a decay it is as long as there is room for.
+    clip_norm: the gradient's norm is kept at or below it; 0 leaves it.
+    """
+
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    learning_rate: float = 5e-4
+    schedule: Schedule = "warmup_stable_decay"
+    warmup: int = 10_000
+    decay: float = 0.3
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Raises UserError where bitsandbytes is asked for and not there, or nothing would be trained."""
+    trained = [p for p in parameters if p.requires_grad]
+    if not trained:
+        raise UserError("nothing would be trained: no parameter requires a gradient")
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "weight_decay": config.weight_decay,
+        "eps": config.eps,
+    }
+    if config.kind == "adamw":
+        return torch.optim.AdamW(trained, **settings, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            "loop.optimizer.kind adamw8bit needs bitsandbytes: pip install bitsandbytes, or use adamw"
+        ) from error
+    return AdamW8bit(trained, **settings)
+
+
+def learning_rate(config: OptimizerConfig, pictures: int) -> Callable[[int], float]:
+    """The learning rate by pictures seen, for a run of `pictures`: the library's schedule, which holds no state.
+
+    As in transformers, the first step of a warm-up has a rate of 0.
+    """
+    import transformers
+
+    settings = None
+    warmup = config.warmup
+    if config.schedule == "warmup_stable_decay":
+        decay = round(config.decay * pictures)
+        warmup = min(warmup, pictures - decay)
+        settings = {"num_decay_steps": decay, "decay_type": "linear"}
+    unused = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    schedule = transformers.get_scheduler(config.schedule, unused, warmup, pictures, settings)
+    (factor,) = schedule.lr_lambdas  # type: ignore[union-attr]
+    return lambda seen: config.learning_rate * factor(seen)

@@ -1,0 +1,131 @@
+"""The system that text-to-image training starts from: one that is there, or frozen parts and a new U-Net."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.files import load_strict
+from ldm.checkpoints.folder import read_component
+from ldm.conditioning.load import load_text_encoder
+from ldm.diffusion.scheduler_config import CLASSES, SchedulerConfig
+from ldm.errors import UserError, nearest
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.unet import UNet, UNetConfig
+from ldm.system import System
+
+BUNDLED = "bundled"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule, named as in diffusers' scheduler_config.json."""
+
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_timesteps: int = 1000
+    rescale_betas_zero_snr: bool = True
+
+
+@dataclass(frozen=True)
+class NewConfig:
+    """A U-Net from nothing.
+
+    autoencoder, text_encoder: folders that hold `vae`, and `text_encoder` with `tokenizer`; both stay frozen.
+    steps, guidance: what the finished model is drawn with by default.
+    """
+
+    autoencoder: str
+    text_encoder: str
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    prediction_type: str = "v_prediction"
+    steps: int = 20
+    guidance: float = 3.5
+
+
+def new_system(config: NewConfig) -> System:
+    """The parts in float32, frozen but for the new U-Net; DDIM, trailing, from pure noise. Raises UserError."""
+    values = {
+        **vars(config.schedule),
+        "prediction_type": config.prediction_type,
+        "timestep_spacing": "trailing",
+        "steps_offset": 1,  # trailing has no use for it, but diffusers' pipeline insists
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+    }
+    system = System(
+        UNet(config.unet),
+        load_autoencoder(Path(config.autoencoder)),
+        load_text_encoder(Path(config.text_encoder)),
+        SchedulerConfig("DDIMScheduler", values),
+        options={"num_inference_steps": config.steps, "guidance_scale": config.guidance},
+    )
+    system.check("text_to_image.new")
+    return system
+
+
+def base_system(
+    name: str, variant: str | None, scheduler: dict[str, Any], torch_dtype: torch.dtype
+) -> System:
+    """A folder, a single file, a hub id or "bundled", frozen.
+
+    scheduler: values in place of its own, e.g. a zero terminal SNR to be learned; `_class_name` names another of
+    diffusers' classes. Raises UserError.
+    """
+    system = System.load(None if name == BUNDLED else name, torch_dtype=torch_dtype, variant=variant)
+    values = {**system.scheduler.to_dict(), **scheduler}
+    changed = SchedulerConfig.from_dict(values, "text_to_image.scheduler")
+    known = CLASSES[changed.class_name].defaults if changed.class_name in CLASSES else {}
+    for key in scheduler.keys() - {"_class_name"}:
+        if key not in known:
+            raise UserError(
+                f"text_to_image.scheduler: {changed.class_name} has no {key!r}{nearest(key, known)}; another class "
+                "may, such as _class_name: DDIMScheduler"
+            )
+    return replace(system, scheduler=changed)
+
+
+def for_inpainting(system: System) -> System:
+    """The system with a U-Net that also takes a mask and the latents of what is to be seen: 2C + 1 channels.
+
+    The new channels start without a say, as in SD's inpainting models. Raises UserError for other channels.
+    """
+    unet, channels = system.unet, system.autoencoder.config.latent_channels
+    if unet.config.in_channels not in (channels, 2 * channels + 1):
+        raise UserError(
+            f"the U-Net takes {unet.config.in_channels} channels: inpainting starts from {channels} or "
+            f"{2 * channels + 1}"
+        )
+    if unet.config.in_channels == channels:
+        old = unet.conv_in
+        new = nn.Conv2d(2 * channels + 1, old.out_channels, 3, padding=1).to(old.weight)
+        nn.init.zeros_(new.weight)
+        with torch.no_grad():
+            new.weight[:, :channels] = old.weight
+        new.bias = old.bias
+        unet.conv_in, unet.config = new, replace(unet.config, in_channels=2 * channels + 1)
+    kind = "StableDiffusionXLInpaintPipeline" if system.is_xl else "StableDiffusionInpaintPipeline"
+    return replace(system, pipeline=kind)
+
+
+def load_autoencoder(folder: Path) -> AutoencoderKL:
+    """The frozen first stage from a folder that holds `vae`, in float32 whatever it is stored in."""
+    config, tensors = read_component(folder, "vae")
+    with torch.device("meta"):
+        model = AutoencoderKL(AutoencoderConfig.from_diffusers(config, f"{folder}/vae/config.json"))
+    load_strict(model, tensors, folder / "vae")
+    return model.float().eval().requires_grad_(False)
+
+
+def half(checkpoint: Checkpoint) -> Checkpoint:
+    """The same weights in float16, for a small file; they are computed with in whatever precision they are loaded."""
+    tensors = {
+        part: {name: each.half() if each.is_floating_point() else each for name, each in own.items()}
+        for part, own in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)

@@ -1,0 +1,51 @@
+"""What a call gives: latents to pictures in the form that is asked for, and their recipes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.pictures import to_numpy, to_pil, to_unit_range
+from pipelines.files import check_target, save_picture
+from pipelines.placement import wake
+from pipelines.recipe import Recipe
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+
+@dataclass(frozen=True)
+class TextToImageOutput:
+    """What a call drew.
+
+    images: PIL pictures; or one array (B, H, W, 3) in [0, 1] ("np"), one tensor (B, 3, H, W) in [0, 1] ("pt"), or
+        latents (B, C, h, w) as the U-Net has them ("latent"); prompt by prompt, `num_images_per_prompt` each.
+    recipes: how to draw each image again, nothing left open.
+    notes: what the caller should know, such as how a long prompt was read.
+    """
+
+    images: Any
+    recipes: list[Recipe]
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Save PIL pictures with their recipes, one to a `.png`, or all into a folder. Raises UserError."""
+        check_target(Path(path), len(self.images))
+        pairs = zip(self.images, self.recipes, strict=True)
+        return [save_picture(picture, recipe, Path(path)) for picture, recipe in pairs]
+
+
+def pictures(autoencoder: AutoencoderKL, latents: Tensor, output_type: OutputType) -> Any:
+    """The `images` of a TextToImageOutput, of latents (B, C, h, w). Raises UserError where they come out as NaN."""
+    if output_type == "latent":
+        return latents
+    wake(autoencoder)
+    unscaled = autoencoder.unscale(latents).to(autoencoder.decoder.conv_in.weight.dtype)
+    decoded = to_unit_range(autoencoder.decode(unscaled))
+    if not bool(decoded.isfinite().all()):
+        raise UserError(
+            "the picture came out as NaN: try torch_dtype float32 (float16 overflows in some models)"
+        )
+    return {"pil": to_pil, "np": to_numpy, "pt": lambda tensor: tensor}[output_type](decoded)

@@ -1,0 +1,14 @@
+"""Fine-tune a model, from a config file: whole, LoRA, DreamBooth, textual inversion, inpainting.
+
+accelerate launch scripts/finetune.py --config configs/lora.yaml [--set text_to_image.pictures.path=my-pictures ...]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
+
+from ldm.training.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Adapters of random weights for the tests, and what they are for."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.models.lora import LoRA
+from pipelines import TextToImagePipeline
+
+# What is changed in each network of a tiny pipeline.
+CASES = {
+    "sd1": {"unet": "attention+conv", "text_encoder": "all-linear"},
+    "sdxl": {"unet": "attention+conv", "text_encoder": "attention", "text_encoder_2": "attention"},
+}
+DRAW: dict[str, Any] = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"}
+
+
+def trained(
+    network: nn.Module, targets: str = "attention", rank: int = 3, alpha: float = 2.0, seed: int = 0
+) -> LoRA:
+    """An adapter that does something: a random `up`."""
+    adapter = LoRA(network, targets, rank, alpha)
+    generator = torch.Generator().manual_seed(seed)
+    for down, up, _ in adapter.weights().values():
+        down.normal_(generator=generator).mul_(down[0].numel() ** -0.5)
+        up.normal_(generator=generator).mul_(0.7)
+    return adapter
+
+
+def made(pipe: TextToImagePipeline, targets: dict[str, str], **settings: Any) -> dict[str, Any]:
+    """Random weights for a pipeline's networks, which they no longer touch."""
+    adapters = {
+        part: trained(pipe.system.modules()[part], each, seed=k, **settings)
+        for k, (part, each) in enumerate(targets.items())
+    }
+    for adapter in adapters.values():
+        adapter.detach()
+    return {part: adapter.weights() for part, adapter in adapters.items()}
+
+
+def networks(pipe: TextToImagePipeline) -> dict[str, nn.Module]:
+    return {name: each for name, each in pipe.system.modules().items() if name != "vae"}
+
+
+def unet_config(pipe: TextToImagePipeline) -> dict[str, Any]:
+    return pipe.system.unet.config.to_diffusers()
