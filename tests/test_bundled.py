@@ -1,0 +1,38 @@
+"""The model that ships with the package: there, small enough, documented, and the same to diffusers."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ldm.system import bundled_model
+from pipelines import TextToImagePipeline
+
+CALL = {"num_inference_steps": 4, "guidance_scale": 3.5, "output_type": "np"}
+
+
+def test_it_is_one_small_documented_folder() -> None:
+    folder = bundled_model()
+    assert [each.parent.name for each in Path(folder).parent.glob("*/model_index.json")] == [folder.name]
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 110e6
+    card = (folder / "README.md").read_text()
+    for heading in ("What it draws", "What it can't do", "Training", "Figures", "Licence"):
+        assert heading in card
+
+
+def test_diffusers_draws_the_same_picture() -> None:
+    from diffusers import StableDiffusionPipeline
+
+    ours = TextToImagePipeline.from_pretrained(device="cpu")
+    drawn = ours("a raccoon astronaut", seed=5, **CALL).images  # type: ignore[arg-type]
+    theirs = StableDiffusionPipeline.from_pretrained(bundled_model(), local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(5)
+    expected = theirs("a raccoon astronaut", generator=noise, **CALL).images
+    assert 10 * np.log10(1 / np.square(drawn - expected).mean()) > 60
+    assert drawn.shape == (1, 128, 128, 3) and drawn.std() > 0.1  # a picture, no blank
+
+
+def test_its_defaults_need_no_arguments() -> None:
+    recipe = TextToImagePipeline.from_pretrained(device="cpu")("a fox", seed=0).recipes[0]
+    assert (recipe.num_inference_steps, recipe.guidance_scale, recipe.sampler) == (20, 3.5, "ddim")
