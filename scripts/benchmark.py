@@ -1,0 +1,58 @@
+"""Speed against diffusers on the same weights, as ratios within one run.
+
+benchmark.py sampling [--model FOLDER] [--pictures 1]       whole pictures; beside it, how alike they are
+benchmark.py training [--model FOLDER] --data FOLDER        training steps on a folder of pictures with metadata.jsonl
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
+
+from ldm.errors import UserError
+from ldm.evaluation.timing import compare, machine, table
+from ldm.system import bundled_model
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("sampling", "training"))
+    parser.add_argument("--model", type=Path, help="a diffusers folder (default: the bundled model)")
+    parser.add_argument("--data", type=Path, help="of training: a folder of pictures with metadata.jsonl")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16")
+    parser.add_argument("--pictures", type=int, help="at once (default: 1, of training 16)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt", default="a raccoon astronaut", help="of sampling")
+    arguments = parser.parse_args()
+    try:
+        model = arguments.model or bundled_model()
+        print(f"{arguments.what}, {model.name}, precision {arguments.precision}; {machine()}\n")
+        if arguments.what == "sampling":
+            from benchmarks.sampling import contenders
+
+            prompts = [arguments.prompt] * (arguments.pictures or 1)
+            works, psnr = contenders(model, prompts, arguments.precision)
+            print(table(compare(works, arguments.rounds), "diffusers", "pictures"))
+            print(f"\nPSNR between the two: {psnr:.1f} dB")
+            return 0
+        from benchmarks.training import contenders
+
+        if not arguments.data:
+            raise UserError("training needs --data: a folder of pictures with metadata.jsonl")
+        with tempfile.TemporaryDirectory() as folder:
+            works = contenders(
+                Path(folder), model, arguments.data, arguments.pictures or 16, arguments.precision
+            )
+            print(table(compare(works, arguments.rounds), "diffusers", "pictures"))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
