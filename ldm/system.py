@@ -1,6 +1,7 @@
 """A whole text-to-image system: text encoder, U-Net, autoencoder and scheduler, from and to what lies on disk."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,7 @@ class System:
     Attributes:
         pipeline: diffusers' pipeline class, as model_index.json names it.
         options: the entries of model_index.json that are no components.
-        fingerprint: of the U-Net's weights as they lie on disk; it changes with any training.
+        fingerprint: of all weights as they lie on disk and of the scheduler; it changes with any training.
         notes: what the reader of the files should be told.
     """
 
@@ -84,7 +85,8 @@ class System:
         checkpoint = read_checkpoint(path, variant, prediction_type)
         if checkpoint.pipeline not in _PIPELINES:
             raise UserError(
-                f"{path} holds a {checkpoint.pipeline or 'system of no name'}: not a Stable Diffusion"
+                f"{path} holds a {checkpoint.pipeline or 'system of no name'}: what is drawn with here is a "
+                f"{' or '.join(_PIPELINES[:2])}"
             )
         for part in ("unet", "vae", "scheduler"):
             if part not in checkpoint.configs:
@@ -92,7 +94,11 @@ class System:
         scheduler = SchedulerConfig.from_dict(checkpoint.configs["scheduler"], f"{path}: scheduler")
         if "XL" not in checkpoint.pipeline:  # as diffusers' pipeline insists, whatever the file says
             scheduler = scheduler.with_values(steps_offset=1, clip_sample=False)
-        scheduler.noise_schedule()  # a schedule that cannot be is refused now, not at the first picture
+        _check_options(checkpoint.options, path)
+        try:
+            scheduler.noise_schedule()  # a schedule that cannot be is refused now, not at the first picture
+        except UserError as error:
+            raise UserError(f"{path}: scheduler: {error}") from error
         where = f"{path}: unet"
         unet = _filled(
             UNet, UNetConfig.from_diffusers(checkpoint.configs["unet"], where), checkpoint, "unet", path
@@ -106,7 +112,7 @@ class System:
             scheduler=scheduler,
             pipeline=checkpoint.pipeline,
             options=checkpoint.options,
-            fingerprint=fingerprint(checkpoint.tensors["unet"]),
+            fingerprint=_identity(checkpoint, scheduler),
             notes=checkpoint.notes,
         )
         system.check(path)
@@ -217,6 +223,29 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         some = tensor.detach().flatten()[:64].cpu().contiguous()
         digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:10]
+
+
+def _identity(checkpoint: Checkpoint, scheduler: SchedulerConfig) -> str:
+    """A fingerprint of all that draws: the networks, and the scheduler's settings.
+
+    Names of text encoders' tensors differ between those who write them: there the tensors alone count.
+    """
+    digest = hashlib.sha256(json.dumps(scheduler.to_dict(), sort_keys=True).encode())
+    for part in sorted(checkpoint.tensors):
+        tensors = {k: v for k, v in checkpoint.tensors[part].items() if v.is_floating_point()}
+        if part.startswith("text_encoder"):
+            alone = sorted(fingerprint({"": tensor}) for tensor in tensors.values())
+            digest.update(" ".join(alone).encode())
+        else:
+            digest.update(fingerprint(tensors).encode())
+    return digest.hexdigest()[:10]
+
+
+def _check_options(options: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError for defaults of a model_index.json that no call could use."""
+    for name, kinds in (("num_inference_steps", int), ("guidance_scale", int | float)):
+        if name in options and (isinstance(options[name], bool) or not isinstance(options[name], kinds)):
+            raise UserError(f"{path}: model_index.json gives {name} as {options[name]!r}: make it a number")
 
 
 def _filled(kind: type[M], config: Any, checkpoint: Checkpoint, part: str, path: Path) -> M:

@@ -17,6 +17,7 @@ from ldm.conditioning.sdxl import parts_of
 from ldm.errors import UserError, nearest
 from ldm.models.lora import LoRA
 from ldm.system import System
+from pipelines.files import whole_path
 from pipelines.recipe import EmbeddingUse, LoRAUse
 
 
@@ -67,7 +68,7 @@ class Adapters:
             raise UserError(f"{path} holds no LoRA")
         parts = {part: LoRA.from_weights(networks[part], each) for part, each in found.items()}
         self._place(parts)
-        self._loras[name] = _Loaded(str(path), file_hash(file), parts)
+        self._loras[name] = _Loaded(whole_path(path), file_hash(file), parts)
         self._weigh(name, weight)
         return name
 
@@ -133,7 +134,7 @@ class Adapters:
         for word, vectors in words.items():
             for encoder, each in vectors.items():
                 self._words[encoder].add(word, each)
-        use = EmbeddingUse(str(path), token, file_hash(file_in(path, inversion.FILE)))
+        use = EmbeddingUse(whole_path(path), token, file_hash(file_in(path, inversion.FILE)))
         self._embeddings[use] = list(words)
         return list(words)
 

@@ -1,6 +1,7 @@
 """Draw pictures from prompts on the command line: `ldm-generate "a raccoon astronaut"`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -124,9 +125,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     for name in ("num_images", "batch_size", "columns"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
-    recipes = [Recipe(prompt, **settings) for prompt in arguments.prompts]
+    wanted = [jobs.Job(Recipe(prompt, **settings)) for prompt in arguments.prompts]
     if arguments.file:
-        recipes += jobs.read_prompts(arguments.file, settings)
+        wanted += jobs.read_prompts(arguments.file, settings)
     expected = None
     loras = tuple(LoRAUse(*_weighed(each)) for each in arguments.lora or ())
     embeddings = tuple(EmbeddingUse(each) for each in arguments.embedding or ())
@@ -136,14 +137,16 @@ def _generate(arguments: argparse.Namespace) -> None:
         loras, embeddings = loras or old.loras, embeddings or old.embeddings
         for name in ("model", "variant", "prediction_type", "dtype"):
             setattr(arguments, name, getattr(arguments, name) or getattr(old, name))
-        recipes.append(replace(old, **settings))
-    if not recipes:
+        wanted.append(jobs.Job(replace(old, **settings)))
+    if not wanted:
         raise UserError("there is no prompt: give one or more, a --file, or --from-image (see --help)")
-    recipes = jobs.several(recipes, arguments.num_images)
+    wanted = jobs.several(wanted, arguments.num_images)
     out = arguments.out or Path("outputs")
-    check_target(out, len(recipes))
+    check_target(out, len(wanted))
     if arguments.grid:
         check_target(arguments.grid, 1, folder=False)
+        if arguments.grid.resolve() == out.resolve():
+            raise UserError(f"{out} can't be both the picture and the grid: give --grid another name")
 
     pipe = _load(arguments)
     if expected and expected != pipe.system.fingerprint:
@@ -153,7 +156,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     columns = arguments.columns or (arguments.num_images if arguments.num_images > 1 else None)
     quiet, batch_size = arguments.quiet, arguments.batch_size
     try:
-        notes = jobs.run(pipe, recipes, out, batch_size, arguments.grid, columns, not quiet, print)
+        notes = jobs.run(pipe, wanted, out, batch_size, arguments.grid, columns, not quiet, _say)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
@@ -162,6 +165,14 @@ def _generate(arguments: argparse.Namespace) -> None:
         ) from error
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def _say(path: Path) -> None:
+    """Name a file that is written; where nobody reads on (`| head`), draw on in silence."""
+    try:
+        print(path, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _weighed(text: str) -> tuple[str, float]:
@@ -178,12 +189,6 @@ def _load(arguments: argparse.Namespace) -> Any:
 
     from pipelines import TextToImagePipeline
 
-    try:
-        device = torch.empty(1, device=arguments.device or "cpu").device
-        if device.type == "meta":
-            raise RuntimeError("no picture comes out of it")
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is unknown or not there
-        raise UserError(f"--device {arguments.device} can't be used: {str(error).splitlines()[0]}") from error
     return TextToImagePipeline.from_pretrained(
         arguments.model,
         torch_dtype=getattr(torch, arguments.dtype or "float32"),

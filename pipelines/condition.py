@@ -17,7 +17,7 @@ def condition_of(
     prompts = [recipe.prompt for recipe in recipes]
     if not guided:
         return text.encode(prompts, clip_skip=recipes[0].clip_skip)
-    none = recipes[0].negative_prompt is None  # of all, or of none: see `TextToImagePipeline.draw`
+    none = all(recipe.negative_prompt is None for recipe in recipes)
     negatives = None if none else [recipe.negative_prompt or "" for recipe in recipes]
     cond, uncond, notes = encode_pair(text, prompts, negatives, recipes[0].clip_skip)
     return concatenate([uncond, cond]), notes

@@ -1,18 +1,25 @@
-"""Pictures into files: each with its recipe, whole or not at all, and no present file is overwritten unasked."""
+"""Pictures into files: each with its recipe, whole or not at all.
+
+In a folder no present file is overwritten; a `.png` that is named is replaced.
+"""
 
 import io
 import os
 import re
 import tempfile
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.checkpoints.files import unwritable, write_bytes
+from ldm.checkpoints.files import flush_to_disk, unwritable, write_bytes
 from ldm.errors import UserError
 from pipelines.recipe import Recipe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_OTHERS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf")
 
 
 def png(picture: "Image", recipe: Recipe | None = None) -> bytes:
@@ -27,22 +34,32 @@ def check_target(path: Path, pictures: int, folder: bool = True) -> None:
 
     path: a `.png`, or where `folder` also a folder. Makes the folders that are missing. Raises UserError.
     """
-    if path.suffix.lower() == ".png":
-        if path.is_dir():
-            raise UserError(f"{path} is a folder, where a picture's file was expected")
-        if pictures > 1:
-            raise UserError(f"{path} is one file for {pictures} pictures: name a folder")
-        place = path.parent
-    elif not folder or path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
-        raise UserError(f"{path}: pictures are saved as PNG, which can carry their recipe: name it .png")
-    else:
-        place = path
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} can't be a file's name")
     try:
+        if path.suffix.lower() == ".png":
+            if path.is_dir():
+                raise UserError(f"{path} is a folder, where a picture's file was expected")
+            if pictures > 1:
+                raise UserError(f"{path} is one file for {pictures} pictures: name a folder")
+            place = path.parent
+        elif not folder or path.suffix.lower() in _OTHERS:
+            raise UserError(f"{path}: pictures are saved as PNG, which can carry their recipe: name it .png")
+        else:
+            place = path
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise unwritable(place, error) from error
+        raise unwritable(path, error) from error
+
+
+def whole_path(name: str | Path) -> str:
+    """A file's or folder's path from the root, so that a recipe finds it from anywhere; another name as it is."""
+    try:
+        return str(Path(name).resolve()) if Path(name).exists() else str(name)
+    except (OSError, ValueError):
+        return str(name)
 
 
 def save_picture(picture: "Image", recipe: Recipe, path: Path) -> Path:
@@ -51,21 +68,30 @@ def save_picture(picture: "Image", recipe: Recipe, path: Path) -> Path:
     if path.suffix.lower() == ".png":
         write_bytes(path, data)
         return path
-    slug = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:48] or "picture"
+    slug = re.sub(r"[\W_]+", "-", recipe.prompt.lower()).strip("-")[:48].strip("-") or "picture"
     taken = [int(found[1]) for each in path.glob("*.png") if (found := re.match(r"(\d+)-", each.name))]
     number = max(taken, default=-1) + 1
-    while True:  # another run may be writing into the same folder
-        target = path / f"{number:04d}-{slug}.png"
-        try:
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            break
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise unwritable(target, error) from error
+    temporary = path / f".{slug}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        write_bytes(target, data)
-    except BaseException:
-        target.unlink(missing_ok=True)  # the name that was held, still empty
-        raise
-    return target
+        temporary.write_bytes(data)
+        flush_to_disk(temporary)
+        while not _named(temporary, target := path / f"{number:04d}-{slug}.png"):
+            number += 1  # another run writes into the same folder
+        return target
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _named(temporary: Path, target: Path) -> bool:
+    """Give a whole file a name that is free, in one step; False where it is not free."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if target.exists():
+            return False
+        temporary.rename(target)
+    return True

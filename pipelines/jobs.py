@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,15 @@ from pipelines.text_to_image import TextToImagePipeline
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe to draw, and where it stands, for messages: a file and its line."""
+
+    recipe: Recipe
+    where: str = ""
+
+
 _NOT_IN_A_ROW = (
     "model",
     "variant",
@@ -29,8 +38,8 @@ _NOT_IN_A_ROW = (
 )  # of a run, not of a row
 
 
-def read_prompts(path: str | Path, settings: Mapping[str, Any]) -> list[Recipe]:
-    """One recipe a line: a prompt, or in a `.jsonl` file an object with `prompt` and any settings of its own.
+def read_prompts(path: str | Path, settings: Mapping[str, Any]) -> list[Job]:
+    """One job a line: a prompt, or in a `.jsonl` file an object with `prompt` and any settings of its own.
 
     settings: what holds for every row that does not say otherwise. Empty lines are passed over. Raises UserError
     that names the line.
@@ -42,14 +51,14 @@ def read_prompts(path: str | Path, settings: Mapping[str, Any]) -> list[Recipe]:
         )
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
     rows = [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{path} holds no prompt")
     if kind != ".jsonl":
-        return [Recipe(prompt, **settings) for _, prompt in rows]
-    return [Recipe.parse({**settings, **_object(where, line)}, where) for where, line in rows]
+        return [Job(Recipe(prompt, **settings), where) for where, prompt in rows]
+    return [Job(Recipe.parse({**settings, **_object(where, line)}, where), where) for where, line in rows]
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
@@ -59,16 +68,18 @@ def _object(where: str, line: str) -> dict[str, Any]:
         raise UserError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise UserError(f'{where}: expected an object such as {{"prompt": "a fox", "seed": 1}}')
+    if "steps" in row:
+        raise UserError(f"{where}: 'steps' is called num_inference_steps in a row, as in Python")
     if named := [key for key in _NOT_IN_A_ROW if key in row]:
         raise UserError(f"{where}: {named[0]!r} holds for the whole run, not for a row")
     return row
 
 
-def several(recipes: Iterable[Recipe], count: int) -> list[Recipe]:
-    """`count` pictures of each recipe, with seeds that follow its own (drawn at random where it has none)."""
+def several(jobs: Iterable[Job], count: int) -> list[Job]:
+    """`count` pictures of each job, with seeds that follow its own (drawn at random where it has none)."""
     return [
-        recipe if recipe.seed is None else replace(recipe, seed=recipe.seed + k)
-        for recipe in recipes
+        job if job.recipe.seed is None else replace(job, recipe=replace(job.recipe, seed=job.recipe.seed + k))
+        for job in jobs
         for k in range(count)
     ]
 
@@ -83,7 +94,7 @@ def batches(recipes: Sequence[Recipe], size: int) -> Iterator[list[Recipe]]:
 
 def run(
     pipe: TextToImagePipeline,
-    recipes: Sequence[Recipe],
+    jobs: Sequence[Job],
     out: Path,
     batch_size: int = 1,
     grid_path: Path | None = None,
@@ -91,12 +102,12 @@ def run(
     progress: bool = True,
     saved: Callable[[Path], None] = lambda path: None,
 ) -> list[str]:
-    """Draw every recipe into `out` as soon as its batch is done, then a grid of all of them; returns the notes.
+    """Draw every job's recipe into `out` as soon as its batch is done, then a grid of all of them; returns the notes.
 
     Every recipe is checked before the first is drawn, so that a mistake in the last row costs nothing. `saved` is
     called with every file that is written. Raises UserError.
     """
-    recipes = [pipe.complete(recipe) for recipe in recipes]
+    recipes = [_complete(pipe, job) for job in jobs]
     if grid_path and len({(recipe.width, recipe.height) for recipe in recipes}) > 1:
         raise UserError(
             "a grid needs pictures of one size: leave --grid out, or give all rows one height and width"
@@ -114,3 +125,12 @@ def run(
         write_bytes(grid_path, png(grid(pictures, columns or max(1, round(len(pictures) ** 0.5)))))
         saved(grid_path)
     return list(notes)
+
+
+def _complete(pipe: TextToImagePipeline, job: Job) -> Recipe:
+    try:
+        return pipe.complete(job.recipe)
+    except UserError as error:
+        if not job.where:
+            raise
+        raise UserError(f"{job.where}: {error}") from error

@@ -32,6 +32,8 @@ class TextToImageOutput:
 
     def save(self, path: str | Path) -> list[Path]:
         """Save PIL pictures with their recipes, one to a `.png`, or all into a folder. Raises UserError."""
+        if not isinstance(self.images, list):
+            raise UserError('only output_type "pil" gives pictures that can be saved')
         check_target(Path(path), len(self.images))
         pairs = zip(self.images, self.recipes, strict=True)
         return [save_picture(picture, recipe, Path(path)) for picture, recipe in pairs]
@@ -46,6 +48,7 @@ def pictures(autoencoder: AutoencoderKL, latents: Tensor, output_type: OutputTyp
     decoded = to_unit_range(autoencoder.decode(unscaled))
     if not bool(decoded.isfinite().all()):
         raise UserError(
-            "the picture came out as NaN: try torch_dtype float32 (float16 overflows in some models)"
+            "the picture came out as NaN: in float16 some models overflow (take float32 or bfloat16); else the "
+            "guidance_scale is far too high, or the weights are damaged"
         )
     return {"pil": to_pil, "np": to_numpy, "pt": lambda tensor: tensor}[output_type](decoded)

@@ -5,20 +5,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.errors import UserError
 from ldm.system import System
 
 _HEADROOM = 1.5  # activations, as a multiple of the weights; a rule of thumb that errs on the safe side
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """The device named, else the accelerator that Accelerate finds, else the CPU."""
+    """The device named, else the accelerator that Accelerate finds, else the CPU. Raises UserError."""
     if device is not None:
-        return torch.device(device)
+        return _present(device)
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     from accelerate import PartialState
 
     return torch.device(PartialState().device or "cpu")
+
+
+def _present(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.empty(1, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("no picture comes out of it")
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's words for a device that is not there
+        why = str(error).splitlines()[0].partition(": ")[0][:120]
+        raise UserError(f"the device {str(device)!r} can't be used: {why}") from error
+    return torch.device(device)
 
 
 class Offload:
@@ -33,8 +45,9 @@ class Offload:
             self.hooks.append(cpu_offload_with_hook(module, device, prev_module_hook=previous)[1])
 
     def rest(self) -> None:
-        """The last part of the chain goes back too: nothing comes after it to send it."""
-        self.hooks[-1].offload()
+        """All parts go back: those after whose work no other has begun, too."""
+        for hook in self.hooks:
+            hook.offload()
 
     def remove(self) -> None:
         for hook in self.hooks:

@@ -3,11 +3,12 @@
 import json
 import math
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ldm import __version__
 from ldm.config import from_dict
 from ldm.errors import UserError
 
@@ -94,12 +95,12 @@ class Recipe:
 def recipes_for(
     prompt: str | Sequence[str],
     negative_prompt: str | Sequence[str] | None,
-    seed: int | Sequence[int] | None,
+    seed: int | Iterable[int] | None,
     images_per_prompt: int,
     settings: Mapping[str, Any],
 ) -> list[Recipe]:
     """The recipes of a call, prompt by prompt; see `TextToImagePipeline.__call__`. Raises UserError."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     if not prompts or not all(isinstance(each, str) for each in prompts):
         raise UserError("there is no prompt: give a string, or a list of at least one")
     if images_per_prompt < 1:
@@ -113,24 +114,50 @@ def recipes_for(
         raise UserError(
             f"there are {len(negatives)} negative prompts for {len(prompts)} prompts: one, or one each"
         )
-    if seed is None:
-        seeds = [None] * count
-    else:
-        seeds = list(seed) if isinstance(seed, Sequence) else [operator.index(seed) + k for k in range(count)]
-        seeds = [operator.index(each) for each in seeds]
+    seeds = _seeds(seed, count)
     if len(seeds) != count:
         raise UserError(f"there are {len(seeds)} seeds for {count} images: give one int, or one an image")
+    stated = {name: _plain(value) for name, value in settings.items() if value is not None}
+    shared = Recipe.parse({"prompt": "", **stated}, "the call")
     places = [k for k in range(len(prompts)) for _ in range(images_per_prompt)]
-    return [Recipe(prompts[k], negatives[k], each, **settings) for k, each in zip(places, seeds, strict=True)]
+    return [
+        replace(shared, prompt=prompts[k], negative_prompt=negatives[k], seed=each)
+        for k, each in zip(places, seeds, strict=True)
+    ]
 
 
-def check(recipe: Recipe, factor: int) -> None:
-    """Raise UserError for values of a complete recipe that no picture can have; sizes are multiples of `factor`."""
+def _seeds(seed: int | Iterable[int] | None, count: int) -> Sequence[int | None]:
+    if seed is None:
+        return [None] * count
+    try:
+        return (
+            [operator.index(each) for each in seed]
+            if isinstance(seed, Iterable)
+            else [operator.index(seed) + k for k in range(count)]
+        )
+    except TypeError as error:
+        raise UserError(f"the seed is {seed!r}: give an int, or one an image") from error
+
+
+def _plain(value: Any) -> Any:
+    """Scalars of numpy and torch as Python's own, which JSON can hold."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.item() if hasattr(value, "item") else value
+
+
+def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
+    """Raise UserError for values of a complete recipe that no picture can have, or that would change nothing.
+
+    Sizes are multiples of `factor`; those that SDXL is told, and eta, are for nothing else than SDXL and DDIM.
+    """
     for name, size in (("height", recipe.height), ("width", recipe.width)):
         if not isinstance(size, int) or not factor <= size <= _LARGEST or size % factor:
             low = min(max(int(size or 0) // factor, 1) * factor, _LARGEST - factor)
             near = f"use {low} or {low + factor}"
-            raise UserError(f"{name} {size} is not a multiple of {factor} up to {_LARGEST}: {near}")
+            raise UserError(
+                f"{name} {size} is not a multiple of {factor} from {factor} to {_LARGEST}: {near}"
+            )
     assert (
         recipe.guidance_scale is not None
         and recipe.num_inference_steps is not None
@@ -143,6 +170,14 @@ def check(recipe: Recipe, factor: int) -> None:
     for name, value in (("eta", recipe.eta), ("guidance_rescale", recipe.guidance_rescale)):
         if not 0 <= value <= 1:
             raise UserError(f"{name} is {value}: it must be between 0 and 1")
+    if recipe.eta and recipe.sampler != "ddim":
+        raise UserError(f"eta is ddim's alone: {recipe.sampler} takes none")
+    low, high = recipe.guidance_interval or (0.0, math.inf)
+    if not low < high:
+        raise UserError(f"guidance_interval is ({low}, {high}): give the lower noise level first")
+    told = (recipe.original_size, recipe.target_size, recipe.crops_coords_top_left != (0, 0))
+    if any(told) and not is_xl:
+        raise UserError("original_size, target_size and crops_coords_top_left are for SDXL alone")
     if not -(2**63) <= recipe.seed < 2**64:
         raise UserError(f"the seed {recipe.seed} does not fit in 64 bits")
     for text in (recipe.prompt, recipe.negative_prompt or ""):
@@ -163,7 +198,13 @@ def read_recipe(path: str | Path) -> Recipe:
         mapping = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: its recipe can't be read ({error})") from error
-    return Recipe.parse(mapping, str(path))
+    try:
+        return Recipe.parse(mapping, str(path))
+    except UserError as error:
+        version = mapping.get("version") if isinstance(mapping, dict) else None
+        if version in (None, __version__):
+            raise
+        raise UserError(f"{error} (version {version} wrote it, this is {__version__})") from error
 
 
 def open_picture(path: str | Path) -> "Image":

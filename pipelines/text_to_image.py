@@ -7,7 +7,8 @@ pipe("a raccoon astronaut").save("raccoon.png")
 import math
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,20 +17,19 @@ import torch
 from torch import Tensor
 
 from ldm import __version__
-from ldm.diffusion.driver import Noise, Step
+from ldm.diffusion.driver import Noise
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.plan import Plan, plan
 from ldm.errors import UserError, nearest
 from ldm.system import System
 from pipelines.adapters import Adapters
 from pipelines.condition import bound, condition_of
+from pipelines.files import whole_path
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import Offload, choose_device, offload_where_needed
 from pipelines.preview import LatentPreview
+from pipelines.progress import Progress, StepCallback, Watch
 from pipelines.recipe import Recipe, check, recipes_for
-
-# (pipe, step index, timestep, {"latents", "denoised", "preview"}) -> False to stop there
-StepCallback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], object]
 
 
 class TextToImagePipeline:
@@ -58,7 +58,7 @@ class TextToImagePipeline:
         self._identity: dict[str, Any] = identity or {}
         self._preview: LatentPreview | None = None
         self._adapters = Adapters(system, self.device)
-        self._lock = threading.Lock()
+        self._lock, self._holder = threading.Lock(), 0
 
     @classmethod
     def from_pretrained(
@@ -78,25 +78,55 @@ class TextToImagePipeline:
         low_memory: keep each part on the device only while it works; None decides by the device's free memory.
         Raises UserError.
         """
+        if not isinstance(torch_dtype, torch.dtype):
+            raise UserError(
+                f"torch_dtype is {torch_dtype!r}: give one of torch's own, such as torch.bfloat16"
+            )
         where = choose_device(device)
         system = System.load(name, torch_dtype=torch_dtype, variant=variant, prediction_type=prediction_type)
         offload = offload_where_needed(system, where, low_memory)
         if not offload:
             system.to(where, torch_dtype)
-        model = None if name is None else str(name)
+        model = None if name is None else whole_path(name)
         return cls(
             system, where, offload, {"model": model, "variant": variant, "prediction_type": prediction_type}
         )
 
-    def to(self, device: torch.device | str, torch_dtype: torch.dtype | None = None) -> "TextToImagePipeline":
-        """Move the whole system, to stay there; without `torch_dtype` it keeps its precision."""
-        if self._offload:
-            self._offload.remove()
-            self._offload = None
-        self.device = torch.device(device)
-        self.system.to(self.device, torch_dtype or self.dtype)
-        self._adapters.to(self.device)
+    def to(
+        self,
+        *targets: torch.device | str | torch.dtype,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "TextToImagePipeline":
+        """Move the whole system to a device, to stay there, or into another precision, or both: as diffusers' `to`.
+
+        Raises UserError for a device that is not there.
+        """
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                dtype = target
+            else:
+                device = target
+        with self._turn():
+            if self._offload:
+                self._offload.remove()
+                self._offload = None
+            self.device = self.device if device is None else choose_device(device)
+            self.system.to(self.device, dtype or self.dtype)
+            self._adapters.to(self.device)
         return self
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Threads take turns. Raises UserError where the thread would wait for itself."""
+        if self._holder == threading.get_ident():
+            raise UserError("a callback can't use the pipeline that called it: it is busy with that call")
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,27 +139,27 @@ class TextToImagePipeline:
         path: a file in diffusers' layout, of any age, or in kohya's; or a folder with diffusers' file. weight: how much
         of it. name: for `set_loras` and `unload_loras`; None is the file's. Raises UserError.
         """
-        with self._lock:
+        with self._turn():
             return self._adapters.load_lora(path, weight, name)
 
     def set_loras(self, weights: Mapping[str, float]) -> None:
         """Use these LoRAs, with these weights; others that are loaded get weight 0. Raises UserError."""
-        with self._lock:
+        with self._turn():
             self._adapters.set_loras(weights)
 
     def unload_loras(self, names: Iterable[str] | None = None) -> None:
         """Take LoRAs out, merged or not; None takes all. The weights are then those of the model. Raises UserError."""
-        with self._lock:
+        with self._turn():
             self._adapters.unload_loras(names)
 
     def merge_loras(self) -> None:
         """Add all LoRAs, as weighed, to the networks' weights: they cost no time any more, and are saved with them."""
-        with self._lock:
+        with self._turn():
             self._adapters.merge_loras()
 
     def unmerge_loras(self) -> None:
         """Give the networks the very weights from before `merge_loras`; the LoRAs are beside them again."""
-        with self._lock:
+        with self._turn():
             self._adapters.unmerge_loras()
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
@@ -137,12 +167,12 @@ class TextToImagePipeline:
 
         token: the word to use in prompts, in place of the file's own. Raises UserError.
         """
-        with self._lock:
+        with self._turn():
             return self._adapters.load_words(path, token)
 
     def unload_textual_inversion(self) -> None:
         """Forget all words that were loaded."""
-        with self._lock:
+        with self._turn():
             self._adapters.unload_words()
 
     def load_adapters_of(self, recipe: Recipe) -> list[str]:
@@ -150,7 +180,7 @@ class TextToImagePipeline:
 
         Raises UserError, also where a file is gone.
         """
-        with self._lock:
+        with self._turn():
             return self._adapters.load_again(recipe.loras, recipe.embeddings)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -179,7 +209,7 @@ class TextToImagePipeline:
         eta: float = 0.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
-        clip_skip: int = 0,
+        clip_skip: int | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         progress: bool = True,
@@ -195,9 +225,8 @@ class TextToImagePipeline:
             only: not on its neighbours, the batch's size or the device.
         sampler, schedule: in place of the model's own solver and spacing. eta: DDIM's noise, 0 to 1.
         guidance_rescale: Lin et al. 2023, in [0, 1]. guidance_interval: guided only where low < sigma <= high.
-        callback_on_step_end: called with (pipe, index, timestep, {"latents", "denoised", "preview"}) after each
-            prediction; `preview()` gives small PIL pictures of the estimate without a decode. Returning False stops
-            the run there, with the estimate as the result; nothing else that it returns is read.
+        callback_on_step_end: called with (pipe, index, timestep, {"latents", "denoised", "preview", "images"}) after
+            each prediction; see `pipelines.progress`. Returning False ends the call there.
         xl: SDXL's `original_size`, `target_size`, `crops_coords_top_left`, each (height, width) in pixels.
         Raises UserError.
         """
@@ -216,7 +245,7 @@ class TextToImagePipeline:
             "eta": eta,
             "guidance_rescale": guidance_rescale,
             "guidance_interval": guidance_interval,
-            "clip_skip": clip_skip,
+            "clip_skip": clip_skip or 0,
             **xl,
         }
         recipes = recipes_for(prompt, negative_prompt, seed, num_images_per_prompt, settings)
@@ -233,39 +262,47 @@ class TextToImagePipeline:
         """Draw recipes that differ in prompt, negative prompt and seed only.
 
         One batch, unless some conditions would change for standing beside others: prompts of more windows than
-        their neighbours, and with SDXL those without a negative prompt, make batches of their own. Raises UserError.
+        their neighbours, and with SDXL those without a negative prompt, make batches of their own. Where the callback
+        ends the call before all batches have begun, the output holds those that have. Raises UserError.
         """
         if output_type not in get_args(OutputType):
             raise UserError(
-                f"output_type {output_type!r} is unknown{nearest(output_type, get_args(OutputType))}"
+                f"output_type {output_type!r} is unknown{nearest(str(output_type), get_args(OutputType))}"
             )
         recipes = [self.complete(recipe) for recipe in recipes]
         if len({recipe.shared() for recipe in recipes}) != 1:
             raise ValueError("the recipes of one call may differ in prompt, negative_prompt and seed only")
-        batches: dict[tuple[int, bool], list[int]] = {}
-        for place, recipe in enumerate(recipes):
-            length = self.system.text.length([recipe.prompt, recipe.negative_prompt or ""])
-            batches.setdefault((length, recipe.negative_prompt is None), []).append(place)
+        batches, how = self._batches(recipes), self.plan(recipes[0])
         notes, drawn = list(self.system.notes), dict[int, Tensor]()
-        with self._lock:
-            for places in batches.values():
-                latents, more = self._draw([recipes[k] for k in places], callback_on_step_end, progress)
-                notes += [note for note in more if note not in notes]
-                drawn |= zip(places, latents, strict=True)
-            images = pictures(
-                self.system.autoencoder, torch.stack([drawn[k] for k in range(len(recipes))]), output_type
-            )
-            if self._offload:
-                self._offload.rest()
-        return TextToImageOutput(images, recipes, notes)
+        with self._turn(), Progress(self, how, len(batches), callback_on_step_end, progress) as watch:
+            try:
+                for places in batches:
+                    latents, more = self._draw([recipes[k] for k in places], how, watch.of(places))
+                    notes += [note for note in more if note not in notes]
+                    drawn |= zip(places, latents, strict=True)
+                    if watch.stopped:
+                        break
+                places = sorted(drawn)
+                stacked = torch.stack([drawn[k] for k in places])
+                images = pictures(self.system.autoencoder, stacked, output_type)
+            finally:
+                if self._offload:
+                    self._offload.rest()
+        return TextToImageOutput(images, [recipes[k] for k in places], notes)
 
-    def _draw(
-        self, recipes: Sequence[Recipe], callback: StepCallback | None, progress: bool
-    ) -> tuple[Tensor, list[str]]:
+    def _batches(self, recipes: Sequence[Recipe]) -> list[list[int]]:
+        """The places of complete recipes whose conditions are the same together as alone."""
+        text, batches = self.system.text, dict[tuple[int, bool], list[int]]()
+        for place, recipe in enumerate(recipes):
+            length = text.length([recipe.prompt, recipe.negative_prompt or ""])
+            zeros = text.zeros_without_negative and recipe.negative_prompt is None
+            batches.setdefault((length, zeros), []).append(place)
+        return list(batches.values())
+
+    def _draw(self, recipes: Sequence[Recipe], how: Plan, watch: Watch) -> tuple[Tensor, list[str]]:
         """The latents (B, C, h, w) of complete recipes, in one batch, and the notes on their prompts."""
         shared = recipes[0]
         assert shared.guidance_scale is not None
-        how = self.plan(shared)
         condition, notes = condition_of(self.system.text, recipes, guided=shared.guidance_scale > 1)
         network = bound(self.system, condition.to(self.device, self.dtype), shared)
         denoise = classifier_free(
@@ -274,11 +311,8 @@ class TextToImagePipeline:
             shared.guidance_rescale,
             shared.guidance_interval or (0.0, math.inf),
         )
-        noise = Noise(
-            [recipe.seed for recipe in recipes if recipe.seed is not None], self._shape(shared), self.device
-        )
-        with _progress_bar(progress, how) as bar:
-            return how.sample(denoise, noise, self._after_step(callback, how, bar)), notes
+        seeds = [recipe.seed for recipe in recipes if recipe.seed is not None]
+        return how.sample(denoise, Noise(seeds, self._shape(shared), self.device), watch), notes
 
     def complete(self, recipe: Recipe) -> Recipe:
         """The recipe with the model's defaults in place of every None. Raises UserError for impossible values."""
@@ -294,7 +328,7 @@ class TextToImagePipeline:
         complete = replace(
             recipe,
             seed=secrets.randbelow(2**32) if recipe.seed is None else recipe.seed,
-            sampler=recipe.sampler or system.scheduler.sampler,
+            sampler=system.scheduler.sampler if recipe.sampler is None else recipe.sampler,
             height=height,
             width=width,
             **{
@@ -308,7 +342,7 @@ class TextToImagePipeline:
             model_hash=system.fingerprint,
             version=__version__,
         )
-        check(complete, system.autoencoder.config.factor)
+        check(complete, system.autoencoder.config.factor, system.is_xl)
         self.plan(complete)
         if complete.clip_skip:
             system.text.encode([""], clip_skip=complete.clip_skip)  # it alone knows how many layers there are
@@ -318,7 +352,12 @@ class TextToImagePipeline:
         """How a complete recipe is sampled. Raises UserError for unknown samplers and schedules."""
         assert recipe.num_inference_steps
         return plan(
-            self.system.scheduler, recipe.num_inference_steps, recipe.sampler, recipe.schedule, recipe.eta
+            self.system.scheduler,
+            recipe.num_inference_steps,
+            recipe.sampler,
+            recipe.schedule,
+            recipe.eta,
+            is_xl=self.system.is_xl,
         )
 
     def _shape(self, recipe: Recipe) -> tuple[int, int, int]:
@@ -327,34 +366,9 @@ class TextToImagePipeline:
         assert recipe.height and recipe.width
         return config.latent_channels, recipe.height // config.factor, recipe.width // config.factor
 
-    def _after_step(
-        self, callback: StepCallback | None, how: Plan, bar: Any
-    ) -> Callable[[Step], bool | None]:
-        def after(step: Step) -> bool | None:
-            bar.update()
-            if callback is None:
-                return None
-            sigma = torch.tensor([step.sigma], dtype=torch.float64)
-            state = {
-                "latents": step.x / math.sqrt(1 + step.sigma**2),  # before the step, at unit variance
-                "denoised": step.x0,
-                "preview": lambda: self.preview(step.x0),
-            }
-            stopped = callback(self, step.index, round(how.schedule.timestep(sigma).item()), state) is False
-            return False if stopped else None
-
-        return after
-
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Any:
         """Small PIL pictures, one pixel a latent position, of latents (B, C, h, w) by a linear map: no decode."""
         if self._preview is None:
             self._preview = LatentPreview(self.system.autoencoder)
         return self._preview(latents)
-
-
-def _progress_bar(shown: bool, how: Plan) -> Any:
-    """tqdm on standard error; silent where that is no terminal."""
-    from tqdm.auto import tqdm
-
-    return tqdm(total=how.evaluations, disable=None if shown else True, unit="step", leave=False)

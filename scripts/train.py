@@ -1,6 +1,9 @@
 """Train from nothing, from a config file.
 
-accelerate launch scripts/train.py --config configs/bundled-autoencoder.yaml [--set loop.pictures=1000 ...]
+accelerate launch -q scripts/train.py --config configs/bundled-autoencoder.yaml [--set loop.pictures=1000 ...]
+
+Without -q, accelerate puts a stack trace of its own below every message. python scripts/train.py works too.
+Several processes: see --help.
 """
 
 import sys

@@ -19,7 +19,7 @@ from ldm.checkpoints import (
 )
 from ldm.checkpoints.families import FAMILIES, detect_family, family_configs
 from ldm.checkpoints.files import read_metadata, read_tensors, write_tensors
-from ldm.checkpoints.folder import component_file, copy_components, read_index
+from ldm.checkpoints.folder import component_file, read_index
 from ldm.checkpoints.keymap import KeyMap, row
 from ldm.checkpoints.layouts import canonical_clip, canonical_vae, fit_clip, unet_rows
 from ldm.checkpoints.single_file import CONFIGS, _rows, from_tensors
@@ -276,8 +276,9 @@ def test_what_is_not_used_is_listed_and_kept_aside(tmp_path: Path, system) -> No
     notes = "; ".join(found.notes)
     assert "EMA" in notes and "noise schedule" in notes
     assert ("text encoder layers after the 3" in notes) == (family == "sd2")
-    write_single_file(tmp_path / "y.safetensors", found, found.unused)
-    same(read_tensors(tmp_path / "y.safetensors"), read_tensors(tmp_path / "x.safetensors"))
+    write_single_file(tmp_path / "y.safetensors", found)
+    kept = read_tensors(tmp_path / "y.safetensors") | found.unused
+    same(kept, read_tensors(tmp_path / "x.safetensors"))
     converted = diffusers_reads(read_tensors(tmp_path / "x.safetensors"), given.configs)
     same(converted["unet"], given.tensors["unet"])
 
@@ -547,9 +548,7 @@ def test_diffusers_pipelines_draw_the_same_from_folder_and_single_file(tmp_path:
         pytest.skip("the same road with another first convolution")
     diffusers.utils.logging.disable_progress_bar()
     names = ["tokenizer", "tokenizer_2"][: 2 if family == "sdxl" else 1]
-    for name in names:
-        tokenizer(tmp_path / "source" / name)
-    write_folder(tmp_path / "folder", given, copy_components(tmp_path / "source", *names))
+    write_folder(tmp_path / "folder", given, lambda new: [tokenizer(new / name) for name in names] and None)
     write_single_file(tmp_path / "one.safetensors", given)
     kind = getattr(diffusers, given.pipeline)
     pipes = [

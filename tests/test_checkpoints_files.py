@@ -2,15 +2,18 @@
 
 import json
 import os
+import pickle
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoints import files, hub
+from ldm.checkpoints import files, folder, hub, read_folder
 from ldm.checkpoints.files import (
     check_finite,
+    file_in,
     load_strict,
     read_metadata,
     read_tensors,
@@ -83,6 +86,27 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, zipped: bool)
     assert mark.exists(), "the payload is a real one"
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_code_in_a_pickle_of_any_protocol_is_named_and_nothing_is_warned_of(
+    tmp_path: Path, protocol: int
+) -> None:
+    path, mark = tmp_path / "bad.ckpt", tmp_path / "ran"
+    path.write_bytes(pickle.dumps(Payload(mark), protocol))
+    torch.save({"x": Payload(mark)}, tmp_path / "zip.pt", pickle_protocol=max(protocol, 2))
+    tensors = {"a": torch.zeros(2), "x": Payload(mark)}
+    torch.save(
+        tensors, tmp_path / "old.pt", pickle_protocol=max(protocol, 2), _use_new_zipfile_serialization=False
+    )
+    for each in (path, tmp_path / "zip.pt", tmp_path / "old.pt"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            message = refusal(each)
+        assert "pickle with code in it (it calls for " in message and ".system)" in message
+    assert not mark.exists()
+    pickle.loads(path.read_bytes())
+    assert mark.exists(), "the payload is a real one"
+
+
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
 def test_truncated_files_are_refused_in_one_line(tmp_path: Path, name: str, keep: float) -> None:
@@ -125,6 +149,9 @@ def test_shards_are_put_together(tmp_path: Path, tensors) -> None:
     same(read_tensors(index), tensors)
     index.write_text(json.dumps({"weight_map": {**placed, "lost": placed[names[0]]}}))
     assert "lost" in refusal(index)
+    for wrong in (names, {names[0]: 3}, {names[0]: ["a"]}, "x", None):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        assert f"{index} is no index" in refusal(index) and "weight_map" in refusal(index)
 
 
 # Loading
@@ -176,6 +203,71 @@ def test_nan_weights_are_refused_on_loading() -> None:
     weights["1.bias"] = weights["1.bias"] * float("nan")
     with pytest.raises(UserError, match=r"NaN.*1\.bias"):
         load_strict(on_meta(), weights, "w")
+
+
+def test_whole_numbers_for_weights_are_refused() -> None:
+    weights = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(4, 2, 3)).state_dict()
+    weights["1.weight"] = weights["1.weight"].to(torch.int64)
+    with pytest.raises(UserError, match=r"1 of another kind of number \(1\.weight is torch\.int64\)"):
+        load_strict(on_meta(), weights, "w")
+
+
+# Odd paths
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/x", "a\0b", "a/b\0c.safetensors"])
+def test_paths_that_cannot_be_are_one_line(tmp_path: Path, monkeypatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for read in (hub.resolve, read_tensors, read_metadata, read_folder, files.file_hash, files.read_text):
+        with pytest.raises(UserError) as caught:
+            read(name)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    if len(name) == 300:
+        with pytest.raises(UserError, match="can't be read: File name too long"):
+            file_in(name, "x.safetensors")
+
+
+def test_what_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    """Everything inside `secret` is refused, as a folder without permissions does to anybody but root."""
+    secret = tmp_path / "secret"
+    for name in ("unet", "tokenizer"):
+        (secret / name).mkdir(parents=True)
+    write_tensors(secret / "a.safetensors", {"a": torch.zeros(1)})
+
+    def forbidden(which):
+        real = getattr(Path, which)
+
+        def call(self, *args, **kwargs):
+            if secret in self.parents or (self == secret and which == "iterdir"):
+                raise PermissionError(13, "Permission denied", str(self))
+            return real(self, *args, **kwargs)
+
+        return call
+
+    for which in ("stat", "is_dir", "is_file", "exists", "open", "iterdir"):
+        monkeypatch.setattr(Path, which, forbidden(which))
+    for read, path in (
+        (read_tensors, secret / "a.safetensors"),
+        (read_metadata, secret / "a.safetensors"),
+        (files.read_text, secret / "model_index.json"),
+        (files.file_hash, secret / "a.safetensors"),
+        (read_folder, secret),
+        (hub.resolve, secret / "a.safetensors"),
+        (lambda path: file_in(path, "x"), secret / "unet"),
+        (lambda path: folder.component_file(path, "unet"), secret),
+        (lambda path: folder.read_component(path, "unet"), secret),
+    ):
+        with pytest.raises(UserError, match=r"secret.*can't be read: Permission denied$"):
+            read(path)
+
+
+def test_a_system_is_asked_for_by_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=f"give its folder, {tmp_path}$"):
+        hub.resolve(tmp_path / "model_index.json")
+    for empty in ("", " "):
+        with pytest.raises(UserError, match="the model's name is empty"):
+            hub.resolve(empty)
 
 
 # Writing

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline_folder
 
+from ldm.errors import UserError
 from pipelines.cli import main
-from pipelines.recipe import read_recipe
+from pipelines.files import save_picture
+from pipelines.recipe import KEYWORD, Recipe, read_recipe
 
 FAST = ["--steps", "2", "--quiet"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -165,11 +169,19 @@ def test_a_model_that_cannot_be_used(
         (["cat", "--steps", "0"], "num_inference_steps is 0"),
         (["cat", "--num-images", "0"], "--num-images must be 1 or more"),
         (["cat", "--model", "no/such/folder"], "no/such/folder"),
-        (["cat", "--device", "cuda:77"], "--device cuda:77"),
-        (["cat", "--device", "meta"], "--device meta"),
+        (["cat", "--device", "cuda:77"], "the device 'cuda:77' can't be used"),
+        (["cat", "--device", "meta"], "the device 'meta' can't be used"),
         (["cat", "--seed", "9" * 30], "does not fit in 64 bits"),
         (["cat", "dog", "--out", "one.png"], "one.png is one file for 2 pictures"),
         (["cat", "--out", "one.jpg"], "one.jpg: pictures are saved as PNG"),
+        (
+            ["cat", "--out", "one.png", "--grid", "./one.png"],
+            "one.png can't be both the picture and the grid",
+        ),
+        (["cat", "--out", "n" * 300 + ".png"], "can't write"),
+        (["cat", "--out", "a\0b.png"], "can't be a file's name"),
+        (["--file", "a\0b.txt"], "can't be read"),
+        (["cat", "--sampler", ""], "sampler '' is unknown"),
         (["cat", "--grid", "one.jpg"], "one.jpg: pictures are saved as PNG"),
         (["--file", "prompts.json"], "prompts.json: prompts come one a line"),
         (["--file", "missing.txt"], "missing.txt can't be read"),
@@ -198,8 +210,9 @@ def test_a_mistake_in_the_last_row_costs_no_drawing(
 ) -> None:
     for last, words in (
         ('{"prompt": "dog", "samplr": "ddim"}', "line 2: unknown key 'samplr', did you mean sampler"),
-        ('{"prompt": "dog", "height": 33}', "height 33"),
-        ('{"prompt": "dog", "clip_skip": 9}', "clip_skip is 9"),
+        ('{"prompt": "dog", "height": 33}', "line 2: height 33"),
+        ('{"prompt": "dog", "clip_skip": 9}', "line 2: clip_skip is 9"),
+        ('{"prompt": "dog", "steps": 9}', "line 2: 'steps' is called num_inference_steps"),
         ('{"prompt": "dog", "model": "another"}', "line 2: 'model' holds for the whole run"),
         ('{"prompt": 5}', "line 2"),
         ("{not json", "line 2: not valid JSON"),
@@ -250,3 +263,52 @@ def test_an_unwritable_place_is_found_before_drawing(
     (tmp_path / "file").write_text("in the way")
     assert main(["cat", "--model", str(model), "--out", str(tmp_path / "file" / "folder"), *FAST]) == 2
     assert "can't write" in capsys.readouterr().err
+
+
+def test_nobody_reading_on_loses_no_picture(model: Path, tmp_path: Path) -> None:
+    """`ldm-generate ... | head -1`: the pipe is gone when the second picture is named."""
+    script = Path(__file__).resolve().parents[1] / "scripts" / "generate.py"
+    arguments = [*("cat", "--model", str(model), "--out", str(tmp_path / "out"), "--num-images", "3"), *FAST]
+    run = subprocess.Popen(
+        [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert run.stdout and run.stderr
+    run.stdout.close()
+    error = run.stderr.read()
+    assert (run.wait(timeout=300), error) == (0, "")
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+
+
+def test_a_picture_takes_its_place_whole_and_leaves_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, recipe = Image.new("RGB", (8, 8)), Recipe("Ein Fuchs im Café")
+    first = save_picture(picture, recipe, tmp_path)
+    assert first.name == "0000-ein-fuchs-im-café.png"
+    link = os.link
+
+    def late(source: Path, target: Path) -> None:
+        """Another run takes the name in between."""
+        if target.name.startswith("0001"):
+            target.write_text("another's")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    assert save_picture(picture, recipe, tmp_path).name == "0002-ein-fuchs-im-café.png"
+    assert (tmp_path / "0001-ein-fuchs-im-café.png").read_text() == "another's"
+
+    def without_links(source: Path, target: Path) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", without_links)
+    assert read_recipe(save_picture(picture, recipe, tmp_path)).prompt == recipe.prompt
+    assert sorted(each.name[:4] for each in tmp_path.iterdir()) == ["0000", "0001", "0002", "0003"]
+
+
+def test_a_recipe_of_a_newer_version_says_so(tmp_path: Path) -> None:
+    info = Recipe("cat").png_info()
+    info.chunks.clear()
+    info.add_itxt(KEYWORD, json.dumps({"prompt": "cat", "brush": "oil", "version": "99.0"}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "new.png", pnginfo=info)
+    with pytest.raises(UserError, match=r"unknown key 'brush'.*version 99.0 wrote it, this is"):
+        read_recipe(tmp_path / "new.png")

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import read_checkpoint
+from ldm.checkpoints import read_checkpoint, write_single_file
 from ldm.checkpoints.files import read_tensors, write_tensors
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.layouts import canonical_clip, open_clip_rows
 from ldm.conditioning import minilm
+from ldm.conditioning.inversion import NewWords
 from ldm.conditioning.load import build_text_encoder, export, load_text_encoder, write_tokenizers
-from ldm.conditioning.open_clip import load_open_clip
-from ldm.conditioning.sdxl import JoinedEncoder
+from ldm.conditioning.sdxl import JoinedEncoder, parts_of
 from ldm.conditioning.system import build_conditioning
 from ldm.conditioning.text import TextEmbedding, Window, concatenate, encode_pair
-from ldm.conditioning.tokenizer import EOS, clip_tokenizer, clip_vocabulary
+from ldm.conditioning.tokenizer import EOS, clip_tokenizer, clip_vocabulary, load_tokenizer, window_of
 from ldm.errors import UserError
+from ldm.system import System
 from tests import tiny
 
 tiny.let_torchvision_import()
@@ -53,8 +55,8 @@ def test_agrees_with_stable_diffusion(tmp_path: Path, family: tiny.Family, negat
     with torch.no_grad():
         theirs, against = pipeline.encode_prompt(PROMPTS, "cpu", 2, True, negative)
     positive, negatives, notes = encode_pair(conditioning(folder), PROMPTS, negative)
-    close(positive.repeat_interleave(2).hidden, theirs)
-    close(negatives.repeat_interleave(2).hidden, against)
+    close(positive.hidden.repeat_interleave(2, dim=0), theirs)
+    close(negatives.hidden.repeat_interleave(2, dim=0), against)
     assert positive.pooled is None and notes == []
 
 
@@ -259,7 +261,6 @@ def test_windows():
 
 def test_embeddings():
     one = TextEmbedding(torch.arange(6.0).view(2, 1, 3), torch.arange(2.0).view(2, 1))
-    assert one.repeat_interleave(2).hidden[:, 0, 0].tolist() == [0, 0, 3, 3]
     both = concatenate([one, one.zeros()]).to(dtype=torch.float64)
     assert both.hidden.shape == (4, 1, 3) and both.pooled is not None and both.pooled.dtype == torch.float64
     with pytest.raises(ValueError, match="pooled"):
@@ -355,85 +356,210 @@ def test_clip_vocabulary_has_clips_size():
     assert len(clip_vocabulary([f"{n} x" for n in range(48_894)])) == 49_408
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("open_clip"), reason="needs the open_clip package")
 def test_clip_tokenizer_gives_the_published_ids():
     tokenizer = clip_tokenizer()
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("A Photo, of a CAT").input_ids == [49406, 320, 1125, 267, 539, 320, 2368, 49407]
     assert (tokenizer.model_max_length, tokenizer.pad_token_id) == (77, 49407)
     padded = clip_tokenizer(pad_token="!")("a cat", padding="max_length").input_ids
     assert padded == [49406, 320, 2368, 49407] + [0] * 73
 
 
-def test_without_a_vocabulary_the_error_says_where_to_get_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install open_clip_torch"):
-        clip_tokenizer()
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_single_file_has_clips_tokenizer(
+    tmp_path: Path, family: tiny.Family, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing but this package is needed for it, and SD 2.x and SDXL's second encoder pad with "!"."""
+    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
+    monkeypatch.setattr(tiny, "CLIP_VOCABULARY", 49408)
+    checkpoint = read_checkpoint(tiny.tiny_pipeline_folder(tmp_path, family))
+    write_single_file(tmp_path / "one.safetensors", checkpoint)
+    encoder = build_conditioning(read_checkpoint(tmp_path / "one.safetensors"), None)
+    windows = [part.window for part in parts_of(encoder)]
+    pads = {"sd1": [49407], "sd2": [0], "sdxl": [49407, 0]}[family]
+    assert windows == [Window(77, (49406,), (49407,), pad) for pad in pads]
+    assert [part.tokenize("a photo of a cat") for part in parts_of(encoder)] == [
+        [320, 1125, 539, 320, 2368]
+    ] * len(pads)
+    assert bool(encoder.encode(PROMPTS)[0].hidden.isfinite().all())
 
 
 def test_tokenizer_folder_is_read(tmp_path: Path):
-    tokenizer = clip_tokenizer(tiny.clip_tokenizer_folder(tmp_path))
+    tokenizer = load_tokenizer(tiny.clip_tokenizer_folder(tmp_path), "clip")
     assert tokenizer.pad_token == EOS
     assert tokenizer.decode(tokenizer("the cat").input_ids, skip_special_tokens=True) == "the cat"
+
+
+def tiny_folder(tmp_path: Path, family: str) -> Path:
+    made = {"clip": tiny.tiny_clip_folder, "bert": tiny.tiny_bert_folder, "t5": tiny.tiny_t5_folder}
+    return made[family](tmp_path / family)
+
+
+@pytest.mark.parametrize("family", ["clip", "bert", "t5"])
+def test_a_tokenizer_without_its_files_is_refused(tmp_path: Path, family: str):
+    """transformers would build an empty vocabulary, and take another window, and say nothing."""
+    folder = tiny_folder(tmp_path, family)
+    settings = folder / "tokenizer/tokenizer_config.json"
+    text = settings.read_text()
+    settings.unlink()
+    with pytest.raises(UserError, match=r"tokenizer holds no tokenizer_config\.json"):
+        load_text_encoder(folder)
+    for each in (folder / "tokenizer").iterdir():
+        each.unlink()
+    for contents in ({}, {settings: text}):
+        for path, content in contents.items():
+            path.write_text(content)
+        with pytest.raises(UserError, match=r"tokenizer holds no vocabulary: a .* has tokenizer\.json, or "):
+            load_text_encoder(folder)
+
+
+@pytest.mark.parametrize("named", ["vocabulary", "json"])
+@pytest.mark.parametrize("encoder", ["clip", "bert", "t5"])
+@pytest.mark.parametrize("tokenizer", ["clip", "bert", "t5"])
+def test_a_tokenizer_of_another_family_is_refused(tmp_path: Path, encoder: str, tokenizer: str, named: str):
+    if encoder == tokenizer:
+        return
+    folder, other = tiny_folder(tmp_path, encoder), tiny_folder(tmp_path, tokenizer) / "tokenizer"
+    if named == "json":  # the name that all families share
+        load_tokenizer(other, tokenizer).save_pretrained(other)
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(other, folder / "tokenizer")
+    with pytest.raises(UserError) as caught:
+        load_text_encoder(folder)
+    assert "\n" not in str(caught.value)
+    assert any(
+        words in str(caught.value)
+        for words in ("belong to different models", "cannot read the", "holds no vocabulary")
+    )
+
+
+def test_a_tokenizer_that_fails_at_an_unknown_word_is_refused(tmp_path: Path):
+    """It is read without a complaint; the tokenizers library then raises a bare Exception in the midst of a prompt."""
+    path = tiny.clip_tokenizer_folder(tmp_path) / "vocab.json"
+    words = {word: number for word, number in json.loads(path.read_text()).items() if word.isascii()}
+    del words[EOS]  # which stands for unknown words
+    path.write_text(json.dumps(words))
+    with pytest.raises(
+        UserError, match=r"cannot read the clip tokenizer .*Unk token `<\|endoftext\|>` not found"
+    ):
+        load_tokenizer(tmp_path, "clip")
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_max_length", "long"), ("pad_token", None)])
+def test_settings_that_make_no_window_are_refused(tmp_path: Path, key: str, value: Any):
+    tokenizer = load_tokenizer(tiny.clip_tokenizer_folder(tmp_path), "clip")
+    setattr(tokenizer, key, value)
+    with pytest.raises(UserError, match="needs a pad_token and a model_max_length"):
+        window_of(tokenizer, 77)
 
 
 # OpenCLIP
 
 
-def open_clip_folder(tmp: Path, prefix: str = "") -> tuple[Path, Any]:
-    """An open_clip model folder, and the transformers CLIP that it was made from."""
+def open_clip_folder(
+    tmp: Path, prefix: str = "", weights: str = "open_clip_model.safetensors"
+) -> tuple[Path, Any]:
+    """A `text_encoder` folder as a hub repository of OpenCLIP is, and the transformers CLIP that it was made from."""
     model = tiny.clip_model(projection=True, act="gelu", layers=3)
     ours = canonical_clip(model.state_dict())
     theirs = KeyMap.over_ours(open_clip_rows(layers=3), ours, "test").to_theirs(ours)
     theirs = {prefix + name: each for name, each in theirs.items()} | {"visual.x": torch.zeros(1)}
-    write_tensors(tmp / "open_clip_model.safetensors", theirs)
-    text = {
-        "vocab_size": tiny.CLIP_VOCABULARY,
-        "width": tiny.WIDTH,
-        "heads": 4,
-        "layers": 3,
-        "mlp_ratio": 2.0,
-    }
+    path = tmp / "text_encoder" / weights
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, theirs) if path.suffix == ".safetensors" else torch.save(theirs, path)
+    text = {"vocab_size": 49408, "width": tiny.WIDTH, "heads": 4, "layers": 3, "mlp_ratio": 2.0}
     config = {"model_cfg": {"embed_dim": 24, "text_cfg": text, "vision_cfg": {}}}
-    (tmp / "open_clip_config.json").write_text(json.dumps(config))
+    (path.parent / "open_clip_config.json").write_text(json.dumps(config))
     return tmp, model
 
 
-@pytest.mark.skipif(not OPEN_CLIP, reason="needs the open_clip package and its torchvision")
+needs_open_clip = pytest.mark.skipif(not OPEN_CLIP, reason="needs the open_clip package and its torchvision")
+
+
+@needs_open_clip
 @pytest.mark.parametrize("prefix", ["", "text."])
-def test_open_clip_agrees_with_transformers(tmp_path: Path, prefix: str):
-    folder, theirs = open_clip_folder(tmp_path, prefix)
-    tokens = {"a cat": [5, 6, 7], "long": list(range(10, 110))}
-    top = tiny.CLIP_VOCABULARY - 1
-    rows = [[top - 1, 5, 6, 7, top] + [0] * 72, [top - 1, *range(10, 85), top]]
+@pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_open_clip_agrees_with_transformers(
+    tmp_path: Path, prefix: str, weights: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tiny, "CLIP_VOCABULARY", 49408)
+    folder, theirs = open_clip_folder(tmp_path, prefix, weights)
+    prompts = ["a photo of a cat", "a cat, " * 30]
+    long = clip_tokenizer()(prompts[1], add_special_tokens=False, verbose=False).input_ids
+    rows = [[49406, 320, 1125, 539, 320, 2368, 49407] + [0] * 70, [49406, *long[:75], 49407]]
     output = theirs(torch.tensor(rows), output_hidden_states=True)
     norm = theirs.text_model.final_layer_norm
-    for penultimate, final_norm in ((False, True), (True, True), (True, False)):
-        encoder = load_open_clip(folder, penultimate=penultimate, final_norm=final_norm)
+    for penultimate in (False, True):
+        encoder = load_text_encoder(folder, penultimate=penultimate)
         assert encoder.window == Window(77, (49406,), (49407,), 0)
-        assert encoder.tokenize("a photo of a cat") == [320, 1125, 539, 320, 2368]
-        encoder.tokenize, encoder.window = tokens.__getitem__, Window(77, (top - 1,), (top,), 0)
-        embedding, notes = encoder.encode(["a cat", "long"])
+        embedding, notes = encoder.encode(prompts)
         hidden = output.hidden_states[-1 - penultimate]
-        wanted = norm(hidden) if final_norm else hidden
-        torch.testing.assert_close(embedding.hidden[:, :77], wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            embedding.hidden[:, :77], hidden if penultimate else norm(hidden), rtol=1e-5, atol=1e-5
+        )
         torch.testing.assert_close(embedding.pooled, output.text_embeds, rtol=1e-5, atol=1e-5)
         assert "2 chunks" in notes[0]
+    with pytest.raises(UserError, match="allows 0 to 1"):
+        encoder.encode(prompts, clip_skip=2)
+    with pytest.raises(UserError, match="takes no new words"):
+        NewWords(encoder).add("<toy>", torch.zeros(tiny.WIDTH))
 
 
-@pytest.mark.skipif(not OPEN_CLIP, reason="needs the open_clip package and its torchvision")
-def test_open_clip_names_the_nearest_model(tmp_path: Path):
+@needs_open_clip
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_system_with_an_open_clip_encoder_is_drawn_and_saved(
+    tmp_path: Path, family: tiny.Family, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tiny, "CLIP_VOCABULARY", 49408)
+    folder = tiny.tiny_pipeline_folder(tmp_path, family)
+    clip_tokenizer().save_pretrained(folder / "tokenizer")
+    name = "text_encoder_2" if family == "sdxl" else "text_encoder"
+    made, _ = open_clip_folder(tmp_path / "made")
+    shutil.rmtree(folder / name)
+    (made / "text_encoder").rename(folder / name)
+    system = System.load(folder)
+    wanted = system.text.encode(PROMPTS)[0]
+    system.save(tmp_path / "saved")
+    again = System.load(tmp_path / "saved").text
+    assert type(again.modules[name]).__name__.startswith("CLIPTextModel")
+    torch.testing.assert_close(again.encode(PROMPTS)[0].hidden, wanted.hidden, rtol=1e-5, atol=1e-5)
+    if family == "sdxl":
+        assert wanted.pooled is not None
+        torch.testing.assert_close(again.encode(PROMPTS)[0].pooled, wanted.pooled, rtol=1e-5, atol=1e-5)
+
+
+@needs_open_clip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pool_type": "last"}, "not pool_type = 'last'"),
+        ({"hf_model_name": "roberta"}, "not hf_model_name"),
+        ({"no_such_key": 1}, "not no_such_key"),
+        ({"width": "x"}, "open_clip refuses the config"),
+        ({"heads": 5}, "open_clip refuses the config"),
+        ({"layers": 4}, "missing"),
+        ({"vocab_size": 520}, "belong to different models|another shape"),
+    ],
+)
+def test_an_open_clip_config_that_does_not_fit_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tiny, "CLIP_VOCABULARY", 49408)
     folder, _ = open_clip_folder(tmp_path)
-    with pytest.raises(UserError, match="ViT-H-14"):
-        load_open_clip("ViT-H-41", folder / "open_clip_model.safetensors")
+    path = folder / "text_encoder/open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["text_cfg"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message) as caught:
+        load_text_encoder(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_open_clip_says_how_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, _ = open_clip_folder(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
-    with pytest.raises(UserError, match="pip install open_clip_torch"):
-        load_open_clip(folder)
-    with pytest.raises(UserError, match="weights file"):
-        load_open_clip("ViT-H-14")
+    with pytest.raises(UserError, match=r"pip install 'ldm-text-to-image\[openclip\]'"):
+        load_text_encoder(folder)
 
 
 # Mistakes
@@ -457,6 +583,8 @@ def test_mistakes_get_one_clear_line(tmp_path: Path):
     ("change", "message"),
     [
         ({"architectures": ["BertModle"]}, "did you mean BertModel"),
+        ({"architectures": 5, "model_type": []}, "no text encoder we know"),
+        ({"architectures": [["BertModel"]]}, "no text encoder we know"),
         ({"hidden_size": 64}, "of another shape"),
         ({"num_hidden_layers": 4}, "missing"),
         ({"architectures": ["CLIPTextModelWithProjection"]}, "text_projection"),
@@ -481,7 +609,7 @@ def test_damaged_files_are_refused(tmp_path: Path):
         load_text_encoder(folder)
     weights.write_bytes(whole)
     (folder / "tokenizer/vocab.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read the tokenizer") as caught:
+    with pytest.raises(UserError, match="cannot read the clip tokenizer") as caught:
         load_text_encoder(folder)
     assert "\n" not in str(caught.value)
 

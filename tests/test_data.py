@@ -309,6 +309,17 @@ def test_relations_and_counts_are_drawn_as_said(sprites: SpriteSet, recipe: Reci
         assert (border == 255).all()
 
 
+def test_an_astronaut_is_a_portrait_for_the_face_to_be_seen(sprites: SpriteSet, recipe: Recipe):
+    """The helmet is whole and larger than in the sprite; the suit reaches the lower edge."""
+    suit = sprites.pixels["astronaut", "flat"]
+    for seed in range(8):
+        plan = Plan("astronaut", ("fox",), costume="astronaut", style="flat", setting="white")
+        drawn = (recipe.draw(plan, seed).picture < 250).any(-1)
+        side = len(drawn)
+        assert drawn[-1].any() and not drawn[0].any()
+        assert drawn.sum() / side**2 > (suit[..., 3] > 128).mean()
+
+
 def test_held_out_combinations_are_composed_on_demand(recipe: Recipe):
     plans = recipe.heldout_plans()
     assert {plan.style for plan in plans if plan.names == {"raccoon", "astronaut"}} == {"3d", "flat"}

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from ldm.data import pictures
-from ldm.data.buckets import Framing, buckets, cut, frame, nearest_bucket, plan_framing
+from ldm.data.buckets import Framing, assign, buckets, cut, frame, nearest_bucket, plan_framing
+from ldm.data.masks import random_mask
 from ldm.data.order import Order
 from ldm.data.pictures import decode, open_pictures
 from ldm.errors import UserError
@@ -397,20 +398,40 @@ def test_a_cut_covers_its_target_and_keeps_what_it_shows() -> None:
 # The order
 
 
-def test_each_batch_is_of_one_group_and_each_turn_shows_all() -> None:
-    groups = ["a"] * 10 + ["b"] * 4 + ["c"]
+def test_each_batch_is_of_one_group_and_all_pictures_come_equally_often() -> None:
+    groups = ["a"] * 10 + ["b"] * 4 + ["c"] * 7
     order = Order(groups, 4, seed=3)
-    assert order.batches == 3 + 1 + 1
-    turns = [order.places(turn * 20, 20) for turn in range(3)]
-    for turn, places in enumerate(turns):
-        assert {t for t, _ in places} == {turn}
-        for k in range(5):
-            assert len({groups[index] for _, index in places[4 * k : 4 * k + 4]}) == 1
-        counts = Counter(index for _, index in places)
-        assert counts.keys() == set(range(15))
-        assert sum(counts[i] for i in range(10)) == 12 and counts[14] == 4
-        assert max(counts[i] for i in range(10)) == 2
-    assert len({tuple(index for _, index in places) for places in turns}) == 3
+    turns = [order.batches_before(turn) for turn in range(13)]
+    assert turns[:3] == [0, 2 + 1 + 1, 5 + 2 + 3] and turns[4] == 21
+    places = order.places(0, 4 * turns[12])
+    assert len(set(places)) == len(places)  # a picture of a pass comes once
+    for k in range(turns[12]):
+        assert len({groups[index] for _, index in places[4 * k : 4 * k + 4]}) == 1
+    counts = Counter(index for _, index in places)
+    assert set(counts.values()) == {12}  # at a common multiple nothing is carried over
+    for turn in range(12):
+        shown = [index for _, index in places[4 * turns[turn] : 4 * turns[turn + 1]]]
+        assert max(Counter(shown).values()) <= 2
+    assert [len(set(places[84 * k : 84 * k + 84])) for k in range(3)] == [84] * 3
+    assert places[:84] != [(turn - 4, index) for turn, index in places[84:168]]
+
+
+def test_few_odd_shapes_take_no_more_than_their_share() -> None:
+    """20 pictures of five odd shapes among 1000, at batches of 64: they join the nearest shapes that fill a batch."""
+    sizes = buckets(64, step=8, max_ratio=2)
+    odd = [(64, 96), (96, 64), (64, 110), (110, 64), (64, 125)]
+    originals = [(64, 64)] * 900 + [(64, 80)] * 80 + odd * 4
+    targets = assign(originals, sizes, 64)
+    assert set(targets) == {(64, 64), nearest_bucket(64, 80, sizes)}
+    assert targets[originals.index((64, 125))] == nearest_bucket(64, 80, sizes)
+    assert targets[originals.index((110, 64))] == (64, 64)
+    places = Order(targets, 64, seed=0).places(0, 64 * 16)  # about a turn
+    shown = Counter(index for _, index in places)
+    assert sum(shown[i] for i in range(980, 1000)) < 40 and max(shown.values()) <= 2
+    assert (
+        assign([(64, 64)] * 3 + [(64, 125)] * 2, sizes, 8) == [(64, 64)] * 5
+    )  # too few for one batch even so
+    assert assign(originals, sizes, 1) == [nearest_bucket(*each, sizes) for each in originals]
 
 
 def test_the_order_is_a_function_of_seed_and_position() -> None:
@@ -419,7 +440,16 @@ def test_the_order_is_a_function_of_seed_and_position() -> None:
     for start in (792, 0, 400, 56):
         assert Order(groups, 8, seed=1).places(start, 8) == whole[start : start + 8]
     assert Order(groups, 8, seed=2).places(0, 800) != whole
-    plain = Order([0, 1, 0, 1, 0], 2, seed=0, shuffle=False)
-    assert [index for _, index in plain.places(0, 12)] == [0, 2, 4, 0, 1, 3] * 2
+    few = Order(["a"] * 3, 8, seed=0).places(0, 48)  # fewer than a batch: equally often all the same
+    assert set(Counter(index for _, index in few).values()) == {16}
     with pytest.raises(ValueError, match="multiples of the batch"):
-        plain.places(1, 2)
+        Order([0, 0], 2, seed=0).places(1, 2)
+
+
+def test_masks_are_one_where_the_picture_is_drawn_anew() -> None:
+    """A tenth of them everywhere; the others leave most of the picture."""
+    masks = [random_mask(32, 48, np.random.default_rng(seed)) for seed in range(300)]
+    whole = [mask for mask in masks if mask.all()]
+    parts = [mask.mean() for mask in masks if not mask.all()]
+    assert 15 < len(whole) < 50 and masks[0].shape == (32, 48)
+    assert min(parts) > 0 and np.mean(parts) < 0.5

@@ -1,7 +1,5 @@
 """scheduler_config.json: reading, refusing, writing."""
 
-import json
-
 import pytest
 import torch
 
@@ -13,19 +11,9 @@ from ldm.errors import UserError
 EULER = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def test_load_and_write(tmp_path):
+def test_unknown_keys_are_kept_for_writing():
     mapping = {**EULER, "_diffusers_version": "0.30.0", "some_later_key": [1]}
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(mapping))
-    for path in (tmp_path, tmp_path / "scheduler_config.json"):
-        assert SchedulerConfig.load(path).to_dict() == mapping
-    (tmp_path / "scheduler_config.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
-        SchedulerConfig.load(tmp_path)
-    (tmp_path / "scheduler_config.json").write_text("[]")
-    with pytest.raises(UserError, match="one JSON object"):
-        SchedulerConfig.load(tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
-        SchedulerConfig.load(tmp_path / "nowhere")
+    assert SchedulerConfig.from_dict(mapping).to_dict() == mapping
 
 
 def test_every_sampler_has_a_class_and_every_class_a_sampler():
@@ -86,6 +74,57 @@ def test_unknown_names_are_named():
 def test_unsupported_values_name_their_key(class_name, key, value):
     with pytest.raises(UserError, match=key):
         plan(SchedulerConfig.from_dict({"_class_name": class_name, key: value}), 10)
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("beta_start", "x"),
+        ("beta_end", [0.1]),
+        ("num_train_timesteps", None),
+        ("num_train_timesteps", 10.5),
+        ("trained_betas", ["a"]),
+        ("trained_betas", 0.1),
+        ("beta_schedule", ["linear"]),
+        ("prediction_type", None),
+        ("rescale_betas_zero_snr", "yes"),
+        ("_class_name", ["EulerDiscreteScheduler"]),
+        ("_use_default_values", 3),
+    ],
+)
+def test_values_of_another_type_name_file_and_key_on_reading(key, value):
+    with pytest.raises(UserError, match=f"^a/folder: scheduler: {key} "):
+        SchedulerConfig.from_dict({**EULER, key: value}, "a/folder: scheduler")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_step_counts_near_the_models_own_are_drawn_or_refused(name, spacing):
+    """Whole timesteps run out there: two steps at one noise level divide by their distance, 0."""
+    config = SchedulerConfig.from_dict({**EULER, "steps_offset": 1, "beta_schedule": "scaled_linear"})
+    start = torch.randn(1, 1, 2, 2)
+    for n in (500, 998, 999, 1000):
+        try:
+            steps = plan(config, n, name, spacing)
+        except UserError as error:
+            assert name != "euler" or spacing == "leading", error
+            most = int(str(error).rpartition(" at most ")[2])
+            assert str(error).startswith(f"num_inference_steps {n} would visit a noise level twice")
+            steps = plan(config, most, name, spacing)
+            assert 499 < most < n
+        result = steps.sample(steps.denoiser(lambda x, t: 0.1 * x), lambda: start, latents=start)
+        assert bool(result.isfinite().all()), n
+
+
+def test_the_most_steps_possible_are_named():
+    keys = {"_class_name": "PNDMScheduler", "timestep_spacing": "leading", "steps_offset": 1}
+    sd1 = SchedulerConfig.from_dict({**EULER, **keys, "beta_schedule": "scaled_linear"})
+    for sampler, n, most in ((None, 1000, 999), ("dpmpp_2m", 1000, 998), ("dpmpp_2m", 999, 998)):
+        with pytest.raises(UserError, match=f"num_inference_steps {n} .* at most {most}$"):
+            plan(sd1, n, sampler)
+    assert plan(sd1, 999).sigmas[-1] == plan(sd1, 20).sigmas[-1] > 0, "what remains may be repeated"
+    still = sd1.with_values(steps_offset=0)  # the last timestep is 0, where what remains is the same
+    assert plan(still, 20).sigmas[-2] == plan(still, 20).sigmas[-1]
 
 
 def test_betas_stay_the_models_own():

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from ldm.diffusion.losses import LossConfig, diffusion_loss, loss_weight, variational_bound
+from ldm.diffusion.losses import LossConfig, Posterior, diffusion_loss, loss_weight, variational_bound
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
@@ -130,6 +130,16 @@ def test_loss_and_gradient_equal_those_of_diffusers_scripts(prediction_type, wei
 
 
 # A learned variance
+
+
+def test_learned_variances_of_the_reference():
+    """The values of diffusers' own test of `learned_range`, for a network that puts out 0.5."""
+    schedule, timestep = NoiseSchedule.build("squaredcos_cap_v2"), torch.tensor([1, 487, 999])
+    found = Posterior.at(timestep, schedule).learned_log_variance(torch.full((3,), 0.5))
+    wanted = torch.tensor(
+        [-10.1712790, -5.7998052, -0.0010011]
+    )  # from float32, in which the first beta has 3 digits
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=2e-5)
 
 
 def test_the_bound_is_the_divergence_of_the_two_gaussians():

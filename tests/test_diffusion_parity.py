@@ -151,11 +151,11 @@ def test_same_picture_with_the_other_keys(name, extra, prediction, n):
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("table", ["StableDiffusion", "StableDiffusionXL"])
 def test_align_your_steps(name, table):
-    schedule = {"StableDiffusion": "align_your_steps", "StableDiffusionXL": "align_your_steps_sdxl"}[table]
     timesteps = diffusers.schedulers.AysSchedules[f"{table}Timesteps"]
     mapping = {**STABLE, "_class_name": name}
     reference = theirs(getattr(diffusers, name).from_config(mapping), 10, timesteps)
-    assert torch.allclose(ours(mapping, 10, schedule=schedule), reference, atol=1e-4)
+    found = ours(mapping, 10, schedule="align_your_steps", is_xl=table == "StableDiffusionXL")
+    assert torch.allclose(found, reference, atol=1e-4)
 
 
 SD15 = {

@@ -83,6 +83,8 @@ def test_spacings_by_hand():
     ten = spaced_sigmas(schedule, "align_your_steps", 10)
     assert schedule.timestep(ten[:-1]).tolist() == [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
     assert torch.allclose(spaced_sigmas(schedule, "align_your_steps", 20)[:-1:2], ten[:-1])
+    ten = spaced_sigmas(schedule, "align_your_steps", 10, is_xl=True)
+    assert schedule.timestep(ten[:-1]).tolist() == [999, 845, 730, 587, 443, 310, 193, 116, 53, 13]
     karras = spaced_sigmas(schedule, "karras", 5, ends=(10.0, 0.1), final=0.03)
     assert karras[[0, 4, 5]].tolist() == pytest.approx([10, 0.1, 0.03])
     assert karras[2] == pytest.approx(((10 ** (1 / 7) + 0.1 ** (1 / 7)) / 2) ** 7)

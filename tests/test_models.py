@@ -148,6 +148,51 @@ def test_a_setting_we_cannot_honour_is_named() -> None:
         UNet(UNetConfig(down_block_types=("AttnDownBlock2D",) * 4))
 
 
+UNET_FAULTS = [
+    ({"attention_head_dim": 5}, "attention_head_dim 5 .* does not divide the block_out_channels 32"),
+    ({"attention_head_dim": 0}, "attention_head_dim is 0"),
+    ({"attention_head_dim": [4, 4, 0, 4]}, r"attention_head_dim is \[4, 4, 0, 4\]"),
+    ({"norm_num_groups": 7}, "norm_num_groups 7 does not divide the block_out_channels 32"),
+    ({"norm_num_groups": 0}, "norm_num_groups is 0"),
+    ({"block_out_channels": []}, "block_out_channels is"),
+    ({"layers_per_block": 0}, "layers_per_block is 0"),
+    ({"attention_head_dim": [8, 8]}, "attention_head_dim has 2 values"),
+    ({"down_block_types": ["DownBlock2D"]}, "down_block_types has 1 names"),
+    ({"addition_embed_type": "image"}, "addition_embed_type 'image'"),
+    ({"addition_embed_type": "text_time"}, "needs projection_class_embeddings_input_dim"),
+    ({"dropout": 2.0}, "dropout is 2.0"),
+    ({"_class_name": "UNet3DConditionModel"}, "_class_name is 'UNet3DConditionModel', another network"),
+    ({"_class_name": ["UNet2DConditionModel"]}, "_class_name is"),
+]
+AUTOENCODER_FAULTS = [
+    ({"scaling_factor": 0}, "scaling_factor is 0"),
+    ({"scaling_factor": float("nan")}, "scaling_factor is nan"),
+    ({"latents_mean": [0.5], "latents_std": [1.0] * 4}, "latents_mean has 1 values for 4 latent_channels"),
+    ({"latents_mean": [0.5] * 4, "latents_std": [1.0] * 3}, "latents_std has 3 values"),
+    ({"latents_mean": [0.5] * 4, "latents_std": [1.0, 0, 1, 1]}, "latents_std holds a 0"),
+    ({"norm_num_groups": 7}, "norm_num_groups 7 does not divide the block_out_channels 16"),
+    ({"latent_channels": 0}, "latent_channels is 0"),
+    ({"_class_name": "AsymmetricAutoencoderKL"}, "_class_name is 'AsymmetricAutoencoderKL', another network"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sound", "change", "message"),
+    [(UNetConfig, UNETS["sd1"], *each) for each in UNET_FAULTS]
+    + [(AutoencoderConfig, AUTOENCODERS["sd"], *each) for each in AUTOENCODER_FAULTS],
+)
+def test_a_config_of_which_no_network_can_be_built_names_file_and_key(kind, sound, change, message) -> None:
+    sound = {key: list(value) if isinstance(value, tuple) else value for key, value in sound.items()}
+    kind.from_diffusers(sound, "a/config.json")  # a missing _class_name is taken
+    with pytest.raises(UserError, match=f"^a/config.json: .*{message}"):
+        kind.from_diffusers(sound | change, "a/config.json")
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in change.items()}
+    if "_class_name" not in own:  # settings that come from no file are checked too
+        build = UNet if kind is UNetConfig else AutoencoderKL
+        with pytest.raises(UserError, match=message), torch.device("meta"):
+            build(kind(**{**{k: tuple(v) if isinstance(v, list) else v for k, v in sound.items()}, **own}))
+
+
 def test_scaling_is_undone() -> None:
     tiny = {
         **AUTOENCODERS["small"],

@@ -1,5 +1,6 @@
 """The whole pipeline: the same picture as diffusers from one saved folder, seeds, callbacks, bad input."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from tiny import SCHEDULER, tiny_pipeline_folder
 
-from ldm.checkpoints.files import read_tensors
+from ldm.checkpoints.files import read_tensors, write_tensors
 from ldm.errors import UserError
 from pipelines import TextToImagePipeline
 from pipelines.recipe import Recipe, read_recipe
@@ -144,6 +145,76 @@ def test_the_callback_sees_every_step_and_can_stop(pipe: TextToImagePipeline) ->
     assert seen == [(0, 801), (1, 601), (2, 401)]
 
 
+def test_a_call_of_several_batches_is_counted_and_stopped_as_one(pipe: TextToImagePipeline) -> None:
+    seen: list[tuple[int, list[int]]] = []
+
+    def callback(owner: TextToImagePipeline, step: int, timestep: int, state: dict[str, Any]) -> bool:
+        seen.append((step, state["images"]))
+        return step != stop
+
+    settings: dict[str, Any] = {"num_inference_steps": 2, "sampler": "ddim", "seed": 0, "output_type": "np"}
+    prompts = ["cat", "cat " * 100, "dog"]
+    stop = None
+    whole = pipe(prompts, callback_on_step_end=callback, **settings)
+    assert seen == [(0, [0, 2]), (1, [0, 2]), (2, [1]), (3, [1])]
+    stop = 1
+    ended = pipe(prompts, callback_on_step_end=callback, **settings)
+    assert [recipe.prompt for recipe in ended.recipes] == ["cat", "dog"]
+    # The folder's DDIM stops just above the last estimate.
+    np.testing.assert_allclose(ended.images, whole.images[[0, 2]], atol=0.01)
+    assert np.abs(ended.images[0] - ended.images[1]).max() > 0.02
+
+
+def test_callbacks_cannot_change_or_reenter_the_call(pipe: TextToImagePipeline) -> None:
+    def call(callback: Callable[..., Any]) -> None:
+        pipe("cat", num_inference_steps=1, output_type="latent", callback_on_step_end=callback)
+
+    call(lambda owner, step, timestep, state: state)  # as diffusers' callbacks return it
+    with pytest.raises(UserError, match="returned other latents"):
+        call(lambda owner, step, timestep, state: {"latents": state["latents"] * 0})
+    with pytest.raises(UserError, match="can't use the pipeline that called it"):
+        call(lambda owner, step, timestep, state: owner("dog", num_inference_steps=1))
+    call(lambda owner, step, timestep, state: None)  # and it is free again
+
+
+def test_numbers_of_numpy_are_numbers(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    output = pipe("cat", seed=np.array([3]), num_inference_steps=np.int64(1), guidance_scale=np.float32(2))
+    assert read_recipe(output.save(tmp_path / "cat.png")[0]) == output.recipes[0]
+    with pytest.raises(UserError, match='only output_type "pil"'):
+        pipe("cat", num_inference_steps=1, output_type="np").save(tmp_path)
+
+
+def test_a_fingerprint_is_of_all_that_draws(folder: Callable[..., Path], tmp_path: Path) -> None:
+    def fingerprint(path: Path) -> str:
+        return TextToImagePipeline.from_pretrained(path, device="cpu").system.fingerprint
+
+    first = fingerprint(folder("sd1"))
+    for part in ("unet", "vae", "text_encoder"):
+        other = shutil.copytree(folder("sd1"), tmp_path / part)
+        file = next((other / part).glob("*.safetensors"))
+        tensors = {
+            name: tensor + 1 if tensor.is_floating_point() else tensor
+            for name, tensor in read_tensors(file).items()
+        }
+        write_tensors(file, tensors)
+        assert fingerprint(other) != first
+    other = shutil.copytree(folder("sd1"), tmp_path / "scheduler")
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02}))
+    assert fingerprint(other) != first
+
+
+def test_it_moves_as_diffusers_pipelines_do(folder: Callable[..., Path]) -> None:
+    pipe = TextToImagePipeline.from_pretrained(folder("sd1"), device="cpu")
+    assert pipe.to(torch.bfloat16).dtype == torch.bfloat16
+    assert pipe.to("cpu", torch.float64).dtype == torch.float64
+    assert pipe.to(device="cpu", dtype=torch.float32).dtype == torch.float32
+    with pytest.raises(UserError, match="the device 'gpu' can't be used"):
+        pipe.to("gpu")
+    with pytest.raises(UserError, match="torch_dtype is 'float16'"):
+        TextToImagePipeline.from_pretrained(folder("sd1"), torch_dtype="float16")  # type: ignore[arg-type]
+
+
 def test_the_preview_resembles_the_picture(pipe: TextToImagePipeline) -> None:
     """Colour fields that the fit has not seen come back; the tiny random autoencoder is linear enough."""
     autoencoder = pipe.system.autoencoder
@@ -241,7 +312,7 @@ def _names(part: Path) -> set[str]:
     ("arguments", "message"),
     [
         ({"prompt": []}, "there is no prompt"),
-        ({"height": 33}, "height 33 is not a multiple of 2 up to 16384: use 32 or 34"),
+        ({"height": 33}, "height 33 is not a multiple of 2 from 2 to 16384: use 32 or 34"),
         ({"sampler": "eular"}, "did you mean euler"),
         ({"schedule": "karas"}, "did you mean karras"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
@@ -255,6 +326,13 @@ def _names(part: Path) -> set[str]:
         ({"guidance_rescale": -1.0}, "guidance_rescale is -1.0"),
         ({"clip_skip": 9}, "clip_skip is 9"),
         ({"prompt": "\udce9t\udce9"}, "is not valid Unicode"),
+        ({"prompt": None}, "there is no prompt"),
+        ({"seed": "a"}, "give an int, or one an image"),
+        ({"num_inference_steps": 2.5}, "'num_inference_steps' is 2.5"),
+        ({"sampler": ""}, "sampler '' is unknown"),
+        ({"sampler": "euler", "eta": 0.5}, "eta is ddim's alone: euler takes none"),
+        ({"guidance_interval": (5.0, 1.0)}, "give the lower noise level first"),
+        ({"original_size": (64, 64)}, "are for SDXL alone"),
     ],
 )
 def test_bad_arguments_say_what_to_do(

@@ -43,7 +43,7 @@ def test_the_first_stage_learns(tmp_path: Path, sprites: str, monkeypatch: pytes
     assert (exported.config.scaling_factor, exported.config.shift_factor) == (1.0, None)
     objective = trainer.objective
     assert isinstance(objective, autoencoder.Objective)
-    means = torch.cat([exported.encode(x.pictures).mean for x in objective._unseen(exported, 256)])
+    means = torch.cat([exported.encode(x.pictures).mean for x in objective._whole(exported, 256)])
     torch.testing.assert_close(means.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(means.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
 
@@ -97,7 +97,7 @@ def test_first_stages_that_cannot_be_are_refused(tmp_path: Path, sprites: str) -
         ({"model": plain}, "use_quant_conv and use_post_quant_conv"),
         ({"train": "decoder"}, "needs autoencoder.init"),
         ({"model": plain, "init": str(tmp_path)}, "not both"),
-        ({"validation_pictures": 0}, "at least 1"),
+        ({"validation_pictures": 0}, "make it 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
             autoencoder.Objective(first_stage_config(sprites, **changes))

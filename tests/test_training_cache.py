@@ -1,6 +1,9 @@
 """What is computed once: the cache of tensors, the pool of compositions, the latents of pictures from disk."""
 
+import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,33 @@ def test_an_interrupted_build_loses_a_shard_at_most(tmp_path: Path) -> None:
     again.fill(keys, maker(asked), chunk=9)
     assert asked == [["6", "7", "8", "9"]]
     assert all(torch.equal(again.read(key)["mask"], value(key)["mask"]) for key in keys)
+
+
+def test_a_build_writes_what_it_has_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock, here a second an entry, and whole shards all the same."""
+    now = [0.0]
+    monkeypatch.setattr("ldm.training.cache.time.monotonic", lambda: now[0])
+
+    def slow(keys: Sequence[str]) -> list[Entry]:
+        now[0] += len(keys)
+        if "8" in keys:
+            raise KeyboardInterrupt
+        return [value(key) for key in keys]
+
+    with pytest.raises(KeyboardInterrupt):
+        TensorCache(tmp_path, every=2.5).fill([str(i) for i in range(10)], slow, chunk=1, note=str)
+    again = TensorCache(tmp_path)
+    assert again.keys() == set("012345") and len(list(tmp_path.iterdir())) == 2
+    assert all(again.note(key) == key for key in again.keys())  # noqa: SIM118 (not a mapping)
+
+
+def test_what_a_killed_build_left_is_swept_unless_it_may_be_going_on(tmp_path: Path) -> None:
+    old, new = (tmp_path / f".shard-{name}.safetensors.0123abcd.tmp" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    TensorCache(tmp_path).fill(["1"], maker([]))
+    assert not old.exists() and new.exists()
 
 
 def test_what_a_cache_cannot_hold_or_read_is_refused(tmp_path: Path) -> None:
@@ -163,7 +193,7 @@ def test_a_pool_knows_what_it_was_made_from(
 
 # Pictures from disk
 
-SIZES = [(20, 20)] * 5 + [(16, 40)] * 3 + [(50, 30)] * 2
+SIZES = [(20, 20)] * 5 + [(16, 40)] * 4 + [(50, 30)] * 5
 
 
 @pytest.fixture
@@ -190,7 +220,7 @@ def test_latents_are_those_of_the_cut_pictures(from_disk: PictureSet, tmp_path: 
     cached = latents_of(from_disk, autoencoder, flip=True, cache=tmp_path / "cache")
     cached.prepare()
     assert cached.cache is not None and len(cached.cache.keys()) == 2 * len(SIZES)
-    assert plain.order.batches == 2 + 1 + 1 and plain.broken.keys() == {"broken.png"}
+    assert len(set(plain.targets)) == 3 and plain.broken.keys() == {"broken.png"}
     mirrored: set[bool] = set()
     for start in range(0, 64, 4):
         batch, stored = plain.read(start, 4), cached.read(start, 4)
@@ -278,6 +308,32 @@ def test_a_cache_is_filled_anew_for_what_changed_only(
     assert sum(encoded) == len(SIZES)
     stored = [read_tensors(path) for path in (tmp_path / "cache").iterdir()]
     assert all(each.dtype == torch.float16 for shard in stored for each in shard.values())
+
+
+def test_an_interrupted_build_of_a_small_set_is_gone_on_from(
+    from_disk: PictureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far below a shard's size, and of several buckets."""
+    autoencoder, encoded = tiny_autoencoder(), list[int]()
+    plain = AutoencoderKL.encode
+
+    def encode(self: AutoencoderKL, x: Tensor) -> Any:
+        if len(encoded) == fails_after:
+            raise KeyboardInterrupt
+        encoded.append(len(x))
+        return plain(self, x)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", encode)
+    for fails_after in (3, -1):
+        source = latents_of(from_disk, autoencoder, cache=tmp_path / "cache")
+        assert source.cache is not None
+        source._chunk, source.cache.every = 2, 0.0
+        with pytest.raises(KeyboardInterrupt) if fails_after > 0 else nullcontext():
+            source.prepare()
+    assert sum(encoded) == len(SIZES)
+    torch.testing.assert_close(
+        source.read(0, 4).latents, latents_of(from_disk, autoencoder).read(0, 4).latents, rtol=2e-3, atol=1e-3
+    )
 
 
 def test_latents_that_cannot_be_are_refused(from_disk: PictureSet, tmp_path: Path) -> None:

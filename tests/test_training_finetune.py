@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from killed import BATCHES, same_bits_after_kills
 from PIL import Image
 from tiny import Family, tiny_pipeline_folder
 from training_runs import LOOP, side_by_side, state, write_config
@@ -342,38 +340,17 @@ def test_broken_pictures_are_named_at_the_end(tmp_path: Path, capsys: pytest.Cap
 # Ends and processes
 
 
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["lora", "full", "bf16"])
-def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, kind: str) -> None:
-    ends = []
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, kind: str, kills: int) -> None:
     objective: dict[str, Any] = {"lora": {"rank": 2, "dropout": 0.1}} if kind == "lora" else {}
-    loop = {"precision": "bf16" if kind == "bf16" else "no", "save_every": 16}
-    if kind == "bf16":
-        objective["pictures"] = {"cache": str(tmp_path / "cache")}
-    for name in ("whole", "killed"):
-        path, _ = setup(tmp_path / name, loop=loop, **objective)
-        script = f"""
-            import os, signal, torch
-            torch.set_num_threads(1)
-            from ldm.training import run
-            from ldm.training.loop import Trainer
-            step = Trainer.step
-            def dying(self):
-                figures = step(self)
-                if self.seen == 40 and {name == "killed"}:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return figures
-            Trainer.step = dying
-            run.train({str(path)!r})
-            """
-        for code in (-9, 0) if name == "killed" else (0,):
-            done = subprocess.run(
-                [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
-            )
-            assert done.returncode == code, done.stderr
-            script = script.replace("== 40", "== -1")
-        ends.append(state(tmp_path / name / "run"))
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    loop = {"pictures": 8 * BATCHES * kills, "save_every": 8, "precision": "bf16" if kind == "bf16" else "no"}
+    paths: list[Path] = []
+    for name in ("whole", kind):
+        cache = {"cache": str(tmp_path / name / "cache")} if kind == "bf16" else {}
+        drawn = {"flip": True, "sample_posterior": kind == "full"}
+        paths.append(setup(tmp_path / name, loop=loop, pictures={**cache, **drawn}, **objective)[0])
+    same_bits_after_kills(*paths, kills)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

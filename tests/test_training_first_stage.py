@@ -1,14 +1,14 @@
 """The first stage's settings and its adversary: what each term teaches, exact resume, several processes."""
 
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killed import BATCHES, same_bits_after_kills
+from test_training_finetune import pictures as pictures_in
 from training_runs import LOOP, TINY_VAE, first_stage_config, side_by_side, state, write_config
 
 from ldm.checkpoints.folder import read_component, write_component
@@ -18,6 +18,7 @@ from ldm.models.critics import EfficientNetLite0
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.vq import VQConfig, VQModel
 from ldm.training.adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
+from ldm.training.examples import Compositions
 from ldm.training.loop import LoopConfig, Trainer
 from ldm.training.objectives import autoencoder
 from ldm.training.optimization import OptimizerConfig
@@ -171,10 +172,12 @@ def test_losses_are_what_they_are_called(sprites: str) -> None:
 
 def test_labels_are_the_recipes(sprites: str) -> None:
     kinds, things = objective(sprites, labels="kind"), objective(sprites, labels="thing")
-    assert kinds.labels == kinds.recipe.kinds and things.labels == ["tree", "star", "rocket"]
+    assert isinstance(kinds.examples, Compositions)
+    recipe = kinds.examples.recipe
+    assert kinds.labels == recipe.kinds and things.labels == ["tree", "star", "rocket"]
     for made, of in ((kinds, lambda e: e.kind), (things, lambda e: e.parts["things"][0])):
         names = [made.labels[i] for i in made.batch(8, 8, slice(2, 8)).labels]  # type: ignore[union-attr]
-        assert names == [of(made.recipe.sample(i)) for i in range(10, 16)]
+        assert names == [of(recipe.sample(i)) for i in range(10, 16)]
 
 
 def test_what_contradicts_itself_is_refused(tmp_path: Path, sprites: str) -> None:
@@ -213,11 +216,11 @@ def test_a_codebook_is_exported_as_diffusers_reads_it(
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert last.keys() == {"seen", "psnr", "perceptual_distance", "perplexity", "codes_used"}
     exported = Theirs.from_pretrained(tmp_path / "export" / "vqvae")
-    batch = next(made._unseen(made.model, 64))
+    batch = next(made._whole(made.model, 64))
     ours, _ = trainer.ema.model(trainer.plain).reconstruct(batch.pictures)  # type: ignore[operator]
     with torch.no_grad():
         torch.testing.assert_close(exported(batch.pictures).sample, ours, rtol=1e-4, atol=1e-4)
-        latents = [exported.encode(each.pictures).latents for each in made._unseen(made.model, 64)]
+        latents = [exported.encode(each.pictures).latents for each in made._whole(made.model, 64)]
     assert torch.cat(latents).std().item() * exported.config["scaling_factor"] == pytest.approx(1, rel=1e-4)
     assert trainer.step()["l1"] < 0.7 * first
     further = objective(sprites, "vq", vq_model=None, init=str(tmp_path / "export"), train="decoder")
@@ -234,7 +237,7 @@ def test_a_plain_autoencoder_is_exported_without_chance(
     config, tensors = read_component(tmp_path, "vae")
     exported = AutoencoderKL(AutoencoderConfig.from_diffusers(config))
     exported.load_state_dict(tensors)
-    batch = next(made._unseen(made.model, 8))
+    batch = next(made._whole(made.model, 8))
     with torch.no_grad():
         posterior = exported.encode(batch.pictures, batch.labels)
         drawn = posterior.sample(torch.randn_like(posterior.mean))
@@ -260,7 +263,9 @@ def test_the_shipped_configs_are_whole() -> None:
     )
 
 
-def run_file(folder: Path, sprites: str, quantizer: str, **loop: Any) -> Path:
+def run_file(
+    folder: Path, sprites: str, quantizer: str, changes: dict[str, Any] | None = None, **loop: Any
+) -> Path:
     """A whole run with everything on, from a file."""
     folder.mkdir()
     recipe = {"size": 32, "things": ["tree", "star", "rocket"], "styles": ["3d"]}
@@ -275,45 +280,41 @@ def run_file(folder: Path, sprites: str, quantizer: str, **loop: Any) -> Path:
         "labels": "thing",
         "adversarial": {**ADVERSARY, "start": 16},
         "validation_pictures": 8,
+        **(changes or {}),
     }
     return write_config(folder, {"loop": {**LOOP, **loop}, "autoencoder": settings})
 
 
 HEAD = """
-    import os, signal, torch
+    import torch
     torch.set_num_threads(1)
     from ldm.models.critics import EfficientNetLite0
     from ldm.training import run
-    from ldm.training.loop import Trainer
     from ldm.training.objectives import autoencoder
     autoencoder.load_critic = lambda packages: EfficientNetLite0()
     autoencoder._STATISTICS = 64
 """
 
 
-def test_an_interrupted_run_with_an_adversary_ends_with_the_same_bits(
-    tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_killed_run_with_an_adversary_ends_with_the_same_bits(
+    tmp_path: Path, sprites: str, kills: int
 ) -> None:
-    monkeypatch.setattr(autoencoder, "_STATISTICS", 64)
-    paths = [run_file(tmp_path / name, sprites, "vq") for name in ("whole", "killed")]
-    assert run(paths[0])
-    script = f"""
-    step = Trainer.step
-    def dying(self):
-        logs = step(self)
-        if self.seen == 40:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return logs
-    Trainer.step = dying
-    run.train({str(paths[1])!r})
-    """
-    command = [sys.executable, "-c", textwrap.dedent(HEAD + script)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
-    assert run(paths[1])
-    whole, killed = (state(path.parent / "run") for path in paths)
-    assert whole.keys() == killed.keys() and any("discriminator" in key for key in whole)
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    loop = {"pictures": 8 * BATCHES * kills, "save_every": 8}
+    paths = [run_file(tmp_path / name, sprites, "vq", **loop) for name in ("whole", "killed")]
+    end = same_bits_after_kills(*paths, kills, HEAD)
+    assert any("discriminator" in key for key in end)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_killed_run_on_pictures_of_ones_own_ends_with_the_same_bits(
+    tmp_path: Path, sprites: str, kills: int
+) -> None:
+    pictures = {"path": str(pictures_in(tmp_path / "pictures", 25)), "resolution": 32, "flip": True}
+    settings = {"pictures": pictures, "recipe": None, "labels": None}
+    loop = {"pictures": 8 * BATCHES * kills, "save_every": 8}
+    paths = [run_file(tmp_path / name, sprites, "kl", settings, **loop) for name in ("whole", "own")]
+    same_bits_after_kills(*paths, kills, HEAD)
 
 
 def run(path: Path) -> bool:

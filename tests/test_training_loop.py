@@ -17,7 +17,7 @@ from ldm.checkpoints.files import read_metadata
 from ldm.errors import UserError
 from ldm.models.layers import ResnetBlock, recompute_activations
 from ldm.training.ema import EMA
-from ldm.training.loop import Trainer
+from ldm.training.loop import LoopConfig, Trainer
 from ldm.training.optimization import OptimizerConfig, Schedule, learning_rate
 from ldm.training.run import read_run
 from ldm.training.share import Draws, rows_of
@@ -30,6 +30,17 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert (rate(850), rate(1000)) == (pytest.approx(0.5), 0.0)
     short = learning_rate(OptimizerConfig(learning_rate=1.0, warmup=10_000, decay=0.3), 1000)
     assert short(700) == 1.0 and short(850) == pytest.approx(0.5)  # the warm-up ends where the decay begins
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_a_warm_up_ends_or_is_refused(schedule: Schedule) -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup=10_000, schedule=schedule)
+    if schedule not in ("constant", "warmup_stable_decay"):
+        with pytest.raises(UserError, match=r"warmup is 10000 pictures.*run of 4000.*set it to 400"):
+            LoopConfig(pictures=4000, optimizer=config)
+    else:
+        rate = learning_rate(LoopConfig(pictures=4000, optimizer=config).optimizer, 4000)
+        assert max(rate(seen) for seen in range(0, 4000, 100)) == 1.0
 
 
 @pytest.mark.parametrize("schedule", get_args(Schedule))

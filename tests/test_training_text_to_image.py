@@ -1,13 +1,11 @@
 """Text-to-image training on tiny networks: exact resume, several processes, the finished model."""
 
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from killed import BATCHES, same_bits_after_kills
 from training_runs import LOOP, config, first_stage_config, side_by_side, state
 
 from ldm.errors import UserError
@@ -20,37 +18,15 @@ from ldm.training.state import newest
 from pipelines import TextToImagePipeline
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, sprites: str) -> None:
-    """Killed without warning after a step and started again, against one that was left alone."""
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, sprites: str, kills: int) -> None:
+    """On compositions, whose pool is built as it is needed."""
+    paths: list[Path] = []
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    torch.manual_seed(1)
-    whole = config(tmp_path / "whole", sprites)
-    torch.manual_seed(1)
-    killed = config(tmp_path / "killed", sprites)
-    assert train(whole)
-    script = textwrap.dedent(
-        f"""
-        import os, signal, torch
-        torch.set_num_threads(1)
-        from ldm.training import run
-        from ldm.training.loop import Trainer
-        step = Trainer.step
-        def dying(self):
-            logs = step(self)
-            if self.seen == 40:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return logs
-        Trainer.step = dying
-        run.train({str(killed)!r})
-        """
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
-    assert train(killed)
-    ends = [state(tmp_path / name / "run") for name in ("whole", "killed")]
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+        torch.manual_seed(1)
+        paths.append(config(tmp_path / name, sprites, pictures=8 * BATCHES * kills, save_every=8))
+    same_bits_after_kills(*paths, kills)
 
 
 def test_the_finished_run_is_a_model_that_draws(tmp_path: Path, sprites: str) -> None:

@@ -102,6 +102,9 @@ class Toy:
         )
         self.meddle = meddle
 
+    def helpers(self) -> dict[str, torch.nn.Module]:
+        return {}
+
     def prepare(self, device: torch.device, batch_size: int) -> None:
         self.device = device
 

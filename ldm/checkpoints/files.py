@@ -3,10 +3,7 @@
 import hashlib
 import json
 import os
-import pickle
-import re
 import uuid
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UserError, nearest
+from ldm.checkpoints.paths import must_be_file, one_line, readable
+from ldm.checkpoints.pickles import PICKLES, read_pickle
+from ldm.errors import UserError
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 INDEX = ".index.json"
 
 
@@ -42,7 +40,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         UserError: no such file, cut short, corrupt, a pickle that asks to run code, or no tensors inside.
     """
     path = Path(path)
-    _must_be_file(path)
+    must_be_file(path)
     if path.name.endswith(".json"):
         return _read_shards(path)
     if path.suffix == ".safetensors":
@@ -55,7 +53,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Return the text metadata in a safetensors file's header; {} for a pickle, which has none."""
     path = Path(path)
-    _must_be_file(path)
+    must_be_file(path)
     if path.suffix != ".safetensors":
         return {}
     with _opened(path) as file:
@@ -65,7 +63,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def read_text(path: str | Path) -> str:
     """Return a UTF-8 text file; UserError if it is not there or not text."""
     path = Path(path)
-    _must_be_file(path)
+    must_be_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -73,27 +71,17 @@ def read_text(path: str | Path) -> str:
 
 
 def file_in(path: str | Path, name: str) -> Path:
-    """Return `path`, or where that is a folder the file of this name in it."""
-    return Path(path) / name if Path(path).is_dir() else Path(path)
+    """Return `path`, or where that is a folder the file of this name in it. Raises UserError for an odd path."""
+    with readable(path):
+        return Path(path) / name if Path(path).is_dir() else Path(path)
 
 
 def file_hash(path: str | Path) -> str:
     """Return the first ten hex digits of a file's SHA-256: the name by which adapters are looked up elsewhere too."""
     path = Path(path)
-    _must_be_file(path)
+    must_be_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:10]
-
-
-def _must_be_file(path: Path) -> None:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, where a file was expected")
-    if not path.is_file():
-        beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such file{nearest(path.name, beside)}")
-    with path.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is only a Git LFS pointer to the weights; run `git lfs pull` for them")
 
 
 @contextmanager
@@ -105,37 +93,13 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
         size = path.stat().st_size
-        what = f"{path} is not a whole safetensors file ({size} bytes; {_one_line(error)})"
+        what = f"{path} is not a whole safetensors file ({size} bytes; {one_line(error)})"
         raise UserError(f"{what}: it is cut short or corrupt, get it again") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-
-
-def read_pickle(path: str | Path) -> Any:
-    """Return what a `.pt` or the like holds, unpickled with `weights_only=True`, which runs no code of the file.
-
-    Raises:
-        UserError: no such file, cut short, corrupt, or it asks to run code.
-    """
-    path = Path(path)
-    _must_be_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path} is a pickle with code in it (it calls for {wanted[1]}), which was not run: get the "
-                "model as .safetensors, or, if you trust who made it, load it once elsewhere with "
-                "torch.load(..., weights_only=False) and write its state dict with "
-                "safetensors.torch.save_file"
-            ) from error
-        raise UserError(f"{path} is corrupt or no PyTorch checkpoint; get it again") from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-        reason = _one_line(error) or "it ends too soon"
-        raise UserError(f"{path} is cut short or corrupt, get it again ({reason})") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -153,18 +117,18 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 def _read_shards(index: Path) -> dict[str, Tensor]:
     try:
         placed: dict[str, str] = json.loads(read_text(index))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{index} is no index of a sharded checkpoint: it has no "weight_map"') from error
+        if not all(isinstance(each, str) for each in placed.values()):
+            raise TypeError("a shard is named by text")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'{index} is no index of a sharded checkpoint: "weight_map" must give each tensor its file\'s name'
+        ) from error
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(placed.values())):
         tensors |= read_tensors(index.parent / shard)
     if absent := sorted(set(placed) - set(tensors)):
         raise UserError(f"{index} promises {len(absent)} tensors that its shards lack: {a_few(absent)}")
     return tensors
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 # Checking and loading
@@ -201,9 +165,11 @@ def load_strict(
         finite: also refuse NaN and infinity (reads every weight once).
 
     Raises:
-        UserError: names missing or left over, other shapes, NaN: one line that counts them and names a few.
+        UserError: names missing or left over, other shapes, whole numbers for real ones, NaN: one line that
+            counts them and names a few.
     """
-    wanted = {name: tuple(each.shape) for name, each in module.state_dict().items()}
+    own = module.state_dict()
+    wanted = {name: tuple(each.shape) for name, each in own.items()}
     given = {name: tuple(each.shape) for name, each in tensors.items()}
     missing = [name for name in wanted if name not in given]
     extra = [name for name in given if name not in wanted]
@@ -212,11 +178,18 @@ def load_strict(
         for name, shape in wanted.items()
         if given.get(name, shape) != shape
     ]
-    faults = [
-        f"{len(names)} {what} ({a_few(names)})"
-        for what, names in (("missing", missing), ("not of this network", extra), ("of another shape", other))
-        if names
+    kinds = [
+        f"{name} is {tensors[name].dtype}"
+        for name, each in own.items()
+        if name in given and tensors[name].is_floating_point() != each.is_floating_point()
     ]
+    found = {
+        "missing": missing,
+        "not of this network": extra,
+        "of another shape": other,
+        "of another kind of number": kinds,
+    }
+    faults = [f"{len(names)} {what} ({a_few(names)})" for what, names in found.items() if names]
     if faults:
         network = type(module).__name__
         raise UserError(f"{where}: weights of another family, not of this {network}: {'; '.join(faults)}")
@@ -298,7 +271,7 @@ def write_tensors(
         try:
             save_file(_untied(tensors), temporary, metadata={**(metadata or {}), "format": "pt"})
         except SafetensorError as error:  # safetensors' wrapping of the system's own error
-            raise OSError(_one_line(error)) from error
+            raise OSError(one_line(error)) from error
         _sort_metadata(temporary)
 
 

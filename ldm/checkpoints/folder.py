@@ -22,10 +22,13 @@ from ldm.checkpoints.files import (
     write_text,
 )
 from ldm.checkpoints.layouts import canonical_clip, canonical_vae, is_clip
-from ldm.errors import UserError, nearest
+from ldm.checkpoints.paths import nearby, readable
+from ldm.errors import UserError
 
 MODEL_INDEX = "model_index.json"
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers', transformers', its old pickles'
+OPEN_CLIP = "open_clip_config.json"
+# diffusers', transformers', its old pickles', open_clip's
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
 _NOT_READ = ("image_encoder", "feature_extractor")
 _NO_COMPONENT = [None, None]
 
@@ -49,12 +52,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def read_index(folder: str | Path) -> dict[str, Any]:
     """Return a folder's model_index.json; UserError if the folder or the file is missing."""
     folder = Path(folder)
-    if not folder.is_dir():
-        beside = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UserError(f"{folder}: no such folder{nearest(folder.name, beside)}")
-    if not (folder / MODEL_INDEX).is_file():
-        inside = a_few(sorted(each.name for each in folder.iterdir()), 6) or "nothing"
-        raise UserError(f"{folder} is no saved system: it has no {MODEL_INDEX} (it has {inside})")
+    with readable(folder):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder{nearby(folder)}")
+        if not (folder / MODEL_INDEX).is_file():
+            inside = a_few(sorted(each.name for each in folder.iterdir()), 6) or "nothing"
+            raise UserError(f"{folder} is no saved system: it has no {MODEL_INDEX} (it has {inside})")
     return read_json(folder / MODEL_INDEX)
 
 
@@ -70,14 +73,12 @@ def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 def component_folder(folder: str | Path, component: str) -> Path:
     """Return a component's subfolder; UserError names what is there if it is missing."""
     path = Path(folder) / component
-    if not path.is_dir():
-        there = (
-            sorted(each.name for each in Path(folder).iterdir() if each.is_dir())
-            if Path(folder).is_dir()
-            else []
-        )
+    with readable(path):
+        if path.is_dir():
+            return path
+        inside = Path(folder).iterdir() if Path(folder).is_dir() else ()
+        there = sorted(each.name for each in inside if each.is_dir())
         raise UserError(f"{folder} has no {component} (it has {a_few(there, 8) or 'no components'})")
-    return path
 
 
 def component_file(folder: str | Path, component: str, variant: str | None = None) -> Path:
@@ -90,12 +91,14 @@ def component_file(folder: str | Path, component: str, variant: str | None = Non
     """
     place = component_folder(folder, component)
     word = f".{variant}" if variant else ""
+    with readable(place):
+        there = {each.name for each in place.iterdir() if each.is_file()}
     for ending in (".safetensors", ".bin"):
         for stem in _STEMS:
             for name in (f"{stem}{word}{ending}", f"{stem}{ending}{INDEX.removesuffix('.json')}{word}.json"):
-                if (place / name).is_file():
+                if name in there:
                     return place / name
-    weights = sorted(each.name for each in place.iterdir() if each.suffix in (".safetensors", ".bin"))
+    weights = sorted(name for name in there if name.endswith((".safetensors", ".bin")))
     wanted = f"weights of variant {variant!r}" if variant else "weights without a variant"
     raise UserError(f"{place} has no {wanted} (it has {a_few(weights) or 'no weights at all'})")
 
@@ -103,8 +106,19 @@ def component_file(folder: str | Path, component: str, variant: str | None = Non
 def read_component(
     folder: str | Path, component: str, variant: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a network's config and its tensors, under today's names where older versions had others."""
-    config = read_json(component_folder(folder, component) / "config.json")
+    """Return a network's config and its tensors, under today's names where older versions had others.
+
+    Of an OpenCLIP checkpoint, as its hub's repositories are, the config is open_clip's own `model_cfg`.
+    """
+    place = component_folder(folder, component)
+    with readable(place):
+        theirs = (place / OPEN_CLIP).is_file() and not (place / "config.json").is_file()
+    config = read_json(place / (OPEN_CLIP if theirs else "config.json"))
+    if theirs:
+        found = config.get("model_cfg", config)
+        if not isinstance(found, dict):
+            raise UserError(f"{place / OPEN_CLIP}: model_cfg must hold named entries")
+        return found, read_tensors(component_file(folder, component, variant))
     tensors = read_tensors(component_file(folder, component, variant))
     if config.get("_class_name") in ("AutoencoderKL", "VQModel"):
         tensors = canonical_vae(tensors)
@@ -195,16 +209,6 @@ def _index_of(folder: Path, system: Checkpoint) -> dict[str, Any]:
             read_json(tokenizer).get("tokenizer_class", "CLIPTokenizer"),
         ]
     return index
-
-
-def copy_components(source: str | Path, *names: str) -> Callable[[Path], None]:
-    """Return an `also` for `write_folder` that copies components, such as tokenizers, from another folder."""
-
-    def copy(folder: Path) -> None:
-        for name in names:
-            shutil.copytree(component_folder(source, name), folder / name, dirs_exist_ok=True)
-
-    return copy
 
 
 @contextmanager

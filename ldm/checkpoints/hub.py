@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from ldm.checkpoints.folder import MODEL_INDEX, read_folder
-from ldm.errors import UserError, nearest
+from ldm.checkpoints.paths import nearby, readable
+from ldm.errors import UserError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.json", "*.txt", "*.model", "model*.safetensors", "*/*.safetensors"]
@@ -12,7 +13,7 @@ _NOT_WANTED = ["safety_checker/*", "*non_ema*"]
 _VARIANTS = ["*.fp16*", "*.bf16*"]
 
 
-def resolve(name: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
+def resolve(name: str | Path, variant: str | None = None) -> Path:
     """Return the local folder or file for a path or a hub id such as "org/name".
 
     What exists on this disk is taken as it is; then a whole copy in the hub's local cache; only then the
@@ -21,23 +22,25 @@ def resolve(name: str | Path, variant: str | None = None, revision: str | None =
     Args:
         name: a folder, a file, or a hub id.
         variant: "fp16" and the like: fetch the weights with that word in their names, not the plain ones.
-        revision: a branch, tag or commit of the hub's copy.
 
     Raises:
         UserError: neither a path nor an id (names the nearest paths), or not to be had (says what to do).
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    hint = nearest(path.name, [each.name for each in path.parent.iterdir()]) if path.parent.is_dir() else ""
-    if hint and path.parent != Path():
-        hint = f"{hint} (in {path.parent})"
-    if hint or not _ID.fullmatch(str(name)):
-        raise UserError(f"{name}: no such folder or file, and no hub id (org/name) either{hint}")
-    return _from_hub(str(name), variant, revision)
+    if not str(name).strip():
+        raise UserError("the model's name is empty: give a folder, a single file or a hub id (org/name)")
+    with readable(name):
+        path = Path(name).expanduser()
+        if path.is_file() and path.name == MODEL_INDEX:
+            raise UserError(f"{path} is only the list of a model's parts: give its folder, {path.parent}")
+        if path.exists():
+            return path
+        hint = nearby(path)
+        if hint or not _ID.fullmatch(str(name)):
+            raise UserError(f"{name}: no such folder or file, and no hub id (org/name) either{hint}")
+    return _from_hub(str(name), variant)
 
 
-def _from_hub(name: str, variant: str | None, revision: str | None) -> Path:
+def _from_hub(name: str, variant: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
@@ -45,7 +48,6 @@ def _from_hub(name: str, variant: str | None, revision: str | None) -> Path:
             HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
-            RevisionNotFoundError,
         )
     except ImportError as error:
         raise UserError(
@@ -57,19 +59,19 @@ def _from_hub(name: str, variant: str | None, revision: str | None) -> Path:
         [each.replace(".safetensors", f".{variant}*safetensors") for each in _WANTED] if variant else _WANTED
     )
     try:
-        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        cached = Path(snapshot_download(name, local_files_only=True))
         if _is_whole(cached, variant):
             return cached
     except (LocalEntryNotFoundError, HFValidationError):
         pass  # not in the cache: ask the hub, which has its own words for a bad name
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=skip))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=skip))
     except GatedRepoError as error:
         raise UserError(
             f"{name}: its owners want their terms accepted; do so on its page, then `hf auth login`"
         ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise UserError(f"{name}: no such folder, and the hub knows no such model or revision") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"{name}: no such folder, and the hub knows no such model") from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{name}: not on this disk, and the hub can't be reached: where it can, run `hf download {name} "

@@ -86,9 +86,7 @@ def from_tensors(
     return found
 
 
-def write_single_file(
-    path: str | Path, system: Checkpoint, unused: Mapping[str, Tensor] | None = None
-) -> None:
+def write_single_file(path: str | Path, system: Checkpoint) -> None:
     """Write a system as one `.safetensors` in the LDM layout, whole or not at all.
 
     Tokenizers have no place in this layout. The configs travel in the file's metadata, so that reading it
@@ -97,13 +95,12 @@ def write_single_file(
     Args:
         path: where to.
         system: a system of SD 1.x, 2.x or XL structure, of any size.
-        unused: tensors to write as they are, e.g. `Checkpoint.unused` of the file it was read from.
 
     Raises:
         UserError: a network or a tensor that the layout has no place for; an unwritable place.
     """
     family = family_of_configs(system.configs, path)
-    tensors: dict[str, Tensor] = dict(unused or {})
+    tensors: dict[str, Tensor] = {}
     for component, rows in _rows(family, system.configs).items():
         if component not in system.tensors:
             raise UserError(f"{path}: the system to write has no {component}")

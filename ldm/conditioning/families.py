@@ -46,11 +46,12 @@ _BY_TYPE = {
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family that a transformers config.json names. Raises UserError for one that we do not run."""
-    named = (config.get("architectures") or [_BY_TYPE.get(config.get("model_type", ""), "")])[0]
+    kind, listed = config.get("model_type"), config.get("architectures")
+    named = str(listed[0]) if isinstance(listed, list) and listed else _BY_TYPE.get(str(kind), "")
     if named not in FAMILIES:
         raise UserError(
-            f"{where}: no text encoder we know is called {named or config.get('model_type')!r}"
-            f"{nearest(str(named), FAMILIES)} (known: {', '.join(FAMILIES)})"
+            f"{where}: no text encoder we know is called {named or kind!r}{nearest(named, FAMILIES)} "
+            f"(known: {', '.join(FAMILIES)})"
         )
     return FAMILIES[named]
 

@@ -13,20 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import (
-    PICKLES,
-    a_few,
-    check_finite,
-    file_in,
-    read_pickle,
-    read_tensors,
-    write_tensors,
-)
+from ldm.checkpoints.files import a_few, check_finite, file_in, read_metadata, read_tensors, write_tensors
+from ldm.checkpoints.pickles import PICKLES, read_pickle
 from ldm.conditioning.text import WindowedEncoder
 from ldm.conditioning.tokenizer import text_ids
 from ldm.errors import UserError
 
 FILE = "learned_embeds.safetensors"  # in a folder, as diffusers names it
+_WORD = "word"  # in our own files' headers
 # AUTOMATIC1111's name for a text encoder's vectors, and ours.
 _ENCODERS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 
@@ -95,9 +89,9 @@ class NewWords:
     def check(self, word: str, vectors: Tensor) -> None:
         """Raise the UserErrors of `add`, and change nothing."""
         name = self.encoder.name
-        if not hasattr(self.encoder.tokenizer, "add_tokens"):
+        if not hasattr(self.encoder.module, "get_input_embeddings"):
             raise UserError(
-                f"the tokenizer of {name} takes no new words: load the model through transformers"
+                f"{name} is run by open_clip, which takes no new words: save the model as a folder, and load that"
             )
         if len(word.split()) != 1:
             raise UserError(f"{word!r} can't be a new word: give a token without spaces, such as <cat-toy>")
@@ -169,7 +163,8 @@ def read_inversion(path: str | Path, token: str | None = None) -> dict[str, dict
 
     Args:
         path: `.safetensors`, `.pt` or `.bin` (read without running its code), or a folder with diffusers' file.
-        token: the word, in place of what the file says; AUTOMATIC1111's `.safetensors` go by their file's name.
+        token: the word, in place of what the file says; AUTOMATIC1111's `.safetensors`, and others' pairs for SDXL, go
+            by their file's name.
 
     Raises:
         UserError: unreadable, no embedding, or one token given for several words.
@@ -184,7 +179,8 @@ def read_inversion(path: str | Path, token: str | None = None) -> dict[str, dict
     if isinstance(webui, Mapping):
         words = {str(found.get("name") or path.stem): {"text_encoder": _only(webui, path)}}
     elif set(found) & set(_ENCODERS):
-        words = {path.stem: {_ENCODERS[name]: each for name, each in found.items() if name in _ENCODERS}}
+        word = read_metadata(path).get(_WORD, path.stem)
+        words = {word: {_ENCODERS[name]: each for name, each in found.items() if name in _ENCODERS}}
     else:
         words = {str(word): {"text_encoder": each} for word, each in found.items()}
     if token is not None:
@@ -207,6 +203,7 @@ def write_inversion(
 ) -> None:
     """Write a word's vectors (n, D) as others read them: diffusers' `{word: vectors}`, for SDXL clip_l and clip_g.
 
+    The names of a pair leave no room for the word, so it also goes into the file's header, where we find it again.
     vectors: by text encoder. metadata: more text for the file's header, such as the resolved config. Raises UserError.
     """
     if set(vectors) == {"text_encoder"}:
@@ -216,7 +213,7 @@ def write_inversion(
     else:
         ours = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
         tensors = {ours[encoder]: each for encoder, each in vectors.items()}
-    write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, {**(metadata or {}), _WORD: word})
 
 
 def _only(parameters: Mapping[str, Any], path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Text encoders from and to folders as transformers and diffusers write them; no network."""
+"""Text encoders from folders as transformers, diffusers and open_clip write them, and to such; no network."""
 
 import json
 from collections.abc import Mapping
@@ -13,8 +13,9 @@ from ldm.checkpoints.folder import read_component
 from ldm.checkpoints.layouts import canonical_clip, fit_clip, is_clip
 from ldm.conditioning.families import Family, family_of, states_of
 from ldm.conditioning.inversion import ExtendedEmbedding
+from ldm.conditioning.open_clip import as_transformers, build_open_clip, is_open_clip
 from ldm.conditioning.text import TextEncoder, WindowedEncoder
-from ldm.conditioning.tokenizer import load_tokenizer, quiet, text_ids, window_of
+from ldm.conditioning.tokenizer import check_size, load_tokenizer, quiet, text_ids, window_of
 from ldm.errors import UserError
 
 _T5_WINDOW = 512  # the length T5 was trained on (Raffel et al. 2020), where the tokenizer knows none
@@ -31,12 +32,13 @@ def load_text_encoder(
 ) -> WindowedEncoder:
     """Load `folder/component` with its tokenizer: a folder's name beside it, or a tokenizer already loaded.
 
-    component "" and tokenizer "" mean `folder` itself: a plain transformers model. `variant` "fp16" reads the
-    files of that name. `penultimate`: see `states_of`. Raises UserError.
+    component "" and tokenizer "" mean `folder` itself: a plain transformers model. An open_clip checkpoint needs no
+    tokenizer: it has CLIP's. `variant` "fp16" reads the files of that name. `penultimate`: see `states_of`.
+    Raises UserError.
     """
     where = str(Path(folder) / component)
     config, tensors = read_component(folder, component, variant)
-    if isinstance(tokenizer, str):
+    if isinstance(tokenizer, str) and not is_open_clip(config):
         tokenizer = load_tokenizer(Path(folder) / tokenizer, family_of(config, where).name)
     name = component or "text_encoder"
     return build_text_encoder(config, tensors, tokenizer, torch_dtype, device, name, penultimate, where)
@@ -52,12 +54,16 @@ def build_text_encoder(
     penultimate: bool = False,
     where: str = "the checkpoint",
 ) -> WindowedEncoder:
-    """Build a text encoder from a transformers config and its tensors, by the names of a folder.
+    """Build a text encoder from a config of transformers (or open_clip) and its tensors, by the names of a folder.
 
-    The network comes frozen and in evaluation mode. `name` is its component's name, `where` stands in errors.
+    tokenizer: the folder's, from transformers; not used for open_clip, which has CLIP's. The network comes frozen and
+    in evaluation mode. `name` is its component's name, `where` stands in errors. Raises UserError.
     """
+    if is_open_clip(config):
+        return build_open_clip(config, tensors, torch_dtype, device, name, penultimate, where)
     family = family_of(config, where)
     module = _build_module(family, config, tensors, where).to(device=device, dtype=torch_dtype)
+    check_size(tokenizer, module.get_input_embeddings().num_embeddings, where)
     limit = getattr(module.config, "max_position_embeddings", _T5_WINDOW)
     masked = bool(config.get("use_attention_mask", family.masks))
     module.config.use_attention_mask = masked  # so that a saved folder says what was done
@@ -74,7 +80,12 @@ def build_text_encoder(
 
 def export(encoder: TextEncoder) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """Each network's config and tensors by its component's name, as a diffusers folder has them."""
-    return {name: (_config_of(module), _tensors_of(module)) for name, module in encoder.modules.items()}
+    return {
+        name: (_config_of(module), _tensors_of(module))
+        if hasattr(module, "config")
+        else as_transformers(module, name)
+        for name, module in encoder.modules.items()
+    }
 
 
 def write_tokenizers(encoder: TextEncoder, folder: str | Path) -> None:

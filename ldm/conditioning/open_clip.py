@@ -1,97 +1,122 @@
-"""Text towers of OpenCLIP (Ilharco et al. 2021), run by the open_clip package."""
+"""Text towers of OpenCLIP (Ilharco et al. 2021), run by the open_clip package.
+
+A `text_encoder` folder may hold an OpenCLIP checkpoint (`open_clip_config.json` and its weights) in place of one of
+transformers. A system with such a tower is saved with the transformers CLIP of the same weights.
+"""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.checkpoints.files import load_strict, read_tensors
-from ldm.checkpoints.folder import read_json
+from ldm.checkpoints.files import load_strict
+from ldm.checkpoints.keymap import KeyMap
+from ldm.checkpoints.layouts import open_clip_rows
 from ldm.conditioning.families import check_skip
-from ldm.conditioning.text import Window, WindowedEncoder
-from ldm.errors import UserError, nearest
+from ldm.conditioning.text import WindowedEncoder
+from ldm.conditioning.tokenizer import check_size, clip_tokenizer, text_ids, window_of
+from ldm.errors import UserError
 
-_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TOWER = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+_SIZES = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
 
 
-def load_open_clip(
-    model: str | Path,
-    weights: str | Path | None = None,
+def is_open_clip(config: Mapping[str, Any]) -> bool:
+    """Whether this is the `model_cfg` of an open_clip checkpoint, and no config of transformers."""
+    return "text_cfg" in config
+
+
+def build_open_clip(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     torch_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    penultimate: bool = False,
-    final_norm: bool = True,
     name: str = "text_encoder",
+    penultimate: bool = False,
+    where: str = "the checkpoint",
 ) -> WindowedEncoder:
-    """The text tower of an open_clip model folder, or of a model's name ("ViT-H-14") and a weights file.
+    """The text tower of an open_clip model, with CLIP's own vocabulary; see `build_text_encoder`.
 
-    penultimate: leave out the last layer; final_norm: normalise the states. SD 2.x takes (True, True), SDXL
-    (True, False). The states and the pooled vector are those of the transformers CLIP with the same weights.
-    Raises UserError, also where open_clip is not installed.
+    The states and the pooled vector are those of the transformers CLIP with the same weights. Raises UserError, also
+    where open_clip is not installed.
     """
-    config, path = _find(model, weights)
-    open_clip = _open_clip()
-    if config is None:
-        config = open_clip.get_model_config(str(model))
-        if config is None:
-            hint = nearest(str(model), open_clip.list_models())
-            raise UserError(f"{str(model)!r} is neither a folder nor a model of open_clip{hint}")
-    tower = _build(open_clip, config, read_tensors(path), str(path)).to(device=device, dtype=torch_dtype)
-    tokenizer = open_clip.SimpleTokenizer(context_length=tower.context_length)
+    tower = _build(config, tensors, where).to(device=device, dtype=torch_dtype)
+    tokenizer = clip_tokenizer(pad_token="!")
+    check_size(tokenizer, tower.vocab_size, where)
     return WindowedEncoder(
         module=tower.eval().requires_grad_(False),
-        tokenize=tokenizer.encode,
-        window=Window(
-            tower.context_length, (tokenizer.sot_token_id,), (tokenizer.eot_token_id,), tower.pad_id
-        ),
-        states=lambda module, ids, mask, skip: _states(module, ids, skip + penultimate, final_norm),
+        tokenize=lambda text: text_ids(tokenizer, text),
+        window=window_of(tokenizer, tower.context_length),
+        states=lambda module, ids, mask, skip: _states(module, ids, skip, penultimate),
         name=name,
         tokenizer=tokenizer,
     )
 
 
-def _open_clip() -> Any:
+def as_transformers(tower: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of the transformers CLIP that computes the same, for the component `name`.
+
+    Only SDXL's second text encoder keeps the projection: diffusers' other pipelines would read it as the states.
+    """
+    module: Any = tower
+    projects = name == "text_encoder_2"
+    theirs = {key: each for key, each in module.state_dict().items() if projects or key != "text_projection"}
+    layers, block = len(module.transformer.resblocks), module.transformer.resblocks[0]
+    config = {
+        "architectures": ["CLIPTextModelWithProjection" if projects else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": module.vocab_size,
+        "max_position_embeddings": module.context_length,
+        "hidden_size": module.token_embedding.embedding_dim,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_hidden_layers": layers,
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_act": "gelu" if isinstance(block.mlp.gelu, nn.GELU) else "quick_gelu",
+        "projection_dim": module.text_projection.shape[1],
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # as published: transformers then takes the highest token id for the end of the text
+        "pad_token_id": 1,
+    }
+    return config, KeyMap.over_theirs(open_clip_rows(layers), theirs, name).to_ours(theirs)
+
+
+def _open_clip(where: str) -> Any:
     try:
         import open_clip
     except ImportError as error:
-        raise UserError(f"OpenCLIP needs a package: pip install open_clip_torch ({error})") from error
+        raise UserError(
+            f"{where} is an OpenCLIP checkpoint: pip install 'ldm-text-to-image[openclip]' to read it ({error})"
+        ) from error
     return open_clip
 
 
-def _find(model: str | Path, weights: str | Path | None) -> tuple[dict[str, Any] | None, Path]:
-    """The folder's model config (None: `model` is a name) and the file with the weights."""
-    folder = Path(model)
-    if not folder.is_dir():
-        if weights is None:
-            raise UserError(f"there is no folder {folder}; with a model's name give its weights file too")
-        return None, Path(weights)
-    config = read_json(folder / "open_clip_config.json")
-    found = [folder / each for each in _WEIGHTS if (folder / each).is_file()]
-    if weights is None and not found:
-        raise UserError(f"{folder} holds no weights: none of {', '.join(_WEIGHTS)}")
-    return config.get("model_cfg", config), Path(weights) if weights is not None else found[0]
-
-
-def _build(open_clip: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Any:
-    text = dict(config["text_cfg"])
-    if text.get("hf_model_name") or text.get("embed_cls"):
-        raise UserError(f"{where}: only open_clip's own causal text towers are supported, not {text}")
+def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Any:
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        tower = open_clip.model._build_text_tower(config["embed_dim"], text, config.get("quick_gelu", False))
+    open_clip = _open_clip(where)
+    try:
+        text, plain = dict(config["text_cfg"]), vars(open_clip.CLIPTextCfg())
+        odd = [key for key in text if key not in _SIZES and (key not in plain or text[key] != plain[key])]
+        if odd:
+            raise UserError(
+                f"{where}: only CLIP's own causal text towers are supported, not {odd[0]} = {text[odd[0]]!r}"
+            )
+        with init_empty_weights(include_buffers=False):
+            tower = open_clip.model._build_text_tower(
+                config["embed_dim"], text, config.get("quick_gelu", False)
+            )
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: open_clip refuses the config: {' '.join(str(error).split())}") from error
     # The tower's tensors lie at the top in older models, under `text.` in newer; the image tower's beside.
     inner = {name.removeprefix("text."): each for name, each in tensors.items()}
     load_strict(tower, {name: each for name, each in inner.items() if name.startswith(_TOWER)}, where)
     return tower
 
 
-def _states(tower: Any, ids: Tensor, skip: int, final_norm: bool) -> tuple[Tensor, Tensor | None]:
+def _states(tower: Any, ids: Tensor, skip: int, penultimate: bool) -> tuple[Tensor, Tensor | None]:
     output = tower.forward_intermediates(ids, output_fmt="NLC")
     layers = output["text_intermediates"]
-    check_skip(skip, len(layers))
-    hidden = layers[-1 - skip]
-    return tower.ln_final(hidden) if final_norm else hidden, output["text_features"]
+    check_skip(skip, len(layers) - penultimate)
+    hidden = layers[-1 - penultimate - skip]
+    return hidden if penultimate else tower.ln_final(hidden), output["text_features"]

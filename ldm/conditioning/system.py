@@ -9,6 +9,7 @@ import torch
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.conditioning.families import family_of
 from ldm.conditioning.load import build_text_encoder, tokenizer_name
+from ldm.conditioning.open_clip import is_open_clip
 from ldm.conditioning.sdxl import join
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import EOS, clip_tokenizer, load_tokenizer
@@ -24,7 +25,7 @@ def build_conditioning(
     """Build the checkpoint's text encoder; SDXL's pair (or its refiner's second) where there is a second.
 
     `folder` holds the tokenizers as in a diffusers folder. None: a single file, which has none, so CLIP's own
-    vocabulary is taken (see `clip_tokenizer`). Raises UserError.
+    vocabulary is taken (see `clip_tokenizer`), as it is for open_clip's checkpoints. Raises UserError.
     """
     where = str(folder) if folder is not None else "the checkpoint"
     names = [name for name in ("text_encoder", "text_encoder_2") if name in checkpoint.tensors]
@@ -49,7 +50,10 @@ def build_conditioning(
 
 
 def _tokenizer(config: Mapping[str, Any], name: str, folder: str | Path | None) -> Any:
+    if is_open_clip(config):
+        return None
     if folder is not None:
-        return load_tokenizer(Path(folder) / tokenizer_name(name), family_of(config, name).name)
+        family = family_of(config, f"{folder}: {name}")
+        return load_tokenizer(Path(folder) / tokenizer_name(name), family.name)
     # OpenCLIP's towers (plain GELU) pad with id 0, as in diffusers' folders; OpenAI's with the end token.
     return clip_tokenizer(pad_token="!" if config.get("hidden_act") == "gelu" else EOS)

@@ -31,10 +31,6 @@ class TextEmbedding:
     ) -> "TextEmbedding":
         return self.map(lambda part: part.to(device=device, dtype=dtype))
 
-    def repeat_interleave(self, repeats: int) -> "TextEmbedding":
-        """`repeats` rows for each prompt, side by side: several images a prompt."""
-        return self.map(lambda part: part.repeat_interleave(repeats, dim=0))
-
     def zeros(self) -> "TextEmbedding":
         return self.map(torch.zeros_like)
 

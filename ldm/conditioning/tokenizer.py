@@ -6,7 +6,6 @@ entry a merge, and two special tokens; 49,408 in all.
 
 import contextlib
 import gzip
-import importlib.util
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,36 +13,69 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoints.paths import readable
 from ldm.conditioning.text import Window
 from ldm.errors import UserError
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-MERGES = 48_894  # of the list in the package, the first so many
+MERGES = 48_894  # of the list in the file, the first so many
+_BPE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # OpenAI's, as OpenCLIP ships it
 # Names that transformers 4 and 5 share.
 _CLASSES = {"clip": "CLIPTokenizerFast", "bert": "BertTokenizerFast", "t5": "T5TokenizerFast"}
+# What holds a family's vocabulary where tokenizer.json does not.
+_VOCABULARIES = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ("spiece.model",)}
+_SETTINGS = "tokenizer_config.json"
 _NO_LIMIT = 100_000  # transformers writes 1e30 where a tokenizer knows no limit
 
 
 def load_tokenizer(folder: str | Path, family: str) -> Any:
-    """The transformers tokenizer of the family ("clip", "bert" or "t5") from its folder. Raises UserError."""
+    """The transformers tokenizer of the family ("clip", "bert" or "t5") from its folder.
+
+    Raises UserError for missing and damaged files, and for another family's. transformers itself would go on without:
+    an empty vocabulary reads every prompt alike, and without the settings the window has another size.
+    """
     path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"there is no tokenizer folder {path}")
+    with readable(path):
+        if not path.is_dir():
+            raise UserError(f"there is no tokenizer folder {path}")
+        there = {each.name for each in path.iterdir()}
+    if "tokenizer.json" not in there and not there.issuperset(_VOCABULARIES[family]):
+        wanted = " and ".join(_VOCABULARIES[family])
+        raise UserError(f"{path} holds no vocabulary: a {family} tokenizer has tokenizer.json, or {wanted}")
+    if _SETTINGS not in there:
+        raise UserError(f"{path} holds no {_SETTINGS}, which says how long a prompt may be: get it again")
     import transformers
 
     try:
         with quiet():
-            return getattr(transformers, _CLASSES[family]).from_pretrained(str(path))
+            tokenizer = getattr(transformers, _CLASSES[family]).from_pretrained(str(path))
+        tokenizer("a \N{SNOWMAN}")  # another family's file may be read well, and fail at an unknown word
     except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot read the tokenizer in {path}: {reason}") from error
+        raise UserError(f"cannot read the {family} tokenizer in {path}: {reason}") from error
+    return tokenizer
+
+
+def check_size(tokenizer: Any, rows: int, where: str) -> None:
+    """Raise UserError unless the tokenizer's ids are those of a text encoder with a table of `rows` embeddings.
+
+    Tables are padded to round numbers, but by a few rows: much fewer tokens are those of another model, too.
+    """
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if not 0.9 * rows <= size <= rows:
+        raise UserError(
+            f"{where}: the tokenizer has {size} tokens, the text encoder {rows}: they belong to different models"
+        )
 
 
 def window_of(tokenizer: Any, limit: int) -> Window:
     """The window that the tokenizer pads to: its own limit, and never more than the network's `limit`."""
-    size = tokenizer.model_max_length if tokenizer.model_max_length < _NO_LIMIT else limit
+    size, pad = tokenizer.model_max_length, tokenizer.pad_token_id
+    if not isinstance(size, int | float) or pad is None:
+        raise UserError(f"the tokenizer's {_SETTINGS} needs a pad_token and a model_max_length in numbers")
+    size = size if size < _NO_LIMIT else limit
     special = tokenizer("").input_ids
-    window = Window(int(min(size, limit)), tuple(special[:-1]), tuple(special[-1:]), tokenizer.pad_token_id)
+    window = Window(int(min(size, limit)), tuple(special[:-1]), tuple(special[-1:]), pad)
     if window.capacity < 1:
         raise UserError(f"the tokenizer's model_max_length {size} leaves no room for text: set it to {limit}")
     return window
@@ -54,13 +86,11 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
 
-def clip_tokenizer(folder: str | Path | None = None, pad_token: str = EOS) -> Any:
-    """CLIP's tokenizer, from a folder or else with the vocabulary that the open_clip package carries.
+def clip_tokenizer(pad_token: str = EOS) -> Any:
+    """CLIP's tokenizer, with the vocabulary that this package carries.
 
     pad_token: "<|endoftext|>" for SD 1.x and SDXL's first encoder, "!" (id 0) for SD 2.x and SDXL's second.
     """
-    if folder is not None:
-        return load_tokenizer(folder, "clip")
     with tempfile.TemporaryDirectory() as made:
         write_clip_tokenizer(made, clip_merges(), pad_token)
         return load_tokenizer(made, "clip")
@@ -91,17 +121,9 @@ def write_clip_tokenizer(
 
 
 def clip_merges() -> list[str]:
-    """The merges of CLIP's BPE, best first. Raises UserError where open_clip is not installed."""
-    spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
-    places = list(spec.submodule_search_locations or []) if spec else []
-    for path in (Path(place) / "bpe_simple_vocab_16e6.txt.gz" for place in places):
-        if path.is_file():
-            lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-            return lines[1 : 1 + MERGES]  # the first line is a heading
-    raise UserError(
-        "this checkpoint has no tokenizer: pass the `tokenizer` folder of a diffusers model, "
-        "or pip install open_clip_torch, which carries CLIP's vocabulary"
-    )
+    """The merges of CLIP's BPE, best first."""
+    lines = gzip.decompress(_BPE.read_bytes()).decode("utf-8").split("\n")
+    return lines[1 : 1 + MERGES]  # the first line is a heading
 
 
 def clip_vocabulary(merges: Sequence[str]) -> dict[str, int]:

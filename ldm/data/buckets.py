@@ -46,6 +46,25 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[Size]) -> Size:
     return min(buckets, key=lambda size: (abs(math.log(size[0] / size[1]) - aspect), -size[0] * size[1]))
 
 
+def assign(originals: Sequence[Size], buckets: Sequence[Size], least: int) -> list[Size]:
+    """Return a bucket for each picture of a size: the nearest of those that get at least `least` pictures.
+
+    So a few odd shapes join others and are cut a little more, where a batch of their own would show each of them many
+    times over. Fewer than `least` pictures in all share one bucket.
+    """
+    held: dict[Size, list[int]] = {}
+    for index, original in enumerate(originals):
+        held.setdefault(nearest_bucket(*original, buckets), []).append(index)
+    while len(held) > 1:
+        smallest = min(held, key=lambda size: (len(held[size]), size))
+        if len(held[smallest]) >= least:
+            break
+        for index in held.pop(smallest):
+            held[nearest_bucket(*originals[index], list(held))].append(index)
+    targets = {index: size for size, indices in held.items() for index in indices}
+    return [targets[index] for index in range(len(originals))]
+
+
 @dataclass(frozen=True)
 class Framing:
     """How a picture was cut: SDXL's size conditions (Podell et al. 2023, sec. 2.2), in pixels.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ldm.data import heldout
 from ldm.data.captions import caption
 from ldm.data.colours import BACKGROUNDS, PAINTS, repaint
-from ldm.data.costumes import FACES, costumes_of, wear
+from ldm.data.costumes import ASTRONAUT, FACES, costumes_of, wear
 from ldm.data.costumes import STYLES as COSTUME_STYLES
 from ldm.data.plan import RELATIONS, Plan
 from ldm.data.settings import SCENES, draw_setting
@@ -219,10 +219,16 @@ class Recipe:
         return np.round(canvas).clip(0, 255).astype(np.uint8)
 
     def _places(self, plan: Plan, rng: Generator) -> list[tuple[float, float, float]]:
-        """Centre x, y and side of each thing, as shares of the frame; nothing crosses the frame's edge."""
+        """Centre x, y and side of each thing, as shares of the frame.
+
+        Nothing crosses the frame's edge but an animal's space suit: a portrait, for the face to be seen.
+        """
         jitter = self.config.jitter
         share = float(1 - jitter * rng.random())
         shift = rng.uniform(-0.5, 0.5, 2) * min(jitter, 0.1) * 0.8
+        if plan.costume == ASTRONAUT:
+            share *= PORTRAIT
+            return [(0.5 + 0.5 * shift[0], share / 2 + 0.02 + 0.2 * shift[1], share)]
         if plan.relation:
             places = _pair(plan.relation, rng)
         elif plan.count > 1:
@@ -232,6 +238,7 @@ class Recipe:
         return [(x + 0.5 * shift[0], y + 0.5 * shift[1], side * share) for x, y, side in places]
 
 
+PORTRAIT = 1.32  # the side of an astronaut's sprite, of which the helmet is the upper two thirds
 COUNTED: Mapping[int, list[tuple[float, float, float]]] = {
     2: [(0.26, 0.5, 0.5), (0.74, 0.5, 0.5)],
     3: [(0.27, 0.7, 0.46), (0.73, 0.7, 0.46), (0.5, 0.27, 0.46)],

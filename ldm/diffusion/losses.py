@@ -129,20 +129,25 @@ class Posterior:
         tables = (before.sqrt() * beta / (1 - here), variance.log(), beta.log())
         return cls(*(table[timestep.long()] for table in tables))
 
+    def learned_log_variance(self, fraction: Tensor) -> Tensor:
+        """Where `fraction` (B, ...), in [-1, 1], lies between the two bounds (Nichol & Dhariwal 2021, eq. 15)."""
+        low, high = (
+            per_image(each.to(fraction.dtype), fraction) for each in (self.log_variance, self.log_beta)
+        )
+        return low + (high - low) * (fraction + 1) / 2
+
 
 def variational_bound(error: Tensor, fraction: Tensor, timestep: Tensor, schedule: NoiseSchedule) -> Tensor:
     """Terms of the variational bound, nats an element, (B,): KL(q(x_{t-1}|x_t, x0) || p(x_{t-1}|x_t)).
 
-    error: of x0, (B, C, h, w). fraction: (B, C, h, w), where in [-1, 1] the log-variance lies between the
-    posterior's and the forward step's (Nichol & Dhariwal 2021, eq. 15). The last term, of t = 0, is the Gaussian's
-    negative log-likelihood: latents are no whole numbers, which the paper's discrete decoder is for.
+    error: of x0, (B, C, h, w). fraction: (B, C, h, w), see `Posterior.learned_log_variance`. The last term, of t = 0,
+    is the Gaussian's negative log-likelihood: latents are no whole numbers, which the paper's discrete decoder is for.
     """
     posterior = Posterior.at(timestep, schedule.to(error.device))
-    x0_scale, low, high = (
-        per_image(each.to(error.dtype), error)
-        for each in (posterior.x0_scale, posterior.log_variance, posterior.log_beta)
+    x0_scale, low = (
+        per_image(each.to(error.dtype), error) for each in (posterior.x0_scale, posterior.log_variance)
     )
-    log_variance = low + (high - low) * (fraction + 1) / 2
+    log_variance = posterior.learned_log_variance(fraction)
     squared = (x0_scale * error).square() * (-log_variance).exp()
     divergence = 0.5 * (log_variance - low + (low - log_variance).exp() + squared - 1)
     likelihood = 0.5 * (math.log(2 * math.pi) + log_variance + squared)

@@ -21,6 +21,7 @@ from ldm.diffusion.samplers import SAMPLERS, NoiseSource, Steps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.scheduler_config import CLASSES, SchedulerConfig
 from ldm.diffusion.spacing import TIMESTEP_SPACINGS, lcm_timesteps, spaced_sigmas
+from ldm.errors import UserError
 
 Limit = Callable[[Tensor], Tensor]
 
@@ -91,21 +92,23 @@ def plan(
     sampler: str | None = None,
     schedule: str | None = None,
     eta: float = 0.0,
+    is_xl: bool = False,
 ) -> Plan:
     """Plan `num_inference_steps` steps as `config` says.
 
     sampler, schedule: names of samplers.SAMPLERS and spacing.SPACINGS in place of the config's own; the
     betas, the prediction type and, without a schedule, the spacing stay. eta: DDIM's noise, 0 to 1.
+    is_xl: the model is an SDXL, for which align_your_steps has timesteps of its own.
     Raises UserError for unknown names, unsupported values and impossible numbers of steps.
     """
-    config = config.with_sampler(sampler) if sampler else config
-    config = config.with_schedule(schedule) if schedule else config
+    config = config.with_sampler(sampler) if sampler is not None else config
+    config = config.with_schedule(schedule) if schedule is not None else config
     name = config.sampler
     config.check()
     noise_schedule = config.noise_schedule()
     parameterization.check(config.get("prediction_type"), noise_schedule)
     spacing = _spacing(config)
-    sigmas = _sigmas(config, noise_schedule, spacing, num_inference_steps)
+    sigmas = _descending(partial(_sigmas, config, noise_schedule, spacing, is_xl), num_inference_steps)
     first, last = sigmas[0], sigmas[-1]
     unit_variance = CLASSES[config.class_name].family != "k"
     from_above = not unit_variance and config.get("timestep_spacing") in ("linspace", "trailing")
@@ -139,7 +142,27 @@ def _spacing(config: SchedulerConfig) -> str:
     return config.get("timestep_spacing") or "linspace"
 
 
-def _sigmas(config: SchedulerConfig, schedule: NoiseSchedule, spacing: str, n: int) -> list[float]:
+def _descending(sigmas_of: Callable[[int], list[float]], n: int) -> list[float]:
+    """The noise levels of n steps; UserError, with the most that are possible, where two steps share one.
+
+    Whole timesteps run out near T steps, and solvers divide by the distance of two levels. The last step alone may
+    be empty: at the smallest level already where some are to remain (`set_alpha_to_one` false).
+    """
+
+    def falls(count: int) -> bool:
+        return all(high > low for high, low in pairwise(sigmas_of(count)[:-1]))
+
+    if not falls(n):
+        most = next(count for count in range(n - 1, 0, -1) if falls(count))
+        raise UserError(
+            f"num_inference_steps {n} would visit a noise level twice: this sampler and schedule take at most {most}"
+        )
+    return sigmas_of(n)
+
+
+def _sigmas(
+    config: SchedulerConfig, schedule: NoiseSchedule, spacing: str, is_xl: bool, n: int
+) -> list[float]:
     """The noise levels that the config's class in diffusers visits."""
     family = CLASSES[config.class_name].family
     remains = config.get("final_sigmas_type") == "sigma_min"
@@ -153,6 +176,7 @@ def _sigmas(config: SchedulerConfig, schedule: NoiseSchedule, spacing: str, n: i
         steps_offset=config.get("steps_offset") or 0,
         whole=family != "k",
         extra_point=family == "dpm",
+        is_xl=is_xl,
     )
     if config.sampler == "lcm" and config.spacing is None:
         original = config.get("original_inference_steps")

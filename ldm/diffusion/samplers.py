@@ -304,25 +304,24 @@ def lcm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource) -> Steps:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler by name: its coroutine, its class in diffusers, and whether it draws noise on its way."""
+    """A sampler by name: its coroutine, and its class in diffusers."""
 
     solve: Callable[..., Steps]
     scheduler: str
-    stochastic: bool = False
 
 
 SAMPLERS = {
     "euler": Sampler(euler, "EulerDiscreteScheduler"),
-    "euler_ancestral": Sampler(euler_ancestral, "EulerAncestralDiscreteScheduler", stochastic=True),
+    "euler_ancestral": Sampler(euler_ancestral, "EulerAncestralDiscreteScheduler"),
     "ddim": Sampler(ddim, "DDIMScheduler"),
-    "ddpm": Sampler(euler_ancestral, "DDPMScheduler", stochastic=True),
+    "ddpm": Sampler(euler_ancestral, "DDPMScheduler"),
     "heun": Sampler(heun, "HeunDiscreteScheduler"),
     "lms": Sampler(lms, "LMSDiscreteScheduler"),
     "dpmpp_2m": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler"),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, "DPMSolverMultistepScheduler", stochastic=True),
-    "dpmpp_sde": Sampler(dpmpp_sde, "DPMSolverSDEScheduler", stochastic=True),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, "DPMSolverMultistepScheduler"),
+    "dpmpp_sde": Sampler(dpmpp_sde, "DPMSolverSDEScheduler"),
     "dpmpp_2s": Sampler(dpmpp_2s, "DPMSolverSinglestepScheduler"),
     "unipc": Sampler(unipc, "UniPCMultistepScheduler"),
     "pndm": Sampler(pndm, "PNDMScheduler"),
-    "lcm": Sampler(lcm, "LCMScheduler", stochastic=True),
+    "lcm": Sampler(lcm, "LCMScheduler"),
 }

@@ -56,7 +56,10 @@ class NoiseSchedule:
                 BETAS[beta_schedule](num_train_timesteps, beta_start, beta_end) if valid else torch.zeros(0)
             )
         if not (betas.ndim == 1 and len(betas) > 1 and bool(((betas > 0) & (betas < 1)).all())):
-            raise UserError("the betas of a noise schedule must be two or more numbers between 0 and 1")
+            raise UserError(
+                "the betas of a noise schedule (num_train_timesteps of them, from beta_start to beta_end, or "
+                "trained_betas) must be two or more numbers between 0 and 1"
+            )
         return cls.from_betas(betas, rescale_betas_zero_snr, terminal_alpha_bar)
 
     @classmethod

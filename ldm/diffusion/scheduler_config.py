@@ -1,10 +1,8 @@
 """diffusers' scheduler_config.json: read, changed as `Scheduler.from_config` changes it, and written."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from ldm.diffusion.samplers import SAMPLERS
@@ -179,30 +177,19 @@ class SchedulerConfig:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], where: str = FILE_NAME) -> "SchedulerConfig":
-        """Read the file's mapping; raises UserError if its `_class_name` is not of this kind."""
+        """Read the file's mapping; raises UserError for a `_class_name` of another kind, and for the model's keys."""
         class_name = mapping.get("_class_name")
-        if class_name not in CLASSES and class_name not in COMPATIBLE:
+        if class_name not in [*CLASSES, *COMPATIBLE]:  # a list: what stands in a file may not be hashable
             hint = nearest(str(class_name), CLASSES)
             raise UserError(f"{where}: _class_name {class_name!r} is not supported{hint}")
         private = ("_class_name", "_use_default_values")
-        defaulted = mapping.get("_use_default_values", ())
+        defaulted = mapping.get("_use_default_values") or ()
+        if not isinstance(defaulted, list | tuple):
+            raise UserError(f"{where}: _use_default_values must be a list of keys, not {defaulted!r:.60}")
         values = {key: mapping[key] for key in mapping if key not in private and key not in defaulted}
+        for key, default in (_MODEL | _ZERO_SNR).items():
+            _check_kind(key, values.get(key, default), default, where)
         return cls(class_name, values)
-
-    @classmethod
-    def load(cls, path: Path | str) -> "SchedulerConfig":
-        """Read a scheduler_config.json, or the one inside the folder `path`; raises UserError."""
-        path = Path(path)
-        path = path / FILE_NAME if path.is_dir() else path
-        try:
-            mapping = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise UserError(f"{path}: is not JSON ({error})") from error
-        if not isinstance(mapping, dict):
-            raise UserError(f"{path}: must hold one JSON object")
-        return cls.from_dict(mapping, str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping to write as scheduler_config.json; diffusers reads it as we do.
@@ -282,14 +269,22 @@ class SchedulerConfig:
         """Raise UserError, naming the key, for a value of the wrong type or one that is not supported."""
         for key, default in CLASSES[self.class_name].defaults.items():
             value = self.get(key)
-            if not _same_kind(value, default):
-                raise UserError(f"{FILE_NAME}: {key} must be like {default!r}, not {value!r}")
+            _check_kind(key, value, default, FILE_NAME)
             choices = _CHOICES.get(key, (default,) if key in _FIXED else None)
             if choices and value not in choices:
                 known = ", ".join(map(repr, choices))
                 raise UserError(
                     f"{FILE_NAME}: {key} {value!r} is not supported by {self.sampler}; use {known}"
                 )
+
+
+def _check_kind(key: str, value: Any, default: Any, where: str) -> None:
+    if key == "trained_betas":
+        numbers = isinstance(value, list | tuple) and all(_same_kind(each, 0.0) for each in value)
+        if value is not None and not numbers:
+            raise UserError(f"{where}: trained_betas must be a list of numbers, not {value!r:.60}")
+    elif not _same_kind(value, default):
+        raise UserError(f"{where}: {key} must be like {default!r}, not {value!r:.60}")
 
 
 def _same_kind(value: Any, default: Any) -> bool:

@@ -8,14 +8,12 @@ from torch import Tensor
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, nearest
 
-# Timesteps found by optimisation for ten steps (Sabour et al. 2024, "Align Your Steps").
-ALIGN_YOUR_STEPS = {
-    "align_your_steps": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),  # Stable Diffusion 1.5
-    "align_your_steps_sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
-}
+# Timesteps found by optimisation for ten steps (Sabour et al. 2024, "Align Your Steps"), of SD 1.5 and of SDXL.
+_ALIGN_YOUR_STEPS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24)
+_ALIGN_YOUR_STEPS_XL = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13)
 # These name timesteps; the others name noise levels.
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "sgm_uniform")
-SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential", *ALIGN_YOUR_STEPS)
+SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential", "align_your_steps")
 
 
 def spaced_timesteps(
@@ -70,11 +68,12 @@ def spaced_sigmas(
     steps_offset: int = 0,
     whole: bool = True,
     extra_point: bool = False,
+    is_xl: bool = False,
 ) -> Tensor:
     """Descending noise levels (n + 1,), float64, of any of SPACINGS; the last is `final`.
 
     ends: (sigma_max, sigma_min) between which karras (Karras et al. 2022, eq. 5, rho 7) and exponential lie;
-    the schedule's own if None. The other options: see `spaced_timesteps`.
+    the schedule's own if None. is_xl: align_your_steps as found for SDXL. The other options: see `spaced_timesteps`.
     Raises UserError for an unknown spacing or an n outside 1 .. T.
     """
     if spacing not in SPACINGS:
@@ -94,14 +93,14 @@ def spaced_sigmas(
     elif spacing == "exponential":
         sigmas = torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64).exp()
     else:
-        sigmas = _align_your_steps(schedule, spacing, n)
+        sigmas = _align_your_steps(schedule, _ALIGN_YOUR_STEPS_XL if is_xl else _ALIGN_YOUR_STEPS, n)
     return torch.cat([sigmas, sigmas.new_tensor([final])])
 
 
-def _align_your_steps(schedule: NoiseSchedule, spacing: str, n: int) -> Tensor:
+def _align_your_steps(schedule: NoiseSchedule, timesteps: tuple[int, ...], n: int) -> Tensor:
     """The ten published timesteps and 0 as noise levels, log-linear in between for other counts."""
     scale = (schedule.num_train_timesteps - 1) / 999
-    known = schedule.sigma(torch.tensor([*ALIGN_YOUR_STEPS[spacing], 0], dtype=torch.float64) * scale).log()
+    known = schedule.sigma(torch.tensor([*timesteps, 0], dtype=torch.float64) * scale).log()
     at = torch.arange(n, dtype=torch.float64) * (len(known) - 1) / n
     below = at.floor().long()
     return torch.lerp(known[below], known[below + 1], at - below).exp()

@@ -3,6 +3,7 @@
 Parameter names are those of diffusers' AutoencoderKL, so its weights load without a map.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ldm.models.vq import VQConfig
 
 _EPS = 1e-6
+_CLASS = "AutoencoderKL"
 _INERT: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish")}
 
 
@@ -54,10 +56,24 @@ class AutoencoderConfig:
         cls, mapping: Mapping[str, Any], where: str = "vae/config.json"
     ) -> "AutoencoderConfig":
         """Raises UserError that names a key this network cannot honour."""
-        return diffusers_config.parse(cls, mapping, _INERT, where)
+        config = diffusers_config.parse(cls, mapping, _INERT, _CLASS, where)
+        config.check(where)
+        return config
+
+    def check(self, where: str = "the autoencoder's config") -> None:
+        """Raise UserError that names a setting of which no network can be built, or that loses every latent."""
+        check_first_stage(self, where)
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.latent_channels:
+                raise UserError(
+                    f"{where}: {name} has {len(values)} values for {self.latent_channels} latent_channels"
+                )
+        if not all(self.latents_std or (1,)):
+            raise UserError(f"{where}: latents_std holds a 0, by which nothing can be divided")
 
     def to_diffusers(self) -> dict[str, Any]:
-        return diffusers_config.to_diffusers(self, "AutoencoderKL", ours=("num_class_embeds",))
+        return diffusers_config.to_diffusers(self, _CLASS, ours=("num_class_embeds",))
 
     @property
     def factor(self) -> int:
@@ -87,7 +103,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        check_blocks(config)
+        config.check()
         self.config = config
         c = config.latent_channels
         self.encoder = Encoder(config, 2 * c)
@@ -143,13 +159,18 @@ class AutoencoderKL(nn.Module):
         return mean, std / c.scaling_factor
 
 
-def check_blocks(config: "AutoencoderConfig | VQConfig") -> None:
-    """Raise UserError for blocks that the first stage has not, or not one each way for each width."""
+def check_first_stage(config: "AutoencoderConfig | VQConfig", where: str) -> None:
+    """Raise UserError for sizes that don't go together, and blocks other than one each way for each width."""
+    sizes = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block")
+    diffusers_config.check_sizes(config, where, *sizes, "norm_num_groups", "sample_size")
+    diffusers_config.check_groups(config.block_out_channels, config.norm_num_groups, where)
+    if not (math.isfinite(config.scaling_factor) and config.scaling_factor):
+        raise UserError(f"{where}: scaling_factor is {config.scaling_factor}, which would lose every latent")
     levels = len(config.block_out_channels)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if tuple(given := getattr(config, name)) != (kind,) * levels:
             raise UserError(
-                f"the autoencoder of {levels} block_out_channels has {levels} times {kind} for {name}, not "
+                f"{where}: the autoencoder of {levels} block_out_channels has {levels} times {kind} for {name}, not "
                 f"{', '.join(given) or 'none'}"
             )
 

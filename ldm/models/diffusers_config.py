@@ -14,12 +14,26 @@ from ldm.errors import UserError
 T = TypeVar("T")
 
 
-def parse(cls: type[T], mapping: Mapping[str, Any], inert: Mapping[str, tuple[Any, ...]], where: str) -> T:
-    """A config dataclass from a diffusers `config.json`. Raises UserError that names an unsupported key."""
+def parse(
+    cls: type[T],
+    mapping: Mapping[str, Any],
+    inert: Mapping[str, tuple[Any, ...]],
+    class_name: str,
+    where: str,
+) -> T:
+    """A config dataclass from a diffusers `config.json`.
+
+    class_name: the `_class_name` that it must have, if it has one. Raises UserError that names an unsupported key.
+    """
+    named = mapping.get("_class_name", class_name)
+    if named != class_name:
+        raise UserError(
+            f"{where}: _class_name is {named!r}, another network than the {class_name} wanted here"
+        )
     own = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     known: dict[str, Any] = {}
     for key, value in mapping.items():
-        if key.startswith("_"):  # _class_name, _diffusers_version, _name_or_path
+        if key.startswith("_"):  # _diffusers_version, _name_or_path
             continue
         if key in own:
             known[key] = value
@@ -43,9 +57,25 @@ def to_diffusers(config: Any, class_name: str, ours: Collection[str] = ()) -> di
     return {"_class_name": class_name, **listed}
 
 
-def per_level(value: int | tuple[int, ...], levels: int, name: str) -> tuple[int, ...]:
+def check_sizes(config: Any, where: str, *names: str) -> None:
+    """Raise UserError unless these settings are whole numbers (or some, or None) of at least 1, not an empty list."""
+    for name in names:
+        value = getattr(config, name)
+        each = value if isinstance(value, tuple) else () if value is None else (value,)
+        if value == () or min(each, default=1) < 1:
+            shown = list(value) if isinstance(value, tuple) else value
+            raise UserError(f"{where}: {name} is {shown}, where sizes of at least 1 are needed")
+
+
+def check_groups(widths: tuple[int, ...], groups: int, where: str) -> None:
+    """Raise UserError unless the normalisation's groups divide every width."""
+    if odd := [width for width in widths if width % groups]:
+        raise UserError(f"{where}: norm_num_groups {groups} does not divide the block_out_channels {odd[0]}")
+
+
+def per_level(value: int | tuple[int, ...], levels: int, name: str, where: str) -> tuple[int, ...]:
     """One value for each level of a network; a single number stands for all of them."""
     values = (value,) * levels if isinstance(value, int) else tuple(value)
     if len(values) != levels:
-        raise UserError(f"{name} has {len(values)} values for a network of {levels} levels")
+        raise UserError(f"{where}: {name} has {len(values)} values for a network of {levels} levels")
     return values

@@ -16,6 +16,8 @@ from ldm.models import diffusers_config
 from ldm.models.layers import Downsample, ResnetBlock, SpatialTransformer, TimestepEmbedding, Upsample
 from ldm.models.layers import sinusoidal_embedding as sinusoidal
 
+_CLASS = "UNet2DConditionModel"
+_ADDED = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")  # SDXL's
 # Keys of diffusers' config that Stable Diffusion's networks leave at one value (the first; others mean the same).
 _INERT: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
@@ -82,10 +84,38 @@ class UNetConfig:
     @classmethod
     def from_diffusers(cls, mapping: Mapping[str, Any], where: str = "unet/config.json") -> "UNetConfig":
         """Raises UserError that names a key this network cannot honour."""
-        return diffusers_config.parse(cls, mapping, _INERT, where)
+        config = diffusers_config.parse(cls, mapping, _INERT, _CLASS, where)
+        config.check(where)
+        return config
+
+    def check(self, where: str = "the U-Net's config") -> None:
+        """Raise UserError that names a setting of which no network can be built."""
+        sizes = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+        more = ("attention_head_dim", "cross_attention_dim", "sample_size", *_ADDED)
+        diffusers_config.check_sizes(self, where, *sizes, *more)
+        diffusers_config.check_groups(self.block_out_channels, self.norm_num_groups, where)
+        down = _levels(self, self.down_block_types, "Down", where)
+        up = _levels(self, self.up_block_types, "Up", where)[::-1]
+        down[-1] = replace(down[-1], attention=True)  # the middle block's
+        for width, *ways in zip(self.block_out_channels, down, up, strict=True):
+            for level in ways:
+                if level.attention and width % level.heads:
+                    raise UserError(
+                        f"{where}: attention_head_dim {level.heads} (the number of heads) does not divide the "
+                        f"block_out_channels {width}"
+                    )
+
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"{where}: dropout is {self.dropout}, where a share of less than 1 is meant")
+        if self.addition_embed_type not in (None, "text_time"):
+            raise UserError(
+                f"{where}: addition_embed_type {self.addition_embed_type!r} is not supported (only 'text_time')"
+            )
+        if self.addition_embed_type and None in (getattr(self, name) for name in _ADDED):
+            raise UserError(f"{where}: addition_embed_type 'text_time' needs {' and '.join(_ADDED)}")
 
     def to_diffusers(self) -> dict[str, Any]:
-        return diffusers_config.to_diffusers(self, "UNet2DConditionModel")
+        return diffusers_config.to_diffusers(self, _CLASS)
 
 
 class DownBlock(nn.Module):
@@ -149,20 +179,16 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig):
         super().__init__()
+        config.check()
         self.config = config
         widths = config.block_out_channels
-        down, up = (
-            _levels(config, config.down_block_types, "Down"),
-            _levels(config, config.up_block_types, "Up")[::-1],
-        )
+        down = _levels(config, config.down_block_types, "Down")
+        up = _levels(config, config.up_block_types, "Up")[::-1]
 
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
-        if config.addition_embed_type == "text_time":
-            self.add_embedding = TimestepEmbedding(_required_added_dim(config), 4 * widths[0])
-        elif config.addition_embed_type is not None:
-            raise UserError(
-                f"addition_embed_type {config.addition_embed_type!r} is not supported (only 'text_time')"
-            )
+        if config.addition_embed_type:
+            added = config.projection_class_embeddings_input_dim or 0
+            self.add_embedding = TimestepEmbedding(added, 4 * widths[0])
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         width, kept = widths[0], [widths[0]]  # the channels of every feature map kept for the way up
@@ -268,25 +294,21 @@ class _Level:
         ]
 
 
-def _levels(config: UNetConfig, types: tuple[str, ...], way: str) -> list[_Level]:
+def _levels(config: UNetConfig, types: tuple[str, ...], way: str, where: str = "the U-Net") -> list[_Level]:
     """The levels in the order of `types`, diffusers' block names; those upwards begin at the lowest resolution."""
     known = {f"{way}Block2D": False, f"CrossAttn{way}Block2D": True}
     count = len(config.block_out_channels)
     if len(types) != count:
-        raise UserError(f"{way.lower()}_block_types has {len(types)} names for a U-Net of {count} levels")
+        raise UserError(
+            f"{where}: {way.lower()}_block_types has {len(types)} names for a U-Net of {count} levels"
+        )
     if unknown := [name for name in types if name not in known]:
-        raise UserError(f"block type {unknown[0]!r} is not supported (supported: {', '.join(known)})")
-    heads = diffusers_config.per_level(config.attention_head_dim, count, "attention_head_dim")
-    depths = diffusers_config.per_level(
-        config.transformer_layers_per_block, count, "transformer_layers_per_block"
+        raise UserError(
+            f"{where}: block type {unknown[0]!r} is not supported (supported: {', '.join(known)})"
+        )
+    heads, depths = (
+        diffusers_config.per_level(getattr(config, name), count, name, where)
+        for name in ("attention_head_dim", "transformer_layers_per_block")
     )
     order = slice(None, None, -1 if way == "Up" else 1)
     return [_Level(known[t], h, d) for t, h, d in zip(types, heads[order], depths[order], strict=True)]
-
-
-def _required_added_dim(config: UNetConfig) -> int:
-    if not (config.projection_class_embeddings_input_dim and config.addition_time_embed_dim):
-        raise UserError(
-            "addition_embed_type 'text_time' needs projection_class_embeddings_input_dim and addition_time_embed_dim"
-        )
-    return config.projection_class_embeddings_input_dim

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models import diffusers_config
-from ldm.models.autoencoder import Decoder, Encoder, check_blocks, embedded
+from ldm.models.autoencoder import Decoder, Encoder, check_first_stage, embedded
 
+_CLASS = "VQModel"
 # `lookup_from_codebook` chooses what diffusers' decode() is given, `force_upcast` is a hint to its pipelines.
 _INERT: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
@@ -50,10 +51,17 @@ class VQConfig:
     @classmethod
     def from_diffusers(cls, mapping: Mapping[str, Any], where: str = "vqvae/config.json") -> "VQConfig":
         """Raises UserError that names a key this network cannot honour."""
-        return diffusers_config.parse(cls, mapping, _INERT, where)
+        config = diffusers_config.parse(cls, mapping, _INERT, _CLASS, where)
+        config.check(where)
+        return config
+
+    def check(self, where: str = "the autoencoder's config") -> None:
+        """Raise UserError that names a setting of which no network can be built."""
+        check_first_stage(self, where)
+        diffusers_config.check_sizes(self, where, "num_vq_embeddings", "vq_embed_dim")
 
     def to_diffusers(self) -> dict[str, Any]:
-        return diffusers_config.to_diffusers(self, "VQModel", ours=("num_class_embeds",))
+        return diffusers_config.to_diffusers(self, _CLASS, ours=("num_class_embeds",))
 
     @property
     def factor(self) -> int:
@@ -111,7 +119,7 @@ class VQModel(nn.Module):
 
     def __init__(self, config: VQConfig):
         super().__init__()
-        check_blocks(config)
+        config.check()
         self.config = config
         self.encoder = Encoder(config, config.latent_channels)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_width, 1)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, KeysView, Sequence
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ldm.checkpoints.files import check_finite, read_metadata, read_tensors, write_tensors
 from ldm.errors import UserError
+from ldm.training.folders import sweep
 from ldm.training.share import processes
 
 Entry = dict[str, Tensor]  # named tensors of one key, without a batch dimension
+
+_ABANDONED = 3600.0  # seconds without a byte more: another run may be writing to the same folder
 
 
 class TensorCache:
@@ -25,11 +28,13 @@ class TensorCache:
     only. Shards are written whole or not at all, and there may be any number of them, from any number of builds.
     Their tensors are mapped, not loaded.
 
+    every: a build writes what it has after so many seconds, which is what an interrupted one loses.
+
     Raises UserError for a damaged shard.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, every: float = 60.0):
+        self.folder, self.every = Path(folder), every
         self._places: dict[str, tuple[Path, str, int]] = {}  # by key: shard, group of equal shapes in it, row
         self._notes: dict[str, str] = {}
         self._shards: dict[Path, dict[str, Tensor] | None] = {}  # None: not read from yet
@@ -62,7 +67,7 @@ class TensorCache:
         shard: int = 2048,
         note: Callable[[str], str] | None = None,
     ) -> None:
-        """Compute the entries that are missing, `shard` of them to a file: an interrupted build loses one file's.
+        """Compute the entries that are missing, up to `shard` of them to a file.
 
         Of several processes, each of which must call this with the same keys, the main one computes and the others
         wait until it is done.
@@ -92,23 +97,27 @@ class TensorCache:
     ) -> None:
         from tqdm import tqdm
 
+        sweep(self.folder, "shard-", _ABANDONED)
         seldom = 0.1 if sys.stderr.isatty() else 30.0  # a log file needs no more
+        written = time.monotonic()
         with tqdm(desc=f"filling {self.folder}", total=len(keys), mininterval=seldom) as progress:
             for part in _parts(keys, shard):
-                entries: list[Entry] = []
+                entries: dict[str, Entry] = {}
                 for some in _parts(part, chunk):
                     made = make(some)
                     if len(made) != len(some):
                         raise ValueError(f"{len(made)} entries were made for {len(some)} keys")
-                    entries += made
+                    entries |= zip(some, made, strict=True)
                     progress.update(len(some))
-                self._write(part, entries, [note(key) if note else "" for key in part])
+                    if some[-1] == part[-1] or time.monotonic() - written > self.every:
+                        self._write(entries, {key: note(key) if note else "" for key in entries})
+                        entries, written = {}, time.monotonic()
 
-    def _write(self, keys: Sequence[str], entries: Sequence[Entry], notes: Sequence[str]) -> None:
+    def _write(self, entries: Mapping[str, Entry], notes: Mapping[str, str]) -> None:
         """One shard; entries of equal names, shapes and dtypes are rows of one stack, for a small header."""
         groups: dict[object, tuple[str, list[Entry]]] = {}
         rows: list[tuple[str, str, int, str]] = []
-        for key, entry, note in zip(keys, entries, notes, strict=True):
+        for key, entry in entries.items():
             small = {
                 name: (each.half() if each.is_floating_point() else each).cpu()
                 for name, each in entry.items()
@@ -116,16 +125,15 @@ class TensorCache:
             check_finite(small, f"the entry {key} for {self.folder}")
             kind = tuple((name, tuple(each.shape), each.dtype) for name, each in sorted(small.items()))
             group, members = groups.setdefault(kind, (f"{len(groups)}/", []))
-            rows.append((key, group, len(members), note))
+            rows.append((key, group, len(members), notes[key]))
             members.append(small)
         tensors = {
             group + name: torch.stack([each[name] for each in members])
             for group, members in groups.values()
             for name in members[0]
         }
-        path = (
-            self.folder / f"shard-{hashlib.sha256(chr(10).join(keys).encode()).hexdigest()[:16]}.safetensors"
-        )
+        name = hashlib.sha256("\n".join(entries).encode()).hexdigest()[:16]
+        path = self.folder / f"shard-{name}.safetensors"
         write_tensors(path, tensors, {"rows": json.dumps(rows)})
         self._add(path)
 

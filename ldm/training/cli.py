@@ -8,17 +8,24 @@ from torch import nn
 
 from ldm.errors import UserError
 from ldm.training import state
+from ldm.training.optimization import build_optimizer
 from ldm.training.run import Run, read_run, train
-from ldm.training.share import processes
+from ldm.training.settings import accelerator_for
+from ldm.training.share import launch_notes
 
 _GIB = 2**30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 finished, 3 stopped before the end with its state saved, 2 something the user should mend."""
+    """Exit status: 0 finished, 3 stopped before the end with its state saved, 2 something the user should mend.
+
+    Launchers turn the last two into 1.
+    """
     parser = argparse.ArgumentParser(
         description="Train what a config file says. To resume, run the same command again.",
-        epilog="accelerate launch starts several processes, and knows FSDP2 (accelerate config).",
+        epilog="Several processes: accelerate launch --multi_gpu --num_processes 2 scripts/train.py ..., or torchrun "
+        "--nproc_per_node 2 scripts/train.py ...; on CPUs alike, where accelerate's --cpu would start one only "
+        "(ACCELERATE_USE_CPU=true leaves GPUs alone). FSDP2 is chosen in accelerate config.",
     )
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
     parser.add_argument(
@@ -37,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         if chosen.dry_run:
-            print(describe(read_run(chosen.config, chosen.set)))
+            run = read_run(chosen.config, chosen.set)
+            print(run.resolved, flush=True)  # before anything else can fail
+            print(describe(run))
             return 0
         return 0 if train(chosen.config, chosen.set) else 3
     except UserError as error:
@@ -46,25 +55,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe(run: Run) -> str:
-    """The resolved config, and what training by it takes. Raises UserError where the objective can't be built."""
-    model = run.objective().model
-    trained, frozen = _sizes(model)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    others = sum(p.numel() for p in model.parameters()) - count
-    bits = 8 if run.loop.optimizer.kind == "adamw8bit" else 32
-    # Weights, gradients, average, and AdamW's two moments.
-    memory = 3 * trained + 2 * bits // 8 * count + frozen
+    """What training takes. Raises UserError where it would not begin: this machine, the objective, the optimizer."""
+    accelerator = accelerator_for(run.loop, run.output)
+    objective = run.objective()
+    build_optimizer(run.loop.optimizer, objective.model.parameters())
+    inside = list(objective.model.parameters())
+    trained = [each for each in inside if each.requires_grad]
+    frozen = [each for each in inside if not each.requires_grad]
+    beside = {name: _others(module, inside) for name, module in objective.helpers().items()}
+    # Weights, gradients and average in float32, and AdamW's two moments.
+    moment = 1 if run.loop.optimizer.kind == "adamw8bit" else 4
+    memory = _count(trained) * (3 * 4 + 2 * moment)
+    helping = sum(each.numel() * each.element_size() for some in [frozen, *beside.values()] for each in some)
     newest = state.newest(run.output)
     seen = int(newest.stem.removeprefix("state-")) if newest else 0
     steps = -(-max(0, run.loop.pictures - seen) // run.loop.batch_size)
-    share = run.loop.batch_size // processes().num_processes // max(run.loop.accumulate, 1)
+    share = run.loop.batch_size // accelerator.num_processes // run.loop.accumulate
+    named = ", ".join(f"{name} {_count(some):,}" for name, some in beside.items() if some)
     return "\n".join(
         [
-            run.resolved,
+            *launch_notes(),
             f"objective    {run.name}",
-            f"parameters   {count:,} trained, {others:,} frozen in the same model",
-            f"memory       {memory / _GIB:.2f} GiB for weights, gradients, average and optimizer; on top come the "
-            f"activations of {share} pictures at a time" + (", recomputed" if run.loop.checkpointing else ""),
+            f"parameters   {_count(trained):,} trained, {_count(frozen):,} frozen in the same model",
+            *([f"beside it    {named}, frozen"] if named else []),
+            f"memory       {memory / _GIB:.2f} GiB for weights, gradients, average and optimizer, "
+            f"{helping / _GIB:.2f} GiB for what is frozen; on top come the activations of {share} pictures at a time"
+            + (", recomputed" if run.loop.checkpointing else ""),
             f"steps        {steps:,} to come, of {run.loop.batch_size} pictures"
             + (f"; {seen:,} of {run.loop.pictures:,} pictures are done" if seen else ""),
             f"output       {run.output}",
@@ -72,8 +88,13 @@ def describe(run: Run) -> str:
     )
 
 
-def _sizes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of trained parameters in float32, and of frozen ones as they are."""
-    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    return trained, frozen
+def _others(module: nn.Module, known: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters of a module that are not among those known, to which they are added."""
+    seen = {id(each) for each in known}
+    new = [each for each in module.parameters() if id(each) not in seen]
+    known += new
+    return new
+
+
+def _count(parameters: list[nn.Parameter]) -> int:
+    return sum(each.numel() for each in parameters)

@@ -2,38 +2,48 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldm.conditioning.text import TextEmbedding, TextEncoder
+from ldm.conditioning.sdxl import JoinedEncoder, parts_of
+from ldm.conditioning.text import TextEmbedding, TextEncoder, WindowedEncoder
 from ldm.diffusion.parameterization import per_image
 from ldm.system import fingerprint
 from ldm.training.cache import Entry, TensorCache
 
 
 class Conditions:
-    """The conditions that captions become.
+    """The conditions that captions become: all of one length, so that none depends on its batch.
 
+    windows: of the text encoder, that every caption is padded to, and cut to.
     cache: a folder that keeps the states of frozen encoders by caption, for those that `prepare` was told of.
     """
 
-    def __init__(self, text: TextEncoder, cache: Path | None = None):
-        self.text = text
+    def __init__(self, text: TextEncoder, windows: int = 1, cache: Path | None = None):
+        self.windows = windows
+        self._long: dict[str, None] = {}  # the captions that were cut, in the order of their coming
+        parts = [self._cutting(each) for each in parts_of(text)]
+        joined = JoinedEncoder(parts, text.zeros_without_negative) if len(parts) > 1 else None
+        self.text: TextEncoder = joined or parts[0]
+        self.window = parts[0].window
+        fullest = self.window.stretched(windows * self.window.capacity).size
+        self.length = fullest if parts[0].stretches else windows * self.window.size
         self.cache = TensorCache(cache) if cache else None
 
     def prepare(self, captions: Sequence[str]) -> None:
         """Compute the states of all captions to come, "" among them; in all processes alike."""
+        self.text.length(captions)  # finds those that are cut, whatever is in the cache
         if self.cache is None:
             return
-        one = self.text.length([""])
-        by_key = {self._key(each): each for each in ("", *captions) if self.text.length([each]) == one}
+        by_key = {self._key(each): each for each in ("", *captions)}
 
         def make(keys: Sequence[str]) -> list[Entry]:
             with torch.no_grad():
-                made = self.text.encode([by_key[key] for key in keys])[0]
+                made = self._encode([by_key[key] for key in keys])
             pooled = made.pooled
             return [
                 {"hidden": hidden} | ({} if pooled is None else {"pooled": pooled[i]})
@@ -51,10 +61,37 @@ class Conditions:
             return embedding
         return embedding.map(lambda part: part.masked_fill(per_image(dropped, part).to(part.device), 0))
 
+    def notes(self) -> list[str]:
+        """What was cut, if anything was."""
+        if not self._long:
+            return []
+        first, count = next(iter(self._long)), len(self._long)
+        which, were = ("caption is", "was") if count == 1 else ("captions are", "were")
+        room = "one window" if self.windows == 1 else f"{self.windows} windows"
+        return [
+            f"{count} {which} longer than {room} of {self.window.size} tokens and {were} cut (raise windows to keep "
+            f'more): first "{first[:60]}..."'
+        ]
+
+    def _cutting(self, encoder: WindowedEncoder) -> WindowedEncoder:
+        """The same encoder, which reads the beginning of what is too long, as diffusers' scripts do."""
+        whole, room = encoder.tokenize, self.windows * encoder.window.capacity
+
+        def tokenize(text: str) -> list[int]:
+            ids = whole(text)
+            if len(ids) > room:
+                self._long[text] = None
+            return ids[:room]
+
+        return replace(encoder, tokenize=tokenize)
+
+    def _encode(self, captions: Sequence[str]) -> TextEmbedding:
+        return self.text.encode(captions, length=self.length)[0]
+
     def _states(self, captions: Sequence[str]) -> TextEmbedding:
         keys = [self._key(each) for each in captions] if self.cache else []
         if self.cache is None or not all(key in self.cache for key in keys):
-            return self.text.encode(captions)[0]
+            return self._encode(captions)
         entries = [self.cache.read(key) for key in keys]
         # In float32 at once: autocast to bfloat16 refuses to join what is stored in float16.
         parts = {name: torch.stack([each[name].float() for each in entries]) for name in entries[0]}
@@ -65,4 +102,4 @@ class Conditions:
         return " ".join(fingerprint(module.state_dict()) for module in self.text.modules.values())
 
     def _key(self, caption: str) -> str:
-        return hashlib.sha256(f"{self._made_from} {caption}".encode()).hexdigest()[:24]
+        return hashlib.sha256(f"{self._made_from} {self.windows} {caption}".encode()).hexdigest()[:24]

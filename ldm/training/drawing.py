@@ -66,7 +66,7 @@ def _sample(
         seen = [] if known is None else [torch.cat([known, known])[-len(x) :]]
         return bound(torch.cat([x, *seen], dim=1), timestep)
 
-    how = plan(system.scheduler, steps)
+    how = plan(system.scheduler, steps, is_xl=system.is_xl)
     config = system.autoencoder.config
     shape = (config.latent_channels, height // config.factor, width // config.factor)
     denoise = classifier_free(how.denoiser(network), guidance)

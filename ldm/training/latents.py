@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.buckets import Crop, Framing, Pixels, buckets, cut, nearest_bucket, plan_framing
+from ldm.data.buckets import Crop, Framing, Pixels, assign, buckets, cut, plan_framing
 from ldm.data.order import Order
 from ldm.data.pictures import PictureSet
 from ldm.data.recipe import Recipe
 from ldm.errors import UserError
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.pictures import to_tensor
 from ldm.system import fingerprint
 from ldm.training.cache import Entry, TensorCache
@@ -141,7 +141,7 @@ class RecipePool:
             examples = [self.recipe.sample(numbers[key]) for key in keys]
             captions.update(zip(keys, (e.caption for e in examples), strict=True))
             latents = encode(self.autoencoder, to_tensor([e.picture for e in examples]), self.dtype)
-            return [{"latents": each} for each in latents]
+            return [{"latents": each} for each in latents.mean]
 
         chunk = _chunk(self.recipe.config.size, self.recipe.config.size)
         self.cache.fill(list(numbers), make, chunk, SHARD, note=captions.__getitem__)
@@ -152,12 +152,15 @@ class PictureLatents:
 
     Args:
         resolution, max_ratio, step: of the buckets (see ldm/data/buckets.py), in pixels.
-        batch_size: what `read` is asked for at a time: each batch is of one bucket.
-        seed: of order, cuts and flips.
+        batch_size: what `read` is asked for at a time: each batch is of one bucket, which at least so many
+            pictures are cut to.
+        seed: of order, cuts, flips and draws.
         crop, flip: how a picture is cut, and whether it is mirrored half of the time, anew each turn.
         cache: a folder that keeps the latents (two of a picture that may be mirrored); all are computed at the first
             read, or by `prepare`. None: each is computed when it is needed, and meanwhile the next batch is decoded.
         with_pictures: also give the pictures.
+        sample: draw each latent from the posterior, anew each turn, in place of its mean; a cache then holds the
+            posterior's log-variance too.
         dtype: what the encoder computes in, under autocast.
 
     Raises:
@@ -178,6 +181,7 @@ class PictureLatents:
         flip: bool = False,
         cache: Path | None = None,
         with_pictures: bool = False,
+        sample: bool = False,
         dtype: torch.dtype = torch.bfloat16,
     ):
         factor = autoencoder.config.factor
@@ -190,11 +194,11 @@ class PictureLatents:
                 f"the buckets' step is {step}: make it a multiple of {factor}, the autoencoder's factor"
             )
         sizes = buckets(resolution, step, max_ratio)
-        self.targets = [nearest_bucket(item.height, item.width, sizes) for item in pictures.items]
+        self.targets = assign([(item.height, item.width) for item in pictures.items], sizes, batch_size)
         self.order = Order(self.targets, batch_size, seed)
         self.pictures, self.autoencoder, self.seed = pictures, autoencoder, seed
         self.crop: Crop = crop
-        self.flip, self.with_pictures, self.dtype = flip, with_pictures, dtype
+        self.flip, self.with_pictures, self.sample, self.dtype = flip, with_pictures, sample, dtype
         self.cache = None if cache is None else TensorCache(cache)
         self._chunk = _chunk(resolution, resolution)
         self._full = False
@@ -211,10 +215,15 @@ class PictureLatents:
         chosen = self._framed(start, size, rows)
         pictures = self._pictures(start, size, rows) if self.with_pictures or self.cache is None else None
         if self.cache is not None:
-            latents = torch.stack([self.cache.read(self._key(*each))["latents"] for each in chosen]).float()
+            entries = [self.cache.read(self._key(*each)) for each in chosen]
+            parts = {name: torch.stack([each[name].float() for each in entries]) for name in entries[0]}
         else:
             assert pictures is not None
-            latents = encode(self.autoencoder, pictures, self.dtype)
+            parts = self._parts(encode(self.autoencoder, pictures, self.dtype))
+        latents = parts["latents"]
+        if self.sample:
+            noise = self._noise(start, size, rows, latents.shape[1:]).to(latents.device)
+            latents = DiagonalGaussian(latents, parts["logvar"]).sample(noise)
         return LatentBatch(
             latents=latents,
             captions=[self.pictures.items[index].caption for index, _ in chosen],
@@ -238,21 +247,33 @@ class PictureLatents:
             futures = [self._workers.submit(self._cut, *wanted[key]) for key in keys]
             cuts = [future.result() for future in futures]
             alike = groupby(cuts, key=np.shape)  # a chunk may reach over a bucket's end
-            parts = [encode(self.autoencoder, to_tensor(list(some)), self.dtype) for _, some in alike]
-            return [{"latents": each} for part in parts for each in part]
+            made = [encode(self.autoencoder, to_tensor(list(some)), self.dtype) for _, some in alike]
+            parts = [(self._parts(each), len(each.mean)) for each in made]
+            return [{name: part[name][i] for name in part} for part, count in parts for i in range(count)]
 
         self.cache.fill(list(wanted), make, self._chunk, SHARD)
         self._full = True
+
+    def _parts(self, posterior: DiagonalGaussian) -> dict[str, Tensor]:
+        """What latents are made of, by name, as a cache holds it."""
+        return {"latents": posterior.mean} | ({"logvar": posterior.logvar} if self.sample else {})
+
+    def _noise(self, start: int, size: int, rows: slice, shape: Sequence[int]) -> Tensor:
+        """Unit noise for a batch's rows (B, *shape): a function of the seed, the picture and its turn."""
+        rngs = (
+            np.random.default_rng((self.seed, 3, *place)) for place in self.order.places(start, size)[rows]
+        )
+        return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
     @cached_property
     def _encoder(self) -> str:
         return encoder_key(self.autoencoder, self.dtype)
 
     def _key(self, index: int, framing: Framing) -> str:
-        """All that decides a latent: the encoder, the picture's bytes, how they are cut."""
+        """All that decides an entry: the encoder, the picture's bytes, how they are cut, and what is kept."""
         (height, width), (top, left) = framing.target, framing.crop
-        mirrored = "-flipped" if framing.flipped else ""
-        return f"{self._encoder}-{self.pictures.items[index].key}-{height}x{width}-{top},{left}{mirrored}"
+        ending = ("-flipped" if framing.flipped else "") + ("-posterior" if self.sample else "")
+        return f"{self._encoder}-{self.pictures.items[index].key}-{height}x{width}-{top},{left}{ending}"
 
     def _framed(self, start: int, size: int, rows: slice) -> list[tuple[int, Framing]]:
         """The pictures of a batch's rows, and how each is cut in its turn."""
@@ -278,18 +299,21 @@ class PictureLatents:
 
 
 @torch.no_grad()
-def encode(autoencoder: AutoencoderKL, pictures: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w), float32, where the autoencoder is.
+def encode(autoencoder: AutoencoderKL, pictures: Tensor, dtype: torch.dtype) -> DiagonalGaussian:
+    """Pictures (B, 3, H, W) in [-1, 1] to their posterior over scaled latents (B, C, h, w), where the autoencoder is.
 
-    The posterior's mean, a few pictures at a time.
+    Computed in `dtype` under autocast, a few pictures at a time; given in float32.
     """
     device = next(autoencoder.parameters()).device
-    latents: list[Tensor] = []
+    means, logvars = list[Tensor](), list[Tensor]()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for part in pictures.split(_chunk(*pictures.shape[2:])):
-            mean = autoencoder.encode(part.to(device, memory_format=torch.channels_last)).mean
-            latents.append(autoencoder.scale(mean.float()))
-    return torch.cat(latents)
+            posterior = autoencoder.encode(part.to(device, memory_format=torch.channels_last))
+            means.append(autoencoder.scale(posterior.mean.float()))
+            logvars.append(posterior.logvar.float())
+    one = torch.ones(1, means[0].shape[1], 1, 1, device=device)
+    gain = autoencoder.scale(one) - autoencoder.scale(0 * one)
+    return DiagonalGaussian(torch.cat(means), torch.cat(logvars) + 2 * gain.abs().log())
 
 
 def encoder_key(autoencoder: AutoencoderKL, dtype: torch.dtype) -> str:

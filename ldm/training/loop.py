@@ -9,9 +9,8 @@ import json
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,47 +21,13 @@ from ldm.models.layers import ResnetBlock, TransformerBlock, recompute_activatio
 from ldm.system import fingerprint
 from ldm.training import state
 from ldm.training.ema import EMA
+from ldm.training.folders import make_folder, sweep
 from ldm.training.objective import Objective
-from ldm.training.optimization import OptimizerConfig, build_optimizer, learning_rate
+from ldm.training.optimization import build_optimizer, learning_rate
 from ldm.training.report import Report
-from ldm.training.share import Draws, processes, rows_of, shard_on_cpu, sharded, whole
+from ldm.training.settings import LoopConfig, accelerator_for
+from ldm.training.share import Draws, launch_notes, rows_of, shard_on_cpu, sharded, whole
 from ldm.training.stop import noted_signals
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How long to train, and what is written when; every count is in pictures, and 0 is never.
-
-    batch_size: of one optimizer step, all processes together. accumulate: in how many parts each process takes its
-        share of it, to save memory.
-    precision: of the computation; weights, averages and optimizer are float32.
-    checkpointing: recompute activations in the backward pass, for less memory and more time.
-    keep: how many saved states stay. diverged: stop where the loss is so many times its best (means between lines).
-    trackers: any of accelerate's, such as tensorboard and wandb.
-    max_seconds: stop early and save, to fit a machine that is lent for a while; the same command goes on.
-    """
-
-    pictures: int
-    batch_size: int = 64
-    accumulate: int = 1
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema_half_life: int = 20_000
-    seed: int = 0
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    checkpointing: bool = False
-    log_every: int = 2_000
-    save_every: int = 20_000
-    keep: int = 2
-    validate_every: int = 20_000
-    diverged: float = 20.0
-    trackers: tuple[str, ...] = ()
-    max_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raises UserError for values that can't be."""
-        for name, least in (("pictures", 0), ("batch_size", 1), ("accumulate", 1), ("keep", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"loop.{name} is {getattr(self, name)}: make it {least} or more")
 
 
 class Trainer:
@@ -72,28 +37,20 @@ class Trainer:
     """
 
     def __init__(self, objective: Objective, config: LoopConfig, folder: Path, resolved: str = ""):
-        from accelerate import Accelerator
-
-        # FSDP takes contiguous weights only. What can't be honoured is refused here, before anything is computed.
-        layout = torch.contiguous_format if sharded() else torch.channels_last
+        # What can't be honoured is refused here, before anything is computed.
+        self.accelerator = accelerator_for(config, folder)
+        make_folder(folder)
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        self.rows = rows_of(config.batch_size, *place, config.accumulate)
         self.objective, self.config, self.folder, self.resolved = objective, config, folder, resolved
-        shared = processes()
-        if (
-            config.precision == "fp16" and str(shared.device) == "cpu"
-        ):  # accelerate would pass over it in silence
-            raise UserError("loop.precision fp16 is for GPUs: use bf16 or no on the CPU")
-        self.rows = rows_of(config.batch_size, shared.process_index, shared.num_processes, config.accumulate)
-        try:
-            self.accelerator = Accelerator(
-                mixed_precision=config.precision, log_with=list(config.trackers) or None, project_dir=folder
-            )
-        except ValueError as error:  # no such precision on this device, or no such tracker
-            raise UserError(f"accelerate refuses loop.precision or loop.trackers: {error}") from error
-        if absent := sorted({*config.trackers} - {str(each) for each in self.accelerator.log_with}):
-            raise UserError(f"loop.trackers: {absent[0]} is not installed: pip install {absent[0]}")
+        self.report = Report(self.accelerator, folder, config.pictures)
+        self.report.tell(launch_notes())
         objective.prepare(self.accelerator.device, config.batch_size)
+        self.report.tell(objective.notes())
         model = objective.model.train()
         self.frozen = fingerprint({n: p for n, p in model.named_parameters() if not p.requires_grad})
+        # FSDP takes contiguous weights only.
+        layout = torch.contiguous_format if sharded() else torch.channels_last
         model = model.to(self.accelerator.device, memory_format=layout)  # type: ignore[call-overload]
         self.ema = EMA(model, config.ema_half_life)
         plugin = self.accelerator.state.fsdp_plugin if self.accelerator.is_fsdp2 else None
@@ -112,7 +69,6 @@ class Trainer:
         )
         self.ema.start(self.plain)
         self.learning_rate = learning_rate(config.optimizer, config.pictures)
-        self.report = Report(self.accelerator, folder, config.pictures)
         self.seen, self.best = 0, math.inf
 
     @property
@@ -123,9 +79,22 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end; False where `max_seconds`, SIGTERM or Ctrl-C ended it before, the state saved."""
         self.resume()
+        self.report.start(self.seen, {"config": self.resolved})
+        try:
+            if finished := self._train():
+                averaged = self.ema.model(self.plain, keep=self.accelerator.is_main_process)
+                if self.accelerator.is_main_process:
+                    self.objective.export(averaged, self.folder / "export", self.resolved)
+        finally:  # also where the loss is no number
+            self.report.tell(self.objective.notes())
+            self.report.end()
+        self.accelerator.wait_for_everyone()  # a launcher kills the others once one has ended
+        return finished
+
+    def _train(self) -> bool:
+        """Steps to the end, or until the run has to stop; the state is saved."""
         limit = math.inf if self.config.max_seconds is None else self.config.max_seconds
         started = time.monotonic()
-        self.report.start(self.seen, {"config": self.resolved})
         with noted_signals() as signals:
             while self.seen < self.config.pictures:
                 self.report.step(self.step(), self.seen)
@@ -139,15 +108,10 @@ class Trainer:
                     self.report.say(
                         f"stopped by {why} at {self.seen:,} pictures, saved: run the same command to go on"
                     )
-                    self._end()
                     return False
                 if self._due(self.config.validate_every):
                     self.validate()
         self.save()
-        averaged = self.ema.model(self.plain, keep=self.accelerator.is_main_process)
-        if self.accelerator.is_main_process:
-            self.objective.export(averaged, self.folder / "export", self.resolved)
-        self._end()
         return True
 
     def step(self) -> dict[str, float]:
@@ -187,23 +151,26 @@ class Trainer:
             self.report.pictures_of(self.seen, before)
 
     def save(self) -> None:
-        """Write the state, whole or not at all, and remove the oldest."""
-        main = self.accelerator.is_main_process
+        """Write the state, whole or not at all, and remove the oldest. Raises UserError where it is not finite."""
+        main, scaler = self.accelerator.is_main_process, self.accelerator.scaler
         tensors = state.collect(self.plain, self.ema.averages, self.optimizer.optimizer, keep=main)
-        if not main:
-            return
-        scaler = self.accelerator.scaler
-        metadata = {
-            "config": self.resolved,
-            "frozen": self.frozen,
-            "best": str(self.best),
-            "scaler": json.dumps(scaler.state_dict() if scaler else {}),
-        }
-        state.write(self.folder, self.seen, tensors, metadata, self.config.keep)
+        fault = state.fault(tensors)
+        if self._any(bool(fault)):  # the main process alone has the tensors, and all of them stop
+            self._stop(fault or "NaN or infinity in the state,")
+        if main:
+            metadata = {
+                "config": self.resolved,
+                "frozen": self.frozen,
+                "best": str(self.best),
+                "scaler": json.dumps(scaler.state_dict() if scaler else {}),
+            }
+            state.write(self.folder, self.seen, tensors, metadata, self.config.keep)
+        self.accelerator.wait_for_everyone()  # no process ends before the state is written
 
     def resume(self) -> None:
         """Go on from the newest state, if there is one. Raises UserError where it is of another model."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            sweep(self.folder, "state-")
         if path := state.newest(self.folder):
             metadata = read_metadata(path)
             if metadata.get("frozen") != self.frozen:
@@ -222,11 +189,6 @@ class Trainer:
             self.report.say(f"resumed from {path} at {self.seen:,} pictures")
         if self.accelerator.is_main_process and self.resolved:
             write_text(self.folder / "config.yaml", self.resolved)
-
-    def _end(self) -> None:
-        for note in self.objective.notes():
-            self.report.say(note)
-        self.report.end()
 
     def _due(self, every: int) -> bool:
         """Whether the last step passed a multiple of `every` pictures; 0 is never."""
@@ -258,7 +220,12 @@ class Trainer:
         self.best = min(self.best, loss)
 
     def _stop(self, why: str) -> NoReturn:
+        """Raises UserError; a state from which not one step succeeded is named."""
+        saved, newest = ":", state.newest(self.folder)
+        if newest and newest == state.path_of(self.folder, self.seen):
+            saved = f", and nothing came of {newest}: delete that file,"
+        elif newest:
+            saved = f"; the last saved state in {self.folder} is whole:"
         raise UserError(
-            f"{why} after {self.seen} pictures; the last saved state in {self.folder} is whole: lower the "
-            "learning rate and run the same command again"
+            f"{why} after {self.seen} pictures{saved} lower the learning rate and run the same command again"
         )

@@ -1,5 +1,6 @@
 """What the training loop asks of an objective: all that one file in `ldm/training/objectives` has to give."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,10 @@ class Objective(Protocol):
 
     model: nn.Module
     watched: str  # the figure, positive, by whose rise a run that diverges is told: "loss", or a part of it
+
+    def helpers(self) -> Mapping[str, nn.Module]:
+        """The frozen networks that training also keeps in memory, by name; parts of `model` may be among them."""
+        ...
 
     def prepare(self, device: torch.device, batch_size: int) -> None:
         """Move the frozen networks that help to where the training runs, and do what takes long, such as caches.
@@ -42,5 +47,8 @@ class Objective(Protocol):
         ...
 
     def notes(self) -> list[str]:
-        """What the user should be told at the end, such as pictures that were skipped."""
+        """What the user should be told, such as pictures that were skipped.
+
+        Asked for after `prepare` and at the end; each is told once.
+        """
         ...

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldm.errors import UserError
+from ldm.training.bounds import refuse_outside
 
 Schedule = Literal[
     "constant",
@@ -25,10 +26,12 @@ Schedule = Literal[
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019) and its learning rate; every count is in pictures.
 
-    kind: "adamw8bit" keeps its moments in 8 bits, through bitsandbytes, on CUDA.
+    kind: "adamw8bit" keeps its moments in 8 bits, through bitsandbytes, on CUDA. A run that is resumed ends with the
+        same bits with "adamw" only.
     schedule: as transformers' `get_scheduler` names them. warmup_stable_decay (Hägele et al. 2024) falls linearly to
         zero over the last share `decay` of the run, so that a run can be prolonged from before it.
-    warmup: from 0 to the full rate; before a decay it is as long as there is room for.
+    warmup: from 0 to the full rate. With warmup_stable_decay it is cut to what the decay leaves; with the others,
+        but for "constant", which has none, it must be shorter than the run.
     clip_norm: the gradient's norm is kept at or below it; 0 leaves it.
     """
 
@@ -42,6 +45,13 @@ class OptimizerConfig:
     beta2: float = 0.99
     eps: float = 1e-8
     clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that can't be."""
+        rates = ("learning_rate", "warmup", "weight_decay", "eps", "clip_norm")
+        refuse_outside("loop.optimizer", self, rates, 0)
+        refuse_outside("loop.optimizer", self, ("decay",), 0, 1)
+        refuse_outside("loop.optimizer", self, ("beta1", "beta2"), 0, 0.999999)
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -66,20 +76,35 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
     return AdamW8bit(trained, **settings)
 
 
+def warmup_of(config: OptimizerConfig, pictures: int) -> int:
+    """How many pictures the warm-up of a run of `pictures` takes. Raises UserError where it would never end."""
+    if config.schedule == "warmup_stable_decay":
+        return min(config.warmup, pictures - _decay_of(config, pictures))
+    if config.schedule != "constant" and 0 < pictures <= config.warmup:
+        raise UserError(
+            f"loop.optimizer.warmup is {config.warmup} pictures, in a run of {pictures} that would never end: set it "
+            f"to {pictures // 10}, say, or train longer"
+        )
+    return config.warmup
+
+
 def learning_rate(config: OptimizerConfig, pictures: int) -> Callable[[int], float]:
     """The learning rate by pictures seen, for a run of `pictures`: the library's schedule, which holds no state.
 
-    As in transformers, the first step of a warm-up has a rate of 0.
+    As in transformers, the first step of a warm-up has a rate of 0. Raises UserError where it would never end.
     """
     import transformers
 
     settings = None
-    warmup = config.warmup
     if config.schedule == "warmup_stable_decay":
-        decay = round(config.decay * pictures)
-        warmup = min(warmup, pictures - decay)
-        settings = {"num_decay_steps": decay, "decay_type": "linear"}
+        settings = {"num_decay_steps": _decay_of(config, pictures), "decay_type": "linear"}
     unused = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    warmup = warmup_of(config, pictures)
     schedule = transformers.get_scheduler(config.schedule, unused, warmup, pictures, settings)
     (factor,) = schedule.lr_lambdas  # type: ignore[union-attr]
     return lambda seen: config.learning_rate * factor(seen)
+
+
+def _decay_of(config: OptimizerConfig, pictures: int) -> int:
+    """How many pictures a decay of its own takes."""
+    return round(config.decay * pictures)

@@ -1,9 +1,13 @@
 """What a run says while it goes on: a progress bar, lines, `log.jsonl`, trackers."""
 
 import json
+import math
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ldm.checkpoints.files import read_text, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -14,13 +18,23 @@ class Report:
 
     def __init__(self, accelerator: "Accelerator", folder: Path, pictures: int):
         self.accelerator, self.folder, self.pictures = accelerator, folder, pictures
+        self._log = folder / "log.jsonl"
         self._sums: dict[str, float] = {}
         self._steps, self._since, self._logged = 0, time.monotonic(), 0
+        self._told: set[str] = set()
         self._bar: Any = None
 
     def start(self, seen: int, config: dict[str, Any]) -> None:
-        """Begin the bar and the trackers; `config` is what the trackers show of the run."""
+        """Begin the bar and the trackers, at `seen` pictures; `config` is what the trackers show of the run.
+
+        Later lines of the log go: a run that was killed had trained on after the state it now goes on from.
+        """
         from tqdm.auto import tqdm
+
+        if self.accelerator.is_main_process and self._log.exists():
+            lines = read_text(self._log).splitlines(keepends=True)
+            if len(kept := [line for line in lines if _seen(line) <= seen]) < len(lines):
+                write_text(self._log, "".join(kept))
 
         self._since, self._logged = time.monotonic(), seen
         shown = None if self.accelerator.is_main_process else True
@@ -51,7 +65,7 @@ class Report:
         self.say(f"{seen:>9,}  " + "  ".join(f"{k} {v:.5g}" for k, v in figures.items()))
         self.accelerator.log(figures, step=seen)
         if self.accelerator.is_main_process:
-            with (self.folder / "log.jsonl").open("a") as file:
+            with self._log.open("a") as file:
                 file.write(json.dumps({"seen": seen, **figures}) + "\n")
 
     def pictures_of(self, seen: int, before: set[Path]) -> None:
@@ -74,8 +88,25 @@ class Report:
 
             tqdm.write(text)
 
+    def tell(self, notes: Collection[str]) -> None:
+        """Lines on the console, each once in a run."""
+        for note in dict.fromkeys(notes):
+            if note not in self._told:
+                self.say(note)
+        self._told.update(notes)
+
     def end(self) -> None:
+        """Close the bar and the trackers."""
         if self._bar is not None:
             self._bar.close()
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
+        # Not accelerate's end_training: it also parts the processes, before all of them are done.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def _seen(line: str) -> float:
+    """The pictures of a line of the log; infinite where a kill cut the line short."""
+    try:
+        return json.loads(line)["seen"]
+    except ValueError:
+        return math.inf

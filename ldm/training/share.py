@@ -23,6 +23,22 @@ def processes() -> "PartialState":
     return PartialState(cpu=asked or not torch.accelerator.is_available(), timeout=timedelta(hours=4))
 
 
+def launch_notes() -> list[str]:
+    """What the user should know about how the processes were started.
+
+    accelerate launch takes --num_processes without --multi_gpu, or with --cpu, for one process and says nothing; its
+    environment alone tells, by an address to meet at and no number of processes.
+    """
+    given = os.environ.keys()
+    asked = {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= given and "WORLD_SIZE" not in given
+    if not asked or processes().num_processes > 1:
+        return []
+    return [
+        "accelerate launch was asked for several processes and started one, which does all the work: add --multi_gpu "
+        "(it is for CPUs too, without --cpu), or use torchrun --nproc_per_node"
+    ]
+
+
 def rows_of(size: int, process: int, processes: int, accumulate: int = 1) -> list[slice]:
     """The rows of a batch of `size` that one of several processes takes, in `accumulate` equal parts.
 

@@ -2,15 +2,17 @@
 
 import io
 import itertools
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.files import write_bytes
+from ldm.checkpoints.files import read_text, write_bytes, write_text
+from ldm.data.buckets import buckets
 from ldm.data.listing import SUFFIXES
 from ldm.data.pictures import PictureSet, open_pictures
 from ldm.data.recipe import Recipe, RecipeConfig
@@ -18,11 +20,14 @@ from ldm.data.sprites import SPRITES_FILE, load_sprites
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.system import System
+from ldm.training.bounds import refuse_outside
 from ldm.training.drawing import draw
 from ldm.training.latents import LatentBatch, LatentSource, PictureLatents, RecipePool
 from ldm.training.share import processes
 
 _AT_ONCE = 16  # class pictures that an interruption may cost
+_DRAWN = "class-"  # how the names of class pictures that were drawn begin
+_ORIGIN = "class.json"  # beside them: what they were drawn from
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,11 @@ class PicturesConfig:
     captions: in place of the pictures' own, one of these each time, at random.
     resolution, max_ratio: of the aspect-ratio buckets, in pixels; a max_ratio of 1 cuts squares.
     crop, flip: how pictures are cut, and whether they are mirrored half of the time.
-    cache: a folder that keeps latents and text states; without one they are computed again and again.
+    cache: a folder that keeps latents and text states, and which pictures are broken; without one all of it is found
+        out again and again.
+    sample_posterior: latents are drawn from the autoencoder's posterior, as diffusers' scripts do; else they are its
+        mean.
+    encoding: the precision in which the autoencoder computes them; bfloat16 is under autocast.
     """
 
     path: str
@@ -58,7 +67,14 @@ class PicturesConfig:
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     cache: str | None = None
+    sample_posterior: bool = False
+    encoding: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
+
+    def check(self, where: str) -> None:
+        """Raises UserError for values that can't be. where: the section, for the error."""
+        refuse_outside(where, self, ("resolution",), 1)
+        refuse_outside(where, self, ("seed",), 0)
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ class PriorConfig:
     """DreamBooth's prior preservation (Ruiz et al. 2023, eq. 2): pictures of the class, drawn by the model itself.
 
     prompt: of the class, such as "a dog". folder: where the class pictures are or, as far as they are missing, will
-    be. weight: of their loss, beside that of the instance's pictures.
+    be, with a note of what they were drawn from. weight: of their loss, beside that of the instance's pictures.
     """
 
     prompt: str
@@ -83,21 +99,38 @@ def compositions(config: CompositionsConfig, autoencoder: AutoencoderKL, with_pi
     return RecipePool(recipe, autoencoder, config.pictures, config.cache, with_pictures)
 
 
-def listed(config: PicturesConfig) -> PictureSet:
-    """The pictures, those that are broken told apart. Raises UserError."""
-    return open_pictures(
-        config.path,
-        image_column=config.image_column,
-        caption_column="" if config.captions else config.caption_column,
-        index=Path(config.cache) / "pictures.json" if config.cache else None,
-    )
+def listed(config: PicturesConfig, where: str, captioned: bool = True) -> PictureSet:
+    """The pictures, those that are broken told apart. Raises UserError. where: the section, for the error."""
+    try:
+        return open_pictures(
+            config.path,
+            image_column=config.image_column,
+            caption_column=config.caption_column if captioned and not config.captions else "",
+            index=Path(config.cache) / "pictures.json" if config.cache else None,
+        )
+    except UserError as error:
+        place = where if Path(config.path).exists() else f"{where}.path"
+        raise UserError(f"{place}: {error}") from error
+
+
+def told(notes: Sequence[str], broken: Mapping[str, str]) -> list[str]:
+    """What the user should know of pictures, a line each; `broken`: the reason by name."""
+    skipped = [f"skipped {name}: {why}" for name, why in broken.items()]
+    return [*notes, *skipped, *([f"{len(broken)} broken pictures were skipped"] if broken else [])]
+
+
+def check_size(config: PicturesConfig, system: System) -> None:
+    """Raise UserError for a resolution, or a max_ratio, that the networks can't take."""
+    try:
+        buckets(config.resolution, _step(system), config.max_ratio)
+    except UserError as error:
+        raise UserError(f"text_to_image.pictures: {error}") from None
 
 
 def on_disk(
     config: PicturesConfig, found: PictureSet, system: System, batch_size: int, with_pictures: bool
 ) -> PictureLatents:
-    """Sides are multiples of what the autoencoder and the U-Net divide by. Raises UserError."""
-    halvings = len(system.unet.config.block_out_channels) - 1
+    """Raises UserError."""
     return PictureLatents(
         found,
         system.autoencoder,
@@ -105,24 +138,47 @@ def on_disk(
         batch_size=batch_size,
         seed=config.seed,
         max_ratio=config.max_ratio,
-        step=system.autoencoder.config.factor * 2**halvings,
+        step=_step(system),
         crop=config.crop,
         flip=config.flip,
         cache=Path(config.cache) / "latents" if config.cache else None,
         with_pictures=with_pictures,
+        sample=config.sample_posterior,
+        dtype=getattr(torch, config.encoding),
     )
+
+
+def _step(system: System) -> int:
+    """What sides are multiples of: the autoencoder and the U-Net divide by it."""
+    return system.autoencoder.config.factor * 2 ** (len(system.unet.config.block_out_channels) - 1)
+
+
+def check_class(config: PriorConfig, system: System) -> None:
+    """Raise UserError where the folder's class pictures were drawn from something else than this asks for."""
+    folder = Path(config.folder)
+    if not any(folder.glob(f"{_DRAWN}*")):
+        return
+    made, wanted = _read_origin(folder), _origin(config, system)
+    odd = [f"{key} is {each!r} here" for key, each in wanted.items() if made.get(key) != each]
+    if odd:
+        raise UserError(
+            f"text_to_image.prior.folder: {folder} holds class pictures that were drawn otherwise ({', '.join(odd)}): "
+            "give another folder, or delete it"
+        )
 
 
 def draw_class(config: PriorConfig, system: System) -> PictureSet:
     """The class pictures; those that are missing are drawn, by the main process, where the U-Net is.
 
-    Pictures of other names in the folder, such as photographs of one's own, count too.
+    Pictures of other names in the folder, such as photographs of one's own, count too. Raises UserError.
     """
+    check_class(config, system)
     folder = Path(config.folder)
-    own = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("class-")]
-    paths = [folder / f"class-{k:05d}.png" for k in range(config.pictures - len(own))]
+    own = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(_DRAWN)]
+    paths = [folder / f"{_DRAWN}{k:05d}.png" for k in range(config.pictures - len(own))]
     missing = [k for k, path in enumerate(paths) if not path.exists()]
-    if processes().is_main_process:
+    if processes().is_main_process and missing:
+        write_text(folder / _ORIGIN, json.dumps(_origin(config, system), indent=2) + "\n")
         for start in range(0, len(missing), _AT_ONCE):
             seeds = missing[start : start + _AT_ONCE]
             drawn = draw(system, [config.prompt] * len(seeds), seeds, config.steps, config.guidance)
@@ -132,6 +188,26 @@ def draw_class(config: PriorConfig, system: System) -> PictureSet:
                 write_bytes(paths[seed], buffer.getvalue())
     processes().wait_for_everyone()
     return open_pictures(folder, caption_column="")
+
+
+def _origin(config: PriorConfig, system: System) -> dict[str, Any]:
+    """What decides a class picture, but for its seed."""
+    return {
+        "prompt": config.prompt,
+        "model": system.fingerprint,
+        "steps": config.steps,
+        "guidance": config.guidance,
+    }
+
+
+def _read_origin(folder: Path) -> dict[str, Any]:
+    """What the folder's class pictures were drawn from; nothing where it doesn't say."""
+    path = folder / _ORIGIN
+    try:
+        found = json.loads(read_text(path)) if path.exists() else {}
+    except ValueError:
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 class WithPrior:

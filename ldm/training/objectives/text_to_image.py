@@ -4,6 +4,7 @@ The small parts are a LoRA (Hu et al. 2021) and the embedding of a new word (Gal
 DreamBooth's prior preservation (Ruiz et al. 2023), go with any of them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from ldm.data.masks import random_mask
 from ldm.diffusion.losses import LossConfig, diffusion_loss
 from ldm.diffusion.parameterization import check
+from ldm.diffusion.plan import plan
 from ldm.errors import UserError
 from ldm.pictures import grid
 from ldm.training import sources
+from ldm.training.bounds import refuse_outside
 from ldm.training.conditions import Conditions
 from ldm.training.drawing import draw
 from ldm.training.latents import LatentBatch, LatentSource, encode
-from ldm.training.share import Draws
+from ldm.training.share import Draws, processes
 from ldm.training.sources import CompositionsConfig, PicturesConfig, PriorConfig
 from ldm.training.start import NewConfig, base_system, for_inpainting, new_system
 from ldm.training.trained import LoRAConfig, Trained, WordConfig
@@ -50,8 +53,10 @@ class Config:
     inpainting: the U-Net also sees a random mask and what lies outside of it.
     prior: class pictures beside those of an instance.
     condition_dropout: share of captions left out, for classifier-free guidance (Ho & Salimans 2022).
+    windows: of the text encoder, 77 tokens each in CLIP, that every caption is padded to; what is longer is cut. More
+        than one go with pictures that are drawn from prompts as long.
     scheduler: values in place of the base's own, e.g. {rescale_betas_zero_snr: true, prediction_type: v_prediction}.
-    frozen: the precision in which what is not trained is held. Pictures are encoded under bfloat16 autocast.
+    frozen: the precision in which what is not trained is held.
     """
 
     base: str | None = None
@@ -66,6 +71,7 @@ class Config:
     prior: PriorConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     condition_dropout: float = 0.1
+    windows: int = 1
     scheduler: dict[str, Any] = field(default_factory=dict)
     frozen: Literal["float32", "bfloat16", "float16"] = "float32"
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -89,6 +95,27 @@ class Config:
             raise UserError("prior goes with pictures of an instance")
         if self.prior and self.pictures and self.pictures.max_ratio != 1:
             raise UserError("prior preservation takes pictures of one size: set max_ratio to 1")
+        if self.pictures and self.pictures.cache and self.pictures.crop == "random":
+            raise UserError(
+                "text_to_image.pictures.crop: random crops are new in each turn and can't be cached: set crop to "
+                "center, or cache to null"
+            )
+        if self.pictures and self.pictures.encoding == "float32" != self.frozen:
+            raise UserError("text_to_image.pictures.encoding float32 needs text_to_image.frozen float32")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        loss = ("p2_gamma", "p2_k", "offset_noise", "input_perturbation", "variance")
+        refuse_outside("text_to_image", self, ("condition_dropout",), 0, 1)
+        refuse_outside("text_to_image", self, ("windows",), 1)
+        refuse_outside("text_to_image.validation", self.validation, ("seeds", "steps"), 1)
+        refuse_outside("text_to_image.loss", self.loss, loss, 0)
+        refuse_outside("text_to_image.loss", self.loss, ("gamma",), 0.001)
+        if self.prior:
+            refuse_outside("text_to_image.prior", self.prior, ("pictures", "steps"), 1)
+            refuse_outside("text_to_image.prior", self.prior, ("weight",), 0)
+        if self.pictures:
+            self.pictures.check("text_to_image.pictures")
 
 
 class Objective:
@@ -96,6 +123,8 @@ class Objective:
 
     def __init__(self, config: Config):
         config.check()
+        if config.frozen != "float32" and str(processes().device) == "cpu":
+            raise UserError(f"text_to_image.frozen {config.frozen} is for GPUs: use float32 on the CPU")
         self.config = config
         system = (
             new_system(config.new)
@@ -108,7 +137,10 @@ class Objective:
         self.schedule = system.scheduler.noise_schedule()
         self.prediction_type: str = system.scheduler.get("prediction_type")
         check(self.prediction_type, self.schedule)
-        self.found = sources.listed(config.pictures) if config.pictures else None
+        self._check_drawing()
+        if config.pictures:
+            sources.check_size(config.pictures, self.system)
+        self.found = sources.listed(config.pictures, "text_to_image.pictures") if config.pictures else None
         self.source: LatentSource
         self.trained = Trained(self.system, config.lora, config.word, config.text_encoder)
         self.model: nn.Module = self.trained
@@ -116,14 +148,13 @@ class Objective:
         self._check_channels()
         self._check_word()
         cache = Path(config.pictures.cache) / "text" if config.pictures and config.pictures.cache else None
-        self.conditions = Conditions(self.system.text, cache if self.trained.text is None else None)
+        cache = cache if self.trained.text is None else None
+        self.conditions = Conditions(self.system.text, config.windows, cache)
 
     def prepare(self, device: torch.device, batch_size: int) -> None:
         """Move everything; draw DreamBooth's class pictures and fill the caches, as far as they are not there."""
         config, autoencoder = self.config, self.system.autoencoder
         self.batch_size = batch_size
-        if config.frozen != "float32" and device.type == "cpu":
-            raise UserError(f"text_to_image.frozen {config.frozen} is for GPUs: use float32 on the CPU")
         if config.prior and batch_size % 2:
             raise UserError("prior preservation takes pictures in pairs: make loop.batch_size even")
         for module in (self.model, *self.system.modules().values()):
@@ -142,6 +173,14 @@ class Objective:
             captions.append(config.prior.prompt)
         self.conditions.prepare(captions)
         self.source.prepare()
+
+    def helpers(self) -> Mapping[str, nn.Module]:
+        """The frozen networks beside `model`."""
+        return {
+            name: each
+            for name, each in self.system.modules().items()
+            if name != "unet" and name not in self.trained.text_encoders
+        }
 
     def batch(self, start: int, size: int, rows: slice) -> LatentBatch:
         return self.source.read(start, size, rows)
@@ -205,7 +244,9 @@ class Objective:
 
     def _masked(self, pictures: Tensor, masks: Tensor) -> list[Tensor]:
         """As in diffusers' inpainting pipeline: what is to be drawn is grey, masks shrink to the nearest pixels."""
-        latents = encode(self.system.autoencoder, pictures * (masks < 0.5), torch.bfloat16)
+        encoding = self.config.pictures.encoding if self.config.pictures else "bfloat16"
+        seen = pictures * (masks < 0.5)
+        latents = encode(self.system.autoencoder, seen, getattr(torch, encoding)).mean
         return [F.interpolate(masks, size=latents.shape[-2:]), latents]
 
     @torch.no_grad()
@@ -233,7 +274,7 @@ class Objective:
     def _emptied(self, count: int) -> Tensor:
         """Masks and latents (count, 1 + C, h, w) of the first pictures without their middle."""
         device = self.system.unet.conv_in.weight.device
-        pictures = self.source.read(0, self.batch_size).pictures
+        pictures = self.batch(0, self.batch_size, slice(None)).pictures
         assert pictures is not None
         pictures = pictures.repeat(-(-count // len(pictures)), 1, 1, 1)[:count]
         masks = torch.zeros_like(pictures[:, :1])
@@ -242,20 +283,28 @@ class Objective:
         return torch.cat(self._masked(pictures.to(device), masks.to(device)), dim=1)
 
     def notes(self) -> list[str]:
-        """What was found out about the pictures."""
-        if not self.found:
-            return []
-        broken = [f"skipped {name}: {why}" for name, why in self.source.broken.items()]
-        return [
-            *self.found.notes,
-            *broken,
-            *([f"{len(broken)} broken pictures were skipped"] if broken else []),
-        ]
+        """What was found out about the pictures and their captions."""
+        pictures = sources.told(self.found.notes, self.source.broken) if self.found else []
+        return pictures + self.conditions.notes()
 
     def export(self, model: nn.Module, folder: Path, config: str) -> None:
         """What was trained: a diffusers folder in float16, a LoRA's file, or a word's."""
         assert isinstance(model, Trained)
         model.write(self.system, folder, {"config": config})
+
+    def _check_drawing(self) -> None:
+        """What is to be drawn later can be drawn."""
+        shown, prior = self.config.validation, self.config.prior
+        counts = {"validation": shown.steps} if shown.prompts else {}
+        if prior:
+            counts["prior"] = prior.steps
+        for section, steps in counts.items():
+            try:
+                plan(self.system.scheduler, steps)
+            except UserError as error:
+                raise UserError(f"text_to_image.{section}.steps: {error}") from None
+        if prior:
+            sources.check_class(prior, self.system)
 
     def _check_channels(self) -> None:
         unet, channels = self.system.unet.config, self.system.autoencoder.config.latent_channels

@@ -1,0 +1,85 @@
+"""The loop's settings, and Accelerate set up by them, as far as this machine can honour them."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ldm.errors import UserError
+from ldm.training.bounds import refuse_outside
+from ldm.training.optimization import OptimizerConfig, warmup_of
+from ldm.training.share import processes, rows_of, sharded
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long to train, and what is written when; every count is in pictures, and 0 is never.
+
+    batch_size: of one optimizer step, all processes together. accumulate: in how many parts each process takes its
+        share of it, to save memory.
+    precision: of the computation; weights, averages and optimizer are float32.
+    checkpointing: recompute activations in the backward pass, for less memory and more time.
+    keep: how many saved states stay: two or more, for on the newest no loss was computed yet.
+    diverged: stop where the loss is so many times its best (means between lines).
+    trackers: any of accelerate's, such as tensorboard and wandb, or "all" that are installed.
+    max_seconds: stop early and save, to fit a machine that is lent for a while; the same command goes on.
+    """
+
+    pictures: int
+    batch_size: int = 64
+    accumulate: int = 1
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema_half_life: int = 20_000
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    checkpointing: bool = False
+    log_every: int = 2_000
+    save_every: int = 20_000
+    keep: int = 2
+    validate_every: int = 20_000
+    diverged: float = 20.0
+    trackers: tuple[str, ...] = ()
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that can't be."""
+        counts = ("pictures", "ema_half_life", "log_every", "save_every", "validate_every", "max_seconds")
+        refuse_outside("loop", self, counts, 0)
+        refuse_outside("loop", self, ("batch_size", "accumulate"), 1)
+        refuse_outside("loop", self, ("keep",), 2)
+        refuse_outside("loop", self, ("seed",), 0, 2**32)
+        if self.diverged:
+            refuse_outside("loop", self, ("diverged",), 1)
+        warmup_of(self.optimizer, self.pictures)
+
+
+def accelerator_for(config: LoopConfig, folder: Path) -> "Accelerator":
+    """Accelerate set up for a run into `folder`. Raises UserError for what this machine or launch can't honour."""
+    from accelerate import Accelerator
+
+    shared = processes()
+    rows_of(config.batch_size, shared.process_index, shared.num_processes, config.accumulate)
+    sharded()
+    if config.precision == "fp16" and str(shared.device) == "cpu":  # accelerate would pass over it in silence
+        raise UserError("loop.precision fp16 is for GPUs: use bf16 or no on the CPU")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", config.precision):  # "no" is also what is launched by default
+        raise UserError(
+            f"accelerate was told mixed_precision {launched} and the config says loop.precision {config.precision}: "
+            "launch with --mixed_precision no, which leaves the choice to the config, or make them the same"
+        )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision, log_with=list(config.trackers) or None, project_dir=folder
+        )
+    except ValueError as error:  # no such precision on this device, or no such tracker
+        raise UserError(f"accelerate refuses loop.precision or loop.trackers: {error}") from error
+    installed = {str(each) for each in accelerator.log_with}
+    if absent := sorted({*config.trackers} - installed - {"all"}):
+        raise UserError(f"loop.trackers: {absent[0]} is not installed: pip install {absent[0]}")
+    if config.trackers and not installed:
+        raise UserError("loop.trackers: all, and none is installed: pip install tensorboard, or leave it out")
+    return accelerator

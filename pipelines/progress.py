@@ -1,0 +1,76 @@
+"""How a call gets on: its progress bar, and what its callback sees and says."""
+
+import math
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ldm.diffusion.driver import Step
+from ldm.diffusion.plan import Plan
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.text_to_image import TextToImagePipeline
+
+# (pipe, index, timestep, state) -> False to end the call there. index: of the prediction, from 0 over the whole call; a
+# solver of second order makes two a step. state: see `Progress`.
+StepCallback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], object]
+Watch = Callable[[Step], bool]
+
+
+class Progress:
+    """Watches the batches of one call, one after the other; shows a bar where standard error is a terminal.
+
+    The callback's state: "latents" (B, C, h, w), of unit variance, that the network was just asked about; "denoised",
+    its estimate of their end; "preview", a function that gives small PIL pictures of that estimate without a decode;
+    "images", which of the call's images these are. It may return the state, as diffusers' callbacks do, but it can't
+    put other latents into it.
+
+    stopped: whether the callback has ended the call; the estimate of that moment is then the result.
+    """
+
+    def __init__(
+        self, pipe: "TextToImagePipeline", how: Plan, batches: int, callback: StepCallback | None, shown: bool
+    ):
+        from tqdm.auto import tqdm
+
+        self.pipe, self.how, self.callback = pipe, how, callback
+        self.stopped, self._index = False, 0
+        total = how.evaluations * batches
+        self._bar = tqdm(total=total, disable=None if shown else True, unit="step", leave=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def of(self, images: Sequence[int]) -> Watch:
+        """What the driver calls after each prediction for these images of the call; False ends it there."""
+
+        def watch(step: Step) -> bool:
+            self._bar.update()
+            index, self._index = self._index, self._index + 1
+            if self.callback is None:
+                return True
+            sigma = torch.tensor([step.sigma], dtype=torch.float64)
+            latents = step.x / math.sqrt(1 + step.sigma**2)
+            state = {
+                "latents": latents,
+                "denoised": step.x0,
+                "preview": lambda: self.pipe.preview(step.x0),
+                "images": list(images),
+            }
+            answer = self.callback(self.pipe, index, round(self.how.schedule.timestep(sigma).item()), state)
+            if isinstance(answer, dict) and answer.get("latents", latents) is not latents:
+                raise UserError(
+                    "callback_on_step_end returned other latents: it can watch and stop a call, not change it"
+                )
+            self.stopped = answer is False
+            return not self.stopped
+
+        return watch
