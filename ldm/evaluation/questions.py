@@ -1,0 +1,55 @@
+"""What can be asked of a composition, part by part: of a real one, or of one that should show a plan."""
+
+from dataclasses import dataclass
+
+from ldm.data.plan import HOLDING, Plan
+from ldm.data.recipe import COUNTED, HOLDER, PAIRED
+
+Place = tuple[float, float, float]  # centre x, centre y and side of a square, as shares of the frame
+WHOLE: Place = (0.5, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Question:
+    """`attribute` names the detector, `place` what it looks at; `told`: whether the caption tells the answer."""
+
+    attribute: str
+    place: Place
+    answer: str
+    told: bool = True
+
+
+def questions(plan: Plan) -> list[Question]:
+    """All that a picture of this plan shows and a detector can see."""
+    asked = [
+        Question("style", WHOLE, plan.finish or plan.style, bool(plan.finish) or plan.style_named),
+        Question("setting", WHOLE, plan.setting, plan.setting_named),
+    ]
+    if plan.finish:
+        asked.pop()  # colours are gone; scenes in outlines are little more than dots
+    if plan.costume:
+        return [*asked, Question("face", WHOLE, plan.things[0]), Question("costume", WHOLE, plan.costume)]
+    places = _places(plan)
+    seen = "thing" if places == [WHOLE] else "holder" if plan.relation == HOLDING else "part"
+    for number, (place, thing) in enumerate(zip(places, plan.things * plan.count, strict=True)):
+        asked.append(Question("part" if number and seen == "holder" else seen, place, thing))
+    if plan.finish:
+        return asked
+    for place, colour in zip(places, (plan.colour, plan.second_colour), strict=False):
+        if colour and plan.relation:
+            asked.append(Question("part's colour", place, colour))
+    if plan.relation:
+        return asked
+    if plan.colour:
+        asked.append(Question("colour" if plan.count == 1 else "part's colour", places[0], plan.colour))
+    return [*asked, Question("count", WHOLE, str(plan.count), plan.count > 1)]
+
+
+def _places(plan: Plan) -> list[Place]:
+    if plan.relation == HOLDING:
+        return list(HOLDER)
+    if plan.relation:
+        return list(PAIRED[plan.relation])
+    if plan.count > 1:
+        return list(COUNTED[plan.count])
+    return [(0.5, 0.5, 0.5)] if plan.size == "small" else [WHOLE]

@@ -1,0 +1,51 @@
+"""Evaluate a model that was trained on the recipe: does it draw what it is asked for?
+
+evaluate.py [--model FOLDER]            draw, judge, and write a report with pictures; goes on where it was interrupted
+evaluate.py --sweep [--prompts 64]      quality against seconds over samplers, steps and guidance, with a plot
+Detectors are fitted first, once for a recipe (minutes); scripts/prepare_data.py makes the sprites that they need.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
+
+from benchmarks.quality import Bench, Settings, evaluate
+from benchmarks.sweep import sweep
+from ldm.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="a diffusers folder (default: the bundled model)")
+    parser.add_argument(
+        "--config", type=Path, default=Path("configs/bundled-unet.yaml"), help="of its training"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=512, help="half seen, half held out (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/evaluation"))
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--rescale", type=float, default=0.0)
+    parser.add_argument("--sampler")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
+    chosen = parser.parse_args()
+    try:
+        if chosen.prompts < 16:
+            raise UserError(f"--prompts is {chosen.prompts}: give 16 or more")
+        bench = Bench(chosen.model, chosen.config, chosen.output, chosen.precision)
+        settings = Settings(chosen.steps, chosen.guidance, chosen.rescale, chosen.sampler)
+        print(sweep(bench, chosen.prompts) if chosen.sweep else evaluate(bench, chosen.prompts, settings))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""Evaluation: distances in closed form, detectors on made-up pictures, prompts, figures and the report."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+from benchmarks.quality import recipe_of
+from ldm.data.plan import HOLDING, Plan
+from ldm.data.recipe import Recipe, RecipeConfig
+from ldm.data.sprites import SpriteSet
+from ldm.data.things import THINGS
+from ldm.errors import UserError
+from ldm.evaluation import quality, report
+from ldm.evaluation.detectors import (
+    Features,
+    Verdict,
+    fit,
+    load_detectors,
+    save_detectors,
+    views,
+)
+from ldm.evaluation.figures import shares
+from ldm.evaluation.frechet import frechet_distance
+from ldm.evaluation.prompts import UNSEEN_WORDS, ask, ask_words
+from ldm.evaluation.questions import WHOLE, Question, questions
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.critics import EfficientNetLite0, PerceptualDistance
+from scripts import evaluate
+
+THINGS_HERE = ("raccoon", "fox", "panda", "apple", "car", "astronaut", "top hat", "crown", "robot", "tree")
+
+
+@pytest.fixture(scope="module")
+def sprites() -> SpriteSet:
+    """Squares, each thing in a colour of its own; styles differ by a white dot."""
+    pixels = {}
+    for number, name in enumerate(THINGS_HERE):
+        for style in ("3d", "flat"):
+            picture = np.zeros((128, 128, 4), np.uint8)
+            colour = np.random.default_rng(number).integers(0, 256, 3)
+            picture[8 + 3 * number : 120, 8:120] = (*colour, 255)
+            picture[56:72, 56:72] = (255, 255, 255, 255) if style == "flat" else (0, 0, 0, 255)
+            pixels[name, style] = picture
+    return SpriteSet(pixels, 128)
+
+
+@pytest.fixture(scope="module")
+def recipe(sprites: SpriteSet) -> Recipe:
+    return Recipe(sprites, RecipeConfig(things=list(THINGS_HERE)))
+
+
+@pytest.fixture(scope="module")
+def features() -> Features:
+    torch.manual_seed(0)
+    network = EfficientNetLite0()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)  # or nothing would come through so many layers
+    return Features(network)
+
+
+# --- distances ------------------------------------------------------------------------------------------------
+
+
+def test_the_frechet_distance_is_that_of_the_formula():
+    torch.manual_seed(0)
+    one, other = torch.randn(60, 5) @ torch.randn(5, 5), torch.randn(40, 5) + 1
+    a, b = (np.cov(each.double().numpy().T) for each in (one, other))
+    root = np.real(np.asarray(scipy.linalg.sqrtm(a @ b)))
+    shift = float((one.double().mean(0) - other.double().mean(0)).square().sum())
+    expected = shift + np.trace(a) + np.trace(b) - 2 * np.trace(root)
+    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(one, one + 2) == pytest.approx(4 * 5, rel=1e-6)  # moved as a whole
+    few = torch.randn(3, 50)  # fewer pictures than features
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(UserError, match="two pictures"):
+        frechet_distance(one[:1], other)
+
+
+def test_the_nearest_is_found_as_unit_vectors():
+    training = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
+    distances, which = quality.nearest(torch.tensor([[0.0, 1.0], [3.0, 3.0]]), training)
+    assert which[0] == 1 and distances[0] == pytest.approx(0, abs=1e-3)
+    assert distances[1] == pytest.approx(2 * np.sin(np.pi / 8), rel=1e-5)  # 45 degrees away
+
+
+# --- detectors ------------------------------------------------------------------------------------------------
+
+
+def test_a_detector_looks_past_what_differs_within_a_class():
+    torch.manual_seed(0)
+    labels = [f"class {k % 3}" for k in range(600)]
+    index = torch.arange(600) % 3
+    x = torch.randn(600, 6) * torch.tensor([50.0, 1, 1, 1, 1, 1])
+    x[:, 1] += 8 * index  # the classes differ where the noise is small
+    x[:, 2] += 20 * x[:, 0]  # and noise is shared between features
+    detector = fit(x[:300], labels[:300])
+    found = [ranking[0] for ranking in detector.nearest(x[300:])]
+    assert np.mean([a == b for a, b in zip(found, labels[300:], strict=True)]) > 0.98
+    means = torch.stack([x[:300][index[:300] == k].mean(0) for k in range(3)])
+    plain = torch.cdist(x[300:], means).argmin(1)
+    assert (plain == index[300:]).float().mean() < 0.6, "the nearest mean alone would not do"
+    assert sorted(detector.nearest(x[:1])[0]) == ["class 0", "class 1", "class 2"]
+
+
+def test_a_detector_needs_classes_and_examples():
+    for labels in (["a"] * 4, ["a", "a", "b", "c"]):
+        with pytest.raises(UserError, match="two classes"):
+            fit(torch.randn(4, 3), labels)
+
+
+def test_a_view_is_the_square_that_is_asked_for():
+    picture = torch.zeros(1, 3, 64, 64)
+    picture[..., 16:48, 33:63] = 1
+    (right,) = views(picture, [(0.75, 0.5, 0.5)])
+    assert right.shape == (3, 64, 64) and right[:, 4:-4, 6:-6].min() == 1
+    (left,) = views(picture, [(0.25, 0.5, 0.5)])
+    assert left.max() == 0
+    assert torch.equal(views(picture, [WHOLE])[0], picture[0])
+
+
+def test_detectors_learn_from_compositions_and_travel_in_a_file(
+    sprites: SpriteSet, features: Features, tmp_path: Path
+):
+    config = RecipeConfig(things=list(THINGS_HERE), weights={"single": 2, "pair": 2, "count": 1, "scene": 1})
+    recipe = Recipe(sprites, config, everything=True)
+    made = quality.fitted(features, recipe, 256)
+    assert {"thing", "part", "style", "setting", "count"} <= set(made.detectors)
+    tested = quality.tested(made, recipe, 64)
+    assert (
+        tested["thing"][0] > 0.7 and tested["part"][0] > 0.6
+    )  # ten things, a network that was never trained
+    save_detectors(tmp_path / "d.safetensors", made, tested)
+    again, told = load_detectors(tmp_path / "d.safetensors", features)
+    assert told == tested
+    pictures, asked = next(quality.compositions(recipe, 16, 10**6))
+    assert again.judge(pictures, asked) == made.judge(pictures, asked)
+    (tmp_path / "d.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError):
+        load_detectors(tmp_path / "d.safetensors", features)
+
+
+def test_softened_pictures_keep_their_size_and_their_mean():
+    torch.manual_seed(0)
+    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    soft = quality.soften(pictures, 0)
+    assert soft.shape == pictures.shape and not torch.equal(soft, pictures)
+    assert torch.allclose(soft.mean((2, 3)), pictures.mean((2, 3)), atol=0.03)
+    assert (soft.var((2, 3)) < pictures.var((2, 3))).all()
+    assert torch.equal(soft, quality.soften(pictures, 0))
+
+
+# --- questions and prompts ------------------------------------------------------------------------------------
+
+
+def test_questions_are_about_all_that_a_plan_shows():
+    def asked(**parts: object) -> set[tuple[str, str, bool]]:
+        plan = Plan(**{"kind": "k", "things": ("fox",), "style": "3d", "setting": "white"} | parts)  # type: ignore[arg-type]
+        return {(q.attribute, q.answer, q.told) for q in questions(plan)}
+
+    basis = {("style", "3d", False), ("setting", "white", False)}
+    assert asked() == basis | {("thing", "fox", True), ("count", "1", False)}
+    assert asked(costume="crown") == basis | {("face", "fox", True), ("costume", "crown", True)}
+    pair = asked(things=("apple", "car"), relation="above", colour="blue", style_named=True)
+    expected = {("part", "apple", True), ("part", "car", True), ("part's colour", "blue", True)}
+    assert pair == {("style", "3d", True), ("setting", "white", False)} | expected
+    held = asked(things=("fox", "car"), relation=HOLDING, second_colour="red", setting_named=True)
+    assert held == {
+        ("style", "3d", False),
+        ("setting", "white", True),
+        ("holder", "fox", True),
+        ("part", "car", True),
+        ("part's colour", "red", True),
+    }
+    drawn = asked(finish="line drawing", colour="red")
+    assert drawn == {("style", "line drawing", True), ("thing", "fox", True)}
+    counted = asked(count=3)
+    assert counted == basis | {("part", "fox", True), ("count", "3", True)}
+
+
+@pytest.mark.parametrize("relation", ["left of", "right of", "above", "below", "next to"])
+def test_questions_look_where_the_recipe_paints(recipe: Recipe, relation: str):
+    plan = Plan("pair", ("apple", "car"), "3d", "white", relation=relation)
+    picture = torch.from_numpy(recipe.draw(plan).picture).permute(2, 0, 1)[None].float()
+    for question in questions(plan):
+        if question.attribute == "part":
+            (seen,) = views(picture, [question.place])
+            colour = recipe.sprites.pixels[question.answer, "3d"][100, 64, :3]
+            assert (seen[:, 100, 64] - torch.from_numpy(colour).float()).abs().max() < 2
+
+
+def test_prompts_are_half_seen_and_half_held_out_and_always_the_same(recipe: Recipe):
+    asked = ask(recipe, 80)
+    assert asked == ask(recipe, 80) and asked != ask(recipe, 80, seed=1)
+    assert [each.part for each in asked] == ["seen"] * 40 + ["held-out"] * 40
+    assert {each.group for each in asked[:40]} == set(recipe.kinds)
+    assert {each.group for each in ask(recipe, 400)[200:]} == {"costume", "colour", "pair", "style"}
+    assert {each.plan.names >= {"raccoon", "astronaut"} for each in asked[:40]} == {False}
+
+
+def test_unseen_words_are_in_no_caption(sprites: SpriteSet):
+    assert set(UNSEEN_WORDS.values()) <= set(THINGS)
+    said = {word for thing in THINGS.values() for name in thing.names for word in name.split()}
+    assert not said & set(UNSEEN_WORDS)
+    recipe = Recipe(sprites, RecipeConfig(things=list(THINGS_HERE)))
+    words = {word for i in range(2000) for word in recipe.sample(i).caption.replace(",", " ").split()}
+    assert not words & set(UNSEEN_WORDS)
+    asked = ask_words(recipe)
+    assert {each.plan.things[0] for each in asked} == {"astronaut", "car", "robot"}
+    assert sum(each.part == "word" for each in asked) == sum(each.part == "name" for each in asked)
+
+
+# --- figures and reports --------------------------------------------------------------------------------------
+
+
+def verdict(attribute: str, answer: str, ranking: Sequence[str], told: bool = True) -> Verdict:
+    return Verdict(Question(attribute, WHOLE, answer, told), list(ranking))
+
+
+def test_shares_count_what_was_told():
+    right, wrong = verdict("thing", "a", "abcdef"), verdict("thing", "f", "abcdef")
+    fifth, untold = verdict("part", "e", "abcdef"), verdict("style", "z", "yz", told=False)
+    colour = verdict("colour", "red", ["red", "blue"])
+    found = shares([[right, untold], [right, colour], [wrong, colour], [right, fifth]])
+    assert found.pictures == 4 and found.composed == 2 / 4
+    assert found.top1 == 3 / 5 and found.top5 == 4 / 5
+    assert found.attributes == {"colour": (1.0, 2), "part": (0.0, 1), "thing": (3 / 4, 4)}
+    assert np.isnan(shares([[untold]]).top1)
+
+
+def test_pictures_are_drawn_once(tmp_path: Path, recipe: Recipe):
+    asked, calls = ask(recipe, 10), []
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        calls.extend(zip(prompts, seeds, strict=True))
+        return [Image.new("RGB", (8, 8), (seed, 0, 0)) for seed in seeds]
+
+    first = quality.draw_all(draw, asked, tmp_path, at_once=4)
+    assert calls == [(each.prompt, each.seed) for each in asked]
+    (tmp_path / "00003.png").unlink()
+    again = quality.draw_all(draw, asked, tmp_path, at_once=4)
+    assert len(calls) == 11 and calls[-1] == (asked[3].prompt, asked[3].seed)
+    assert torch.equal(quality.as_tensor(first), quality.as_tensor(again))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_whole_judgement_of_real_pictures(recipe: Recipe, sprites: SpriteSet, features: Features):
+    made = quality.fitted(features, Recipe(sprites, recipe.config, everything=True), 192)
+    asked = [*ask(recipe, 48), *ask_words(recipe, 1)]
+    real, other = quality.real(recipe, asked), quality.real(recipe, asked, 1)
+    assert not torch.equal(real, other)
+    torch.manual_seed(0)
+    config = AutoencoderConfig(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, latent_channels=2,
+        mid_block_add_attention=False)  # fmt: skip
+    floor = quality.reconstruct(AutoencoderKL(config), real)
+    judged = quality.judge(made, asked, {"drawn": other, "real": real, "floor": floor})
+    drawn, chance = (judged.shares(side, "seen") for side in ("drawn", "chance"))
+    assert drawn.top1 > 0.6 and drawn.top1 > chance.top1 + 0.3 and drawn.composed > chance.composed
+    assert judged.shares("floor", "seen").top1 < drawn.top1, "an autoencoder that was never trained"
+    assert judged.shares("drawn", "held-out", "pair").pictures == sum(e.group == "pair" for e in asked[24:])
+    lost = quality.reconstructed(PerceptualDistance(features.network), real, floor)
+    error = ((real - floor) / 2).square().flatten(1).mean(1)
+    assert lost.psnr == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-5) and lost.distance > 0
+    training = torch.cat([features.pooled(pictures) for pictures, _ in quality.compositions(recipe, 64)])
+    alike = quality.likeness(features, training, other, real, other, floor)
+    assert alike.frechet == pytest.approx(alike.frechet_real) and alike.frechet < alike.frechet_floor
+    assert alike.nearest == alike.nearest_real > 0
+    text = report.table(judged, "seen") + report.attributes(judged, "seen")
+    assert f"| all | 24 | {100 * drawn.top1:.0f} % |" in text and "| setting |" in text
+    assert "dB" in report.sets({"seen": alike}, {"seen": lost})
+    assert "| thing | 50 % | 4 |" in report.detectors({"thing": (0.5, 4)})
+
+
+def test_a_sheet_frames_and_names_its_pictures():
+    pictures = [Image.new("RGB", (40, 40), "blue")] * 3
+    sheet = report.sheet(pictures, ["a b", "", "a long prompt of many words"], 2, [True, False, True])
+    assert sheet.size[0] == 2 * 46
+    left, right = sheet.getpixel((0, 0)), sheet.getpixel((46, 0))
+    assert isinstance(left, tuple) and isinstance(right, tuple)
+    assert left[1] > left[0] and right[0] > right[1]
+    plain = report.sheet(pictures[:1], [""], 1)
+    assert plain.getpixel((0, 0)) == (255, 255, 255)
+
+
+# --- the command line -----------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps({"output": "x", "autoencoder": {}}))
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        "16 or more": ["--prompts", "3"],
+        "no text_to_image": ["--config", str(config)],
+        "sprites": ["--config", str(Path(__file__).parents[1] / "configs/bundled-unet.yaml")],
+    }
+    for said, arguments in cases.items():
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        assert evaluate.main() == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert said in error
+
+
+def test_the_recipe_of_the_bundled_model_is_read():
+    config = recipe_of(Path(__file__).parents[1] / "configs/bundled-unet.yaml")
+    assert len(config.things) == 101 and config.weights["pair"] > 0
