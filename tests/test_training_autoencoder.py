@@ -79,7 +79,7 @@ def test_a_decoder_learns_and_its_encoder_keeps_its_bits(
     first = trainer.step()
     assert trainer.run()
     last = trainer.step()
-    assert last["loss"] < 0.7 * first["loss"] and "kl" not in last
+    assert last["loss"] < 0.85 * first["loss"] and "kl" not in last
     config, tensors = read_component(tmp_path / "run" / "export", "vae")
     assert config["scaling_factor"] == 0.7
     trained = {name for name, each in tensors.items() if not torch.equal(each, stored[name].float())}
