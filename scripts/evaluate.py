@@ -2,6 +2,7 @@
 
 evaluate.py [--model FOLDER]            draw, judge, and write a report with pictures; goes on where it was interrupted
 evaluate.py --sweep [--prompts 64]      quality against seconds over samplers, steps and guidance, with a plot
+evaluate.py --grid FILE                 only draw the prompts of a file, a line each, with seeds 0 to 3
 Detectors are fitted first, once for a recipe (minutes); scripts/prepare_data.py makes the sprites that they need.
 """
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
 
-from benchmarks.quality import Bench, Settings, evaluate
+from benchmarks.quality import Bench, Settings, evaluate, grid
 from benchmarks.sweep import sweep
 from ldm.errors import UserError
 
@@ -29,6 +30,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"))
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--grid", type=Path, metavar="FILE")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--rescale", type=float, default=0.0)
@@ -40,7 +42,13 @@ def main() -> int:
             raise UserError(f"--prompts is {chosen.prompts}: give 16 or more")
         bench = Bench(chosen.model, chosen.config, chosen.output, chosen.precision)
         settings = Settings(chosen.steps, chosen.guidance, chosen.rescale, chosen.sampler)
-        print(sweep(bench, chosen.prompts) if chosen.sweep else evaluate(bench, chosen.prompts, settings))
+        if chosen.grid:
+            print(grid(bench, chosen.grid, settings))
+        else:
+            print(sweep(bench, chosen.prompts) if chosen.sweep else evaluate(bench, chosen.prompts, settings))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        return 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

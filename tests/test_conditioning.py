@@ -179,6 +179,16 @@ def test_minilm_is_prepared_for_both_libraries(tmp_path: Path, monkeypatch: pyte
     with torch.no_grad():
         wanted = theirs(told.input_ids, attention_mask=told.attention_mask)[0]
     close(encoder.encode(PROMPTS)[0].hidden, wanted)
+    minilm.minilm_from_package(
+        tmp_path / "first/text_encoder", tmp_path / "first/tokenizer", 12, source, layers=1
+    )
+    first = BertModel.from_pretrained(tmp_path / "first/text_encoder")
+    with torch.no_grad():
+        inside = theirs(
+            told.input_ids, attention_mask=told.attention_mask, output_hidden_states=True
+        ).hidden_states[1]
+        short = first(told.input_ids, attention_mask=told.attention_mask)[0]
+    torch.testing.assert_close(short, inside)
 
 
 # Prompts longer than the window

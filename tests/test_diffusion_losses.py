@@ -5,7 +5,14 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from ldm.diffusion.losses import LossConfig, Posterior, diffusion_loss, loss_weight, variational_bound
+from ldm.diffusion.losses import (
+    LossConfig,
+    Posterior,
+    diffusion_loss,
+    loss_weight,
+    shifted,
+    variational_bound,
+)
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
@@ -204,3 +211,14 @@ def test_perturbed_input_has_an_unperturbed_target():
     alpha, std = roots(schedule, TIMESTEPS)
     assert torch.allclose(seen[0].double(), alpha * x0 + std * (noise + 0.1 * more), atol=1e-5)
     assert bool((loss < 1e-8).all())  # the very noise is the target
+
+
+def test_shifted_timesteps_have_the_distribution_of_the_formula():
+    every = torch.arange(1000)
+    assert torch.equal(shifted(every, 1.0, 1000), every)
+    for shift in (0.5, 3.0):
+        moved = shifted(every, shift, 1000)
+        assert moved.min() >= 0 and moved.max() <= 999
+        for share in (0.25, 0.5, 0.9):
+            wanted = share / (shift - (shift - 1) * share)
+            assert float((moved < 1000 * share).double().mean()) == pytest.approx(wanted, abs=2e-3)

@@ -35,10 +35,7 @@ RELATION_WORDS: dict[str, tuple[str, ...]] = {
     "below": ("below", "under", "beneath"),
     HOLDING: ("holding", "holding", "with", "carrying"),
 }
-SIZE_WORDS: dict[str, tuple[str, ...]] = {
-    "small": ("small", "small", "tiny", "little"),
-    "big": ("big", "big", "large", "huge"),
-}
+SIZE_WORDS: dict[str, tuple[str, ...]] = {"small": ("small", "small", "tiny", "little")}
 # Said now and then of animals and characters, with no change of the picture: people write such words.
 MOODS = ("cute", "happy", "sleepy", "funny", "friendly", "adorable")
 # Around the whole when no style is named.
@@ -88,14 +85,14 @@ def caption(plan: Plan, rng: Generator) -> str:
     setting = _setting(plan.setting, rng) if plan.setting_named else ""
     if not plan.style_named and not plan.finish:
         framed = pick(rng, FRAMES) if rng.random() < 0.1 else "{}"
-        return framed.format(_phrase(number, words, bare and framed == "{}") + setting)
+        return framed.format(phrase(number, words, bare and framed == "{}") + setting)
     form = pick(rng, STYLE_WORDS[plan.finish or plan.style])
     if form.startswith("["):
-        return _phrase(number, _with_style(plan, form.strip("[]"), words), bare) + setting
-    return form.format(_phrase(number, words, bare and form.startswith("{}")) + setting)
+        return phrase(number, _with_style(plan, form.strip("[]"), words), bare) + setting
+    return form.format(phrase(number, words, bare and form.startswith("{}")) + setting)
 
 
-def _phrase(number: str, words: str, bare: bool = False) -> str:
+def phrase(number: str, words: str, bare: bool = False) -> str:
     """Put the right article before the words; `bare` leaves it out, as people do in a search box."""
     if bare or number in ("mass", "many"):
         return words
@@ -112,7 +109,7 @@ def _subject(plan: Plan, rng: Generator) -> tuple[str, str]:
         name, other_name = _name(thing, rng), _name(other, rng)
         if plan.relation == HOLDING:
             name = thing.wearer or name
-        second = _phrase(_number(other, other_name), _joined(plan.second_colour, other_name))
+        second = phrase(_number(other, other_name), _joined(plan.second_colour, other_name))
         first = _joined(plan.colour, name)
         return _number(thing, name), f"{first} {pick(rng, RELATION_WORDS[plan.relation])} {second}"
     colour = f"{plan.colour} " if plan.colour else ""
@@ -144,17 +141,17 @@ def _number(thing: Thing, name: str) -> str:
 
 
 def _costumed(thing: Thing, costume: str, rng: Generator) -> str:
-    wearer = _mood(thing, rng) + thing.wearer
+    mood, wearer = _mood(thing, rng), thing.wearer
     if costume == ASTRONAUT:
         ways = (f"{wearer} astronaut",) * 3 + (
             f"{wearer} in a space suit",
             f"{wearer} dressed as an astronaut",
             f"astronaut {wearer}",
         )
-        return pick(rng, ways)
+        return mood + pick(rng, ways)
     hat = pick(rng, COSTUME_WORDS.get(costume, (costume,)))
     worn = hat if costume in GLASSES else f"{article(hat)} {hat}"
-    return f"{wearer} {pick(rng, ('wearing', 'wearing', 'in', 'with'))} {worn}"
+    return f"{mood}{wearer} {pick(rng, ('wearing', 'wearing', 'in', 'with'))} {worn}"
 
 
 def _with_style(plan: Plan, style: str, words: str) -> str:

@@ -4,6 +4,10 @@ Every part of each combination is trained, only never together: the raccoon wear
 astronauts. A combination is a set of names, held out in every style, wording, number, relation and setting.
 """
 
+from collections.abc import Iterable
+
+from ldm.data.things import THINGS
+
 COSTUMES: tuple[tuple[str, str], ...] = (
     ("raccoon", "astronaut"),
     ("koala", "astronaut"),
@@ -49,6 +53,15 @@ HELD_OUT: frozenset[frozenset[str]] = frozenset(
 )
 
 
+def _said(names: Iterable[str]) -> frozenset[str]:
+    """As captions may say them: a cat's face is a cat."""
+    return frozenset(THINGS[name].wearer or name if name in THINGS else name for name in names)
+
+
+_SAID = frozenset(_said(combination) for combination in HELD_OUT)
+
+
 def is_held_out(names: set[str]) -> bool:
     """Whether a picture that combines these names (things, costume, colour) holds a held-out combination."""
-    return any(combination <= names for combination in HELD_OUT)
+    said = _said(names)
+    return any(combination <= said for combination in _SAID)

@@ -12,7 +12,7 @@ class Plan:
 
     `setting` is a plain background's colour or a scene's name; the `..._named` say what the caption tells. `colour` is
     of the first thing, `second_colour` of the second. `relation`: of the first to the second, one of RELATIONS or
-    HOLDING. `size`: "small", "big" or "" (not told, about as large as the frame). `finish`: a style of the whole
+    HOLDING. `size`: "small", or "" for about as large as the frame. `finish`: a style of the whole
     picture, a key of FINISHES; the caption always names it, in place of `style`.
     """
 

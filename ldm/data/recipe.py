@@ -52,7 +52,7 @@ class RecipeConfig:
 
     `jitter` is how much smaller than the frame a thing may be drawn and how far off the centre it may stand.
     `finished` is the share of pictures in a style that any picture can take on (FINISHES), `sized` that of single
-    things whose size is told, `painted` that of things in pairs that have another colour than their own.
+    things that are small, and said to be, `painted` that of things in pairs that have another colour than their own.
     """
 
     things: list[str] = field(default_factory=lambda: ["core"])
@@ -173,7 +173,7 @@ class Recipe:
 
     def heldout_plans(self) -> list[Plan]:
         """Return a plan on white, style named, for each held-out combination that the sprites can draw."""
-        plans = []
+        plans, have = [], {thing.name for thing in choose(self.config.things)}
         for style in self.config.styles:
             common: dict[str, Any] = {"style": style, "setting": "white", "style_named": True}
             if style in COSTUME_STYLES:
@@ -186,7 +186,9 @@ class Recipe:
             plans += [
                 Plan("heldout", (thing,), finish=finish, **common) for thing, finish in heldout.FINISHED
             ]
-        return [plan for plan in plans if self._drawable(plan)]
+        return [
+            plan for plan in plans if self._drawable(plan) and (plan.costume or have.issuperset(plan.things))
+        ]
 
     def _drawable(self, plan: Plan) -> bool:
         needed = [*plan.things, *([plan.costume] if plan.costume else [])]
@@ -219,10 +221,11 @@ class Recipe:
         }
         if kind == "scene":
             common["setting_named"] = True
-        if rng.random() < self.config.finished:
-            common["finish"] = tuple(FINISHES)[int(rng.integers(len(FINISHES)))]
-            if kind != "scene":  # colours can't be told apart in it
-                common |= {"setting": "white", "setting_named": False}
+        painted = self.config.painted
+        if kind not in ("scene", "colour") and rng.random() < self.config.finished:
+            finish = tuple(FINISHES)[int(rng.integers(len(FINISHES)))]
+            common |= {"finish": finish, "setting": "white", "setting_named": False}
+            painted = 0.0  # no colour can be told in it
         if kind in ("hat", "astronaut"):
             return Plan(things=(pick[0],), costume=pick[1], **common)
         if kind == "colour":
@@ -231,22 +234,27 @@ class Recipe:
             other = pick
             while other == pick:
                 other = pool[int(rng.integers(len(pool)))]
-            common |= {"colour": self._paint(pick, rng), "second_colour": self._paint(other, rng)}
+            common |= {
+                "colour": self._paint(pick, painted, rng),
+                "second_colour": self._paint(other, painted, rng),
+            }
             return Plan(things=(pick, other), relation=RELATIONS[int(rng.integers(len(RELATIONS)))], **common)
         if kind == "holding":
-            return Plan(things=pick, relation=HOLDING, second_colour=self._paint(pick[1], rng), **common)
+            return Plan(
+                things=pick, relation=HOLDING, second_colour=self._paint(pick[1], painted, rng), **common
+            )
         if kind == "count":
             colour = ""
-            if THINGS[pick].recolourable and rng.random() < 0.5:
+            if THINGS[pick].recolourable and painted and rng.random() < 0.5:
                 colour = tuple(PAINTS)[int(rng.integers(len(PAINTS)))]
             return Plan(things=(pick,), count=int(rng.integers(2, 4)), colour=colour, **common)
-        own = bool(THINGS[pick].colour) and kind == "single" and rng.random() < 0.3
-        size = str(rng.choice(("small", "big"))) if rng.random() < self.config.sized else ""
+        own = bool(THINGS[pick].colour and painted) and kind == "single" and rng.random() < 0.3
+        size = "small" if rng.random() < self.config.sized else ""
         return Plan(things=(pick,), own_colour_named=own, size=size, **common)
 
-    def _paint(self, thing: str, rng: Generator) -> str:
-        """A colour for a thing of a pair, mostly its own."""
-        if not THINGS[thing].recolourable or rng.random() >= self.config.painted:
+    def _paint(self, thing: str, share: float, rng: Generator) -> str:
+        """A colour for a thing of a pair, or "" for its own."""
+        if not THINGS[thing].recolourable or rng.random() >= share:
             return ""
         return tuple(PAINTS)[int(rng.integers(len(PAINTS)))]
 
@@ -302,7 +310,7 @@ class Recipe:
         elif plan.count > 1:
             places = COUNTED[plan.count]
         else:
-            share = share if not plan.size else 1.0 if plan.size == "big" else 0.5 * share
+            share *= 0.5 if plan.size == "small" else 1.0
             return [(0.5 + shift[0], 0.5 + shift[1], share)]
         return [(x + 0.5 * shift[0], y + 0.5 * shift[1], side * share) for x, y, side in places]
 

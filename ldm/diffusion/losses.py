@@ -24,6 +24,7 @@ class LossConfig:
     offset_noise: scale of a noise that is the same all over a channel, which teaches very dark and bright pictures.
     input_perturbation: scale of more noise in what the network sees, and not in what it should predict (Ning et al.
         2023; 0.1).
+    timestep_shift: above 1 the network sees more noisy pictures, see `shifted`; 1 draws timesteps uniformly.
     variance: the VLB's share in the hybrid loss of a network that learns its variance too, and so gives twice the
         channels (Nichol & Dhariwal 2021, eq. 16; 0.001). 0: it doesn't.
     """
@@ -34,7 +35,19 @@ class LossConfig:
     p2_k: float = 1.0
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
+    timestep_shift: float = 1.0
     variance: float = 0.0
+
+
+def shifted(timestep: Tensor, shift: float, num_train_timesteps: int) -> Tensor:
+    """Uniform timesteps (B,), integers, moved towards noise: u to s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
+
+    Half of them lie above s / (1 + s) of the whole: above 0.75 for a shift of 3. Where text decides, at high noise, a
+    network so learns it from more pictures.
+    """
+    share = (timestep.double() + 0.5) / num_train_timesteps
+    moved = shift * share / (1 + (shift - 1) * share)
+    return (moved * num_train_timesteps).long().clamp(0, num_train_timesteps - 1)
 
 
 def diffusion_loss(

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.data.captions import caption
+from ldm.data.captions import caption, phrase
 from ldm.data.plan import Plan
 from ldm.data.recipe import Recipe
 from ldm.data.things import THINGS, choose
+from ldm.errors import UserError
 
 # Words that no caption of the recipe has (a test watches over it), by the thing that they mean.
 # fmt: off
@@ -36,7 +37,10 @@ class Asked:
 
 
 def ask(recipe: Recipe, prompts: int, seed: int = 0) -> list[Asked]:
-    """Half of `prompts` of what was trained on, each of the recipe's kinds in turn; half of what was held out."""
+    """Half of `prompts` of what was trained on, each of the recipe's kinds in turn; half of what was held out.
+
+    Raises UserError where nothing held out can be drawn.
+    """
     return [*_seen(recipe, prompts // 2, seed), *_held_out(recipe, prompts - prompts // 2, seed)]
 
 
@@ -47,9 +51,11 @@ def ask_words(recipe: Recipe, seeds: int = 2) -> list[Asked]:
         if thing not in known:
             continue
         plan = Plan("single", (thing,), recipe.config.styles[0], "white")
-        name = f"a {THINGS[thing].name}" if THINGS[thing].number == "one" else THINGS[thing].name
+        name = phrase(THINGS[thing].number, THINGS[thing].name)
         for seed in range(seeds):
-            asked.append(Asked(word if word == "spectacles" else f"a {word}", plan, seed, "word", "word"))
+            asked.append(
+                Asked(phrase("many" if word == "spectacles" else "one", word), plan, seed, "word", "word")
+            )
             asked.append(Asked(name, plan, seed, "name", "name"))
     return asked
 
@@ -66,6 +72,10 @@ def _seen(recipe: Recipe, count: int, seed: int) -> list[Asked]:
 
 def _held_out(recipe: Recipe, count: int, seed: int) -> list[Asked]:
     plans, asked = recipe.heldout_plans(), []
+    if not plans:
+        raise UserError(
+            "none of the held-out combinations can be drawn of this recipe's things, sprites and styles"
+        )
     order = np.random.default_rng([seed, 2]).permutation(
         len(plans)
     )  # fewer prompts than plans: some of each kind

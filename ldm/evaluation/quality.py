@@ -63,7 +63,7 @@ class Likeness:
     """Of a part's pictures as a set. Distances are in EfficientNet-Lite0's pooled features.
 
     frechet: between those drawn and as many real ones of the same plans; frechet_real: between the latter and others
-    of the same plans; frechet_floor: between the latter and real ones through the autoencoder. nearest, nearest_real:
+    of the same plans; frechet_floor: between others and the first through the autoencoder. nearest, nearest_real:
     the median distance, of unit vectors, from one drawn, or a real one, to the nearest training composition.
     """
 
@@ -135,7 +135,7 @@ def real(recipe: Recipe, asked: Sequence[Asked], seed: int = 0) -> Tensor:
 def reconstruct(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Pictures through the autoencoder, by the posterior's mean, rounded to 8 bits as files are."""
     parts = [autoencoder.decode(autoencoder.encode(some).mean) for some in pictures.split(_AT_ONCE)]
-    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    return ((torch.cat(parts).float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def likeness(
     return Likeness(
         frechet_distance(seen, a),
         frechet_distance(a, b),
-        frechet_distance(a, c),
+        frechet_distance(b, c),
         float(nearest(seen, training)[0].median()),
         float(nearest(b, training)[0].median()),
     )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.data.masks import random_mask
-from ldm.diffusion.losses import LossConfig, diffusion_loss
+from ldm.diffusion.losses import LossConfig, diffusion_loss, shifted
 from ldm.diffusion.parameterization import check
 from ldm.diffusion.plan import plan
 from ldm.errors import UserError
@@ -110,7 +110,7 @@ class Config:
         refuse_outside("text_to_image", self, ("windows",), 1)
         refuse_outside("text_to_image.validation", self.validation, ("seeds", "steps"), 1)
         refuse_outside("text_to_image.loss", self.loss, loss, 0)
-        refuse_outside("text_to_image.loss", self.loss, ("gamma",), 0.001)
+        refuse_outside("text_to_image.loss", self.loss, ("gamma", "timestep_shift"), 0.001)
         if self.prior:
             refuse_outside("text_to_image.prior", self.prior, ("pictures", "steps"), 1)
             refuse_outside("text_to_image.prior", self.prior, ("weight",), 0)
@@ -119,7 +119,7 @@ class Config:
 
 
 class Objective:
-    """Weighted mean squared error of the prediction, at uniformly drawn timesteps."""
+    """Weighted mean squared error of the prediction, at timesteps drawn uniformly, or shifted towards noise."""
 
     def __init__(self, config: Config):
         config.check()
@@ -193,7 +193,8 @@ class Objective:
         dropped = rng.uniform() < config.condition_dropout
         shape = batch.latents.shape[1:]
         noise = rng.normal(*shape)
-        timestep = rng.integers(self.schedule.num_train_timesteps).to(device)
+        steps = self.schedule.num_train_timesteps
+        timestep = shifted(rng.integers(steps), settings.timestep_shift, steps).to(device)
         if settings.offset_noise:
             noise = noise + settings.offset_noise * rng.normal(shape[0], 1, 1)
         seen = (
