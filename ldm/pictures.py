@@ -1,5 +1,6 @@
 """Pictures to tensors and back, and sheets of several."""
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
@@ -31,6 +33,13 @@ def to_pil(pictures: Tensor) -> "list[Image]":
     from PIL import Image
 
     return [Image.fromarray(picture) for picture in (to_numpy(pictures) * 255).round().astype(np.uint8)]
+
+
+def png(picture: "Image", metadata: "PngInfo | None" = None) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=metadata)
+    return buffer.getvalue()
 
 
 def grid(pictures: "Sequence[Image]", columns: int) -> "Image":

@@ -3,7 +3,6 @@
 In a folder no present file is overwritten; a `.png` that is named is replaced.
 """
 
-import io
 import os
 import re
 import tempfile
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ldm.checkpoints.files import flush_to_disk, unwritable, write_bytes
 from ldm.errors import UserError
+from ldm.pictures import png
 from pipelines.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 
 
 _OTHERS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf")
-
-
-def png(picture: "Image", recipe: Recipe | None = None) -> bytes:
-    """The bytes of a PNG, with the recipe in its metadata."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=recipe.png_info() if recipe else None)
-    return buffer.getvalue()
 
 
 def check_target(path: Path, pictures: int, folder: bool = True) -> None:
@@ -64,7 +57,7 @@ def whole_path(name: str | Path) -> str:
 
 def save_picture(picture: "Image", recipe: Recipe, path: Path) -> Path:
     """Save to a `.png`, or into a folder under the next free number: `0007-a-raccoon-astronaut.png`."""
-    data = png(picture, recipe)
+    data = png(picture, recipe.png_info())
     if path.suffix.lower() == ".png":
         write_bytes(path, data)
         return path

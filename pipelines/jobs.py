@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoints.files import write_bytes
 from ldm.errors import UserError
-from ldm.pictures import grid
-from pipelines.files import png, save_picture
+from ldm.pictures import grid, png
+from pipelines.files import save_picture
 from pipelines.recipe import Recipe
 from pipelines.text_to_image import TextToImagePipeline
 

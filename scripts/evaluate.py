@@ -25,9 +25,7 @@ def main() -> int:
     parser.add_argument(
         "--config", type=Path, default=Path("configs/bundled-unet.yaml"), help="of its training"
     )
-    parser.add_argument(
-        "--prompts", type=int, default=512, help="half seen, half held out (default: %(default)s)"
-    )
+    parser.add_argument("--prompts", type=int, default=512, help="half held out (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"))
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--grid", type=Path, metavar="FILE")
@@ -40,12 +38,14 @@ def main() -> int:
     try:
         if chosen.prompts < 16:
             raise UserError(f"--prompts is {chosen.prompts}: give 16 or more")
-        bench = Bench(chosen.model, chosen.config, chosen.output, chosen.precision)
+        bench = Bench.open(chosen.model, chosen.config, chosen.output, chosen.precision)
         settings = Settings(chosen.steps, chosen.guidance, chosen.rescale, chosen.sampler)
-        if chosen.grid:
+        if chosen.sweep:
+            print(sweep(bench, chosen.prompts, settings))
+        elif chosen.grid:
             print(grid(bench, chosen.grid, settings))
         else:
-            print(sweep(bench, chosen.prompts) if chosen.sweep else evaluate(bench, chosen.prompts, settings))
+            print(evaluate(bench, chosen.prompts, settings))
     except KeyboardInterrupt:
         print("stopped: the same command goes on", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from benchmarks.quality import recipe_of
+from benchmarks import sweep as sweeping
+from benchmarks.quality import Bench, Settings, compositions_of, grid
+from benchmarks.quality import evaluate as evaluated
 from ldm.data.plan import HOLDING, Plan
 from ldm.data.recipe import Recipe, RecipeConfig
 from ldm.data.sprites import SpriteSet
@@ -28,12 +31,16 @@ from ldm.evaluation.detectors import (
 )
 from ldm.evaluation.figures import shares
 from ldm.evaluation.frechet import frechet_distance
-from ldm.evaluation.prompts import UNSEEN_WORDS, ask, ask_words
-from ldm.evaluation.questions import WHOLE, Question, questions
+from ldm.evaluation.prompts import UNSEEN_WORDS, Asked, ask, ask_words
+from ldm.evaluation.questions import WHOLE, Question, questions, readings
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.critics import EfficientNetLite0, PerceptualDistance
+from ldm.pictures import to_tensor
+from pipelines import TextToImagePipeline
 from scripts import evaluate
+from tests.tiny import tiny_pipeline_folder
 
+BUNDLED = str(Path(__file__).parents[1] / "configs/bundled-unet.yaml")
 THINGS_HERE = ("raccoon", "fox", "panda", "apple", "car", "astronaut", "top hat", "crown", "robot", "tree")
 
 
@@ -167,7 +174,14 @@ def test_questions_are_about_all_that_a_plan_shows():
         return {(q.attribute, q.answer, q.told) for q in questions(plan)}
 
     basis = {("style", "3d", False), ("setting", "white", False)}
-    assert asked() == basis | {("thing", "fox", True), ("count", "1", False)}
+    one = {("thing", "fox", True), ("count", "1", False), ("size", "large", False)}
+    assert asked() == basis | one
+    assert asked(size="small", colour="red") == basis | {
+        ("part", "fox", True),
+        ("colour", "red", True),
+        ("count", "1", False),
+        ("size", "small", True),
+    }
     assert asked(costume="crown") == basis | {("face", "fox", True), ("costume", "crown", True)}
     pair = asked(things=("apple", "car"), relation="above", colour="blue", style_named=True)
     expected = {("part", "apple", True), ("part", "car", True), ("part's colour", "blue", True)}
@@ -181,20 +195,56 @@ def test_questions_are_about_all_that_a_plan_shows():
         ("part's colour", "red", True),
     }
     drawn = asked(finish="line drawing", colour="red")
-    assert drawn == {("style", "line drawing", True), ("thing", "fox", True)}
+    assert drawn == one | {("style", "line drawing", True)}
     counted = asked(count=3)
     assert counted == basis | {("part", "fox", True), ("count", "3", True)}
 
 
-@pytest.mark.parametrize("relation", ["left of", "right of", "above", "below", "next to"])
-def test_questions_look_where_the_recipe_paints(recipe: Recipe, relation: str):
-    plan = Plan("pair", ("apple", "car"), "3d", "white", relation=relation)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        *(
+            Plan("pair", ("apple", "car"), "3d", "white", relation=relation)
+            for relation in ("left of", "right of", "above", "below", "next to")
+        ),
+        Plan("holding", ("fox", "apple"), "3d", "white", relation=HOLDING),
+        *(Plan("count", ("car",), "3d", "white", count=count) for count in (2, 3)),
+        Plan("single", ("car",), "3d", "white"),
+        Plan("single", ("car",), "3d", "white", size="small"),
+    ],
+)
+def test_questions_look_where_the_recipe_paints(recipe: Recipe, plan: Plan):
     picture = torch.from_numpy(recipe.draw(plan).picture).permute(2, 0, 1)[None].float()
-    for question in questions(plan):
-        if question.attribute == "part":
-            (seen,) = views(picture, [question.place])
-            colour = recipe.sprites.pixels[question.answer, "3d"][100, 64, :3]
-            assert (seen[:, 100, 64] - torch.from_numpy(colour).float()).abs().max() < 2
+    asked = [each for each in questions(plan) if each.attribute in ("part", "thing", "holder")]
+    assert len(asked) == len(plan.things) * plan.count
+    for question in asked:
+        (seen,) = views(picture, [question.place])
+        colour = torch.from_numpy(recipe.sprites.pixels[question.answer, "3d"][80, 40, :3]).float()
+        assert (seen[:, 80, 40] - colour).abs().max() < 2
+
+
+def test_things_next_to_each_other_may_stand_either_way_round():
+    plan = Plan("pair", ("apple", "car"), "3d", "white", colour="red", relation="next to")
+    first, turned = readings(plan)
+    left, right = (next(q.place for q in first if q.answer == thing) for thing in ("apple", "car"))
+    assert left != right
+    assert [(q.answer, q.place) for q in turned if q.attribute == "part"] == [("car", left), ("apple", right)]
+    assert [q.place for q in turned if q.attribute == "part's colour"] == [right]
+    assert len(readings(replace(plan, relation="left of"))) == 1
+
+
+def test_a_turned_pair_is_right(recipe: Recipe, sprites: SpriteSet, features: Features):
+    config = replace(recipe.config, weights={"pair": 1.0}, white=1.0, setting_named=0, finished=0, painted=0)
+    made = quality.fitted(features, Recipe(sprites, config, everything=True), 160)
+    plans = {
+        relation: Plan("pair", ("raccoon", "tree"), "3d", "white", relation=relation)
+        for relation in ("next to", "left of", "right of")
+    }
+    asked = [Asked("", plan, 0, "seen", relation) for relation, plan in plans.items()]
+    other = recipe.draw(plans["right of"]).picture  # the raccoon on the right
+    judged = quality.judge(made, asked, {"drawn": to_tensor([other] * 3)})
+    shares_of = {relation: judged.shares("drawn", "seen", relation).composed for relation in plans}
+    assert shares_of == {"next to": 1, "left of": 0, "right of": 1}
 
 
 def test_prompts_are_half_seen_and_half_held_out_and_always_the_same(recipe: Recipe):
@@ -202,7 +252,11 @@ def test_prompts_are_half_seen_and_half_held_out_and_always_the_same(recipe: Rec
     assert asked == ask(recipe, 80) and asked != ask(recipe, 80, seed=1)
     assert [each.part for each in asked] == ["seen"] * 40 + ["held-out"] * 40
     assert {each.group for each in asked[:40]} == set(recipe.kinds)
-    assert {each.group for each in ask(recipe, 400)[200:]} == {"costume", "colour", "pair", "style"}
+    held_out = ask(recipe, 400)[200:]
+    assert {each.group for each in held_out} == {"hat", "astronaut", "colour", "pair", "style"}
+    for told in ("style_named", "setting_named"):
+        assert {getattr(each.plan, told) for each in held_out if not each.plan.finish} == {True, False}
+    assert len({each.plan.setting for each in held_out}) > 5
     assert {each.plan.names >= {"raccoon", "astronaut"} for each in asked[:40]} == {False}
 
 
@@ -234,6 +288,8 @@ def test_shares_count_what_was_told():
     assert found.top1 == 3 / 5 and found.top5 == 4 / 5
     assert found.attributes == {"colour": (1.0, 2), "part": (0.0, 1), "thing": (3 / 4, 4)}
     assert np.isnan(shares([[untold]]).top1)
+    unknown = Verdict(Question("thing", WHOLE, "z"), [])  # what no detector knows is never right
+    assert shares([[unknown]]).composed == 0 == shares([[unknown]]).top5
 
 
 def test_pictures_are_drawn_once(tmp_path: Path, recipe: Recipe):
@@ -249,6 +305,9 @@ def test_pictures_are_drawn_once(tmp_path: Path, recipe: Recipe):
     again = quality.draw_all(draw, asked, tmp_path, at_once=4)
     assert len(calls) == 11 and calls[-1] == (asked[3].prompt, asked[3].seed)
     assert torch.equal(quality.as_tensor(first), quality.as_tensor(again))
+    (tmp_path / "00005.png").write_bytes((tmp_path / "00005.png").read_bytes()[:40])
+    quality.draw_all(draw, asked, tmp_path, at_once=4)
+    assert len(calls) == 12, "a damaged one is drawn again"
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -280,6 +339,85 @@ def test_the_whole_judgement_of_real_pictures(recipe: Recipe, sprites: SpriteSet
     assert "| thing | 50 % | 4 |" in report.detectors({"thing": (0.5, 4)})
 
 
+@pytest.fixture
+def bench(tmp_path: Path, sprites: SpriteSet, features: Features) -> Bench:
+    pipe = TextToImagePipeline.from_pretrained(tiny_pipeline_folder(tmp_path, "sd1"))
+    recipe = Recipe(sprites, RecipeConfig(things=list(THINGS_HERE), size=32))
+    return Bench("tiny", pipe, recipe, features.network, tmp_path / "out", 256, 48, 32)
+
+
+def test_an_evaluation_writes_what_it_found_and_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match="eulr"):
+        evaluated(bench, 16, Settings(1, sampler="eulr"))
+    assert not (bench.output / "pictures").exists(), "what can't be drawn with leaves nothing behind"
+    text = evaluated(bench, 16, Settings(1))
+    assert text == (bench.output / "report.md").read_text()
+    assert "1 steps" in text and "## held-out" in text and "among the first 32" in text
+    lines = [json.loads(line) for line in (bench.output / "verdicts.jsonl").read_text().splitlines()]
+    assert [line["picture"] for line in lines] == list(range(16 + 2 * 2 * 5))  # 5 unseen words, their names
+    for part in ("seen", "held-out"):
+        some = [line for line in lines if line["part"] == part]
+        assert len(some) == 8
+        row = next(line for line in text.split(f"## {part}")[1].splitlines() if line.startswith("| all "))
+        assert f" | {100 * np.mean([line['right'] for line in some]):.0f} % |" in row
+        assert (bench.output / f"{part}.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(quality, "fitted", None)  # what is there already is neither fitted nor drawn again
+    monkeypatch.setattr(Bench, "draw", None)
+    again = Bench("tiny", bench.pipe, bench.recipe, bench.network, bench.output, 256, 48, 32)
+    assert evaluated(again, 16, Settings(1)) == text
+    with pytest.raises(UserError, match="another evaluation"):
+        evaluated(again, 16, Settings(2))
+
+
+def test_detectors_are_of_a_recipe_and_of_their_fit(bench: Bench):
+    same = replace(bench)
+    fewer = replace(bench, fitted=128)
+    other = replace(bench, recipe=Recipe(bench.recipe.sprites, replace(bench.recipe.config, white=0.5)))
+    assert same.identity == bench.identity and len({bench.identity, fewer.identity, other.identity}) == 3
+
+
+def test_a_model_of_another_size_is_refused(bench: Bench):
+    with pytest.raises(UserError, match="128"):
+        replace(bench, recipe=Recipe(bench.recipe.sprites, RecipeConfig(things=list(THINGS_HERE))))
+
+
+def test_a_grid_has_four_seeds_of_each_line(bench: Bench, tmp_path: Path):
+    (tmp_path / "lines.txt").write_text("a fox\n\na car\n")
+    with Image.open(grid(bench, tmp_path / "lines.txt", Settings(1))) as sheet:
+        made = np.asarray(sheet)
+    with Image.open(grid(bench, tmp_path / "lines.txt", Settings(1))) as sheet:
+        assert (np.asarray(sheet) == made).all()
+    width = made.shape[1] // 12
+    (expected,) = bench.draw(["a car"], [2], Settings(1))
+    assert (made[3:35, 6 * width + 3 : 6 * width + 35] == np.asarray(expected)).all()
+    (tmp_path / "lines.txt").write_text("\n")
+    with pytest.raises(UserError, match="no prompts"):
+        grid(bench, tmp_path / "lines.txt", Settings(1))
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    ways = {"ddim": [Settings(1, 2.0, 0.0, "ddim"), Settings(2, 2.0, 0.0, "ddim")]}
+    monkeypatch.setattr(sweeping, "WAYS", ways)
+    text = sweeping.sweep(bench, 16, Settings())
+    assert text.count("| ddim | ") == 2 and (bench.output / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    found = json.loads((bench.output / "sweep.json").read_text())
+    kept = dict(list(found["points"].items())[:1])
+    (bench.output / "sweep.json").write_text(json.dumps(found | {"points": kept}))
+    drawn = []
+    draw = bench.draw
+    monkeypatch.setattr(bench, "draw", lambda *asked: drawn.append(asked[2]) or draw(*asked))
+    sweeping.sweep(bench, 16, Settings())
+    assert drawn[1:] == [ways["ddim"][1]] * 2  # after the warm-up, two batches of the way that was missing
+    (bench.output / "sweep.json").write_text("{")
+    with pytest.raises(UserError, match="JSON"):
+        sweeping.sweep(bench, 16, Settings())
+    with pytest.raises(UserError, match="--sweep has its own"):
+        sweeping.sweep(bench, 16, Settings(4))
+    with pytest.raises(UserError, match="another model"):
+        (bench.output / "sweep.json").write_text(json.dumps(found))
+        sweeping.sweep(bench, 18, Settings())
+
+
 def test_a_sheet_frames_and_names_its_pictures():
     pictures = [Image.new("RGB", (40, 40), "blue")] * 3
     sheet = report.sheet(pictures, ["a b", "", "a long prompt of many words"], 2, [True, False, True])
@@ -298,12 +436,13 @@ def test_bad_input_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     config = tmp_path / "c.yaml"
-    config.write_text(json.dumps({"output": "x", "autoencoder": {}}))
+    config.write_text(json.dumps({"output": "x", "loop": {"pictures": 16}, "autoencoder": {}}))
     monkeypatch.chdir(tmp_path)
     cases = {
         "16 or more": ["--prompts", "3"],
         "no text_to_image": ["--config", str(config)],
-        "sprites": ["--config", str(Path(__file__).parents[1] / "configs/bundled-unet.yaml")],
+        "too long": ["--config", BUNDLED, "--output", "x" * 300],
+        "sprites": ["--config", BUNDLED],
     }
     for said, arguments in cases.items():
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
@@ -314,5 +453,5 @@ def test_bad_input_is_one_line(
 
 
 def test_the_recipe_of_the_bundled_model_is_read():
-    config = recipe_of(Path(__file__).parents[1] / "configs/bundled-unet.yaml")
+    config = compositions_of(Path(BUNDLED)).recipe
     assert len(config.things) == 101 and config.weights["pair"] > 0

@@ -30,14 +30,16 @@ def minilm_from_package(
     source: str | Path | None = None,
     layers: int = LAYERS,
 ) -> None:
-    """Write `text_encoder/` (fp16, 45 MB) and `tokenizer/` folders that transformers and diffusers load.
+    """Write `text_encoder/` (fp16, 38 MB) and `tokenizer/` folders that transformers and diffusers load.
 
     `source` is the folder with model.safetensors; None finds it in the installed package. `max_length`
     is the tokenizer's window, special tokens included: every prompt is padded to it, and the padding
     is masked (`use_attention_mask`). The unused pooler is kept (0.3 MB), so that strict loading passes. `layers`: only
-    the first so many of MiniLM's six are kept. Raises UserError if the package is missing or its weights are not the
-    published ones.
+    the first so many of MiniLM's six are kept, 1 or more. Raises UserError if the package is missing or its
+    weights are not the published ones.
     """
+    if layers < 1:
+        raise UserError(f"layers is {layers}: keep 1 or more")
     folder = Path(source) if source is not None else _installed()
     weights = folder / "model.safetensors"
     if not weights.is_file():

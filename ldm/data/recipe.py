@@ -6,7 +6,7 @@ A plan says what a picture shows; drawing and wording read nothing else, so capt
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -172,20 +172,24 @@ class Recipe:
         return self._example(plans[index % len(plans)], rng)
 
     def heldout_plans(self) -> list[Plan]:
-        """Return a plan on white, style named, for each held-out combination that the sprites can draw."""
+        """Return a plan on white, style named, for each held-out combination that the sprites can draw.
+
+        `dressed` gives it another setting and wording.
+        """
         plans, have = [], {thing.name for thing in choose(self.config.things)}
         for style in self.config.styles:
             common: dict[str, Any] = {"style": style, "setting": "white", "style_named": True}
             if style in COSTUME_STYLES:
-                plans += [Plan("heldout", (face,), costume=worn, **common) for face, worn in heldout.COSTUMES]
-            plans += [Plan("heldout", (thing,), colour=colour, **common) for colour, thing in heldout.COLOURS]
+                plans += [
+                    Plan("astronaut" if worn == ASTRONAUT else "hat", (face,), costume=worn, **common)
+                    for face, worn in heldout.COSTUMES
+                ]
+            plans += [Plan("colour", (thing,), colour=colour, **common) for colour, thing in heldout.COLOURS]
             plans += [
-                Plan("heldout", pair, relation=RELATIONS[number % len(RELATIONS)], **common)
+                Plan("pair", pair, relation=RELATIONS[number % len(RELATIONS)], **common)
                 for number, pair in enumerate(heldout.PAIRS)
             ]
-            plans += [
-                Plan("heldout", (thing,), finish=finish, **common) for thing, finish in heldout.FINISHED
-            ]
+            plans += [Plan("single", (thing,), finish=finish, **common) for thing, finish in heldout.FINISHED]
         return [
             plan for plan in plans if self._drawable(plan) and (plan.costume or have.issuperset(plan.things))
         ]
@@ -206,21 +210,24 @@ class Recipe:
                 return plan
         raise UserError(f"all that the recipe's things can show as {kind!r} is held out: give it more things")
 
+    def dressed(self, plan: Plan, rng: Generator) -> Plan:
+        """Return the plan in a setting and with a wording as its kind has them in training; a finish stays on white."""
+        return plan if plan.finish else replace(plan, **self._dress(plan.kind, rng))
+
+    def _dress(self, kind: str, rng: Generator) -> dict[str, Any]:
+        named = rng.random() < self.config.setting_named
+        return {
+            "style_named": rng.random() < self.config.style_named,
+            "setting_named": named or kind == "scene",
+            "setting": self._setting(kind, named, rng),
+        }
+
     def _plan(self, kind: str, rng: Generator) -> Plan:
         styles = self._styles_of(kind)
         style = styles[int(rng.integers(len(styles)))]
         pool = self._pools[style][kind]
         pick = pool[int(rng.integers(len(pool)))]
-        named = rng.random() < self.config.setting_named
-        common: dict[str, Any] = {
-            "kind": kind,
-            "style": style,
-            "style_named": rng.random() < self.config.style_named,
-            "setting_named": named,
-            "setting": self._setting(kind, named, rng),
-        }
-        if kind == "scene":
-            common["setting_named"] = True
+        common: dict[str, Any] = {"kind": kind, "style": style, **self._dress(kind, rng)}
         painted = self.config.painted
         if kind not in ("scene", "colour") and rng.random() < self.config.finished:
             finish = tuple(FINISHES)[int(rng.integers(len(FINISHES)))]

@@ -99,14 +99,14 @@ def fit(features: Tensor, labels: Sequence[str]) -> Detector:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a detector said to a question: all classes, the nearest first."""
+    """What a detector said to a question: all classes, the nearest first; none where no detector knows the answer."""
 
     question: Question
     ranking: list[str]
 
     @property
     def right(self) -> bool:
-        return self.ranking[0] == self.question.answer
+        return self.ranking[:1] == [self.question.answer]
 
     def within(self, first: int) -> bool:
         """Whether the answer is among the `first` nearest."""
@@ -120,20 +120,16 @@ class Detectors:
         self.features, self.detectors = features, dict(detectors)
 
     def judge(self, pictures: Tensor, asked: Sequence[Sequence[Question]]) -> list[list[Verdict]]:
-        """Verdicts on each picture's questions; those that no detector knows the answer of are left out."""
-        known = [
-            (i, question)
-            for i, some in enumerate(asked)
-            for question in some
-            if question.attribute in self.detectors
-            and question.answer in self.detectors[question.attribute].classes
-        ]
-        rows = _rows(self.features, pictures, known)
-        verdicts: list[list[Verdict]] = [[] for _ in asked]
-        for i, question in known:
-            (ranking,) = self.detectors[question.attribute].nearest(rows[i, question.place][None])
-            verdicts[i].append(Verdict(question, ranking))
-        return verdicts
+        """Verdicts on each picture's questions. What no detector knows the answer of counts as wrong."""
+        rows = _rows(self.features, pictures, [(i, each) for i, some in enumerate(asked) for each in some])
+
+        def verdict(i: int, question: Question) -> Verdict:
+            detector = self.detectors.get(question.attribute)
+            if detector is None or question.answer not in detector.classes:
+                return Verdict(question, [])
+            return Verdict(question, detector.nearest(rows[i, question.place][None])[0])
+
+        return [[verdict(i, question) for question in some] for i, some in enumerate(asked)]
 
 
 def fit_all(features: Features, batches: Iterable[tuple[Tensor, list[list[Question]]]]) -> Detectors:

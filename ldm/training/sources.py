@@ -1,6 +1,5 @@
 """Where text-to-image training's pictures come from: compositions, pictures on disk, and a class beside an instance."""
 
-import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from ldm.data.recipe import Recipe, RecipeConfig
 from ldm.data.sprites import SPRITES_FILE, load_sprites
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.pictures import png
 from ldm.system import System
 from ldm.training.bounds import refuse_outside
 from ldm.training.drawing import draw
@@ -183,9 +183,7 @@ def draw_class(config: PriorConfig, system: System) -> PictureSet:
             seeds = missing[start : start + _AT_ONCE]
             drawn = draw(system, [config.prompt] * len(seeds), seeds, config.steps, config.guidance)
             for seed, picture in zip(seeds, drawn, strict=True):
-                buffer = io.BytesIO()
-                picture.save(buffer, "png")
-                write_bytes(paths[seed], buffer.getvalue())
+                write_bytes(paths[seed], png(picture))
     processes().wait_for_everyone()
     return open_pictures(folder, caption_column="")
 
