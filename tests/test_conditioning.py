@@ -163,6 +163,8 @@ def test_minilm_is_prepared_for_both_libraries(tmp_path: Path, monkeypatch: pyte
     out = tmp_path / "out"
     with pytest.raises(UserError, match="not the published"):
         minilm.minilm_from_package(out / "text_encoder", out / "tokenizer", source=source)
+    with pytest.raises(UserError, match="layers is 0"):
+        minilm.minilm_from_package(out / "text_encoder", out / "tokenizer", source=source, layers=0)
     with pytest.raises(UserError, match="there is no"):
         minilm.minilm_from_package(out / "text_encoder", out / "tokenizer", source=tmp_path)
     digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()

