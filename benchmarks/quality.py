@@ -129,9 +129,8 @@ class Bench:
 
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> "list[Image]":
             made = self.draw(prompts, seeds, settings)
-            write_text(
-                folder / "origin.json", origin
-            )  # settings that can't be drawn with leave nothing behind
+            # Not before: settings that can't be drawn with leave nothing behind.
+            write_text(folder / "origin.json", origin)
             return made
 
         return quality.draw_all(draw, asked, folder)
