@@ -100,6 +100,7 @@ class Bench:
         digest = sha256(f"{self.recipe.fingerprint} {self.fitted} {self.tested}".encode())
         for pictures, asked in quality.compositions(self.everything, 32):
             digest.update(pictures.numpy().tobytes() + repr(asked).encode())
+            digest.update(quality.worn(pictures, 0).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -121,7 +122,10 @@ class Bench:
         """A picture a prompt; each is kept in `output` and drawn once."""
         words = [[each.prompt, each.seed] for each in asked]
         folder = self.output / "pictures"
-        origin = json.dumps([self.pipe.system.fingerprint, str(self.pipe.dtype), asdict(settings), words])
+        system = self.pipe.system
+        origin = json.dumps(
+            [system.fingerprint, system.options, str(self.pipe.dtype), asdict(settings), words]
+        )
         if folder.exists() and read_text(folder / "origin.json") != origin:
             raise UserError(
                 f"{folder} holds pictures of another evaluation: delete it, or give another --output"

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 8
 WAYS = {
-    **{f"ddim, guidance {scale:g}": [Settings(20, scale, 0.0, "ddim")] for scale in (1.5, 2.5, 5.0, 7.0)},
+    **{f"ddim, guidance {scale:g}": [Settings(20, scale, 0.0, "ddim")] for scale in (1.5, 2.5, 5.0)},
     "ddim, guidance 3.5": [Settings(steps, 3.5, 0.0, "ddim") for steps in (8, 12, 16, 20, 30)],
     "ddim, guidance 3.5, rescale 0.7": [Settings(20, 3.5, 0.7, "ddim")],
-    "dpmpp_2m, guidance 3.5": [Settings(steps, 3.5, 0.0, "dpmpp_2m") for steps in (8, 12, 16, 20)],
+    "dpmpp_2m, guidance 3.5": [Settings(steps, 3.5, 0.0, "dpmpp_2m") for steps in (8, 12, 20)],
     "unipc, guidance 3.5": [Settings(steps, 3.5, 0.0, "unipc") for steps in (8, 12)],
 }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ldm.data import heldout
 from ldm.system import bundled_model
 from pipelines import TextToImagePipeline
 
@@ -18,6 +19,13 @@ def test_it_is_one_small_documented_folder() -> None:
     card = (folder / "README.md").read_text()
     for heading in ("What it draws", "What it can't do", "Training", "Figures", "Licence"):
         assert heading in card
+
+
+def test_its_card_names_all_that_was_held_out() -> None:
+    card = " ".join((bundled_model() / "README.md").read_text().split())
+    two = [*heldout.COSTUMES, *heldout.COLOURS, *heldout.FINISHED]
+    named = [" ".join(each) for each in two] + [" and ".join(each) for each in heldout.PAIRS]
+    assert len(named) == len(heldout.HELD_OUT) and [each for each in named if each not in card] == []
 
 
 def test_diffusers_draws_the_same_picture() -> None:
@@ -35,4 +43,4 @@ def test_diffusers_draws_the_same_picture() -> None:
 
 def test_its_defaults_need_no_arguments() -> None:
     recipe = TextToImagePipeline.from_pretrained(device="cpu")("a fox", seed=0).recipes[0]
-    assert (recipe.num_inference_steps, recipe.guidance_scale, recipe.sampler) == (20, 3.5, "ddim")
+    assert (recipe.num_inference_steps, recipe.guidance_scale, recipe.sampler) == (12, 3.5, "ddim")

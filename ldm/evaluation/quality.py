@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Draw = Callable[[Sequence[str], Sequence[int]], "list[Image]"]  # prompts and their seeds to pictures
 _AT_ONCE = 64
+_BLOTCHES = 16  # of `worn`, along each side
 _TESTED = 10**9  # compositions from this index on are in no pool that training sees
 SIDES = ("drawn", "real", "floor", "chance")
 
@@ -86,26 +87,32 @@ def compositions(recipe: Recipe, count: int, first: int = 0) -> Iterator[tuple[T
 def fitted(features: Features, recipe: Recipe, count: int) -> Detectors:
     """Detectors fitted on `count` compositions of a recipe, which should compose everything, also what is held out.
 
-    Each composition is shown twice, once softened: what a picture shows is asked, not how sharp it is.
+    Each composition is shown twice, once worn: what a picture shows is asked, not how sharp and clean it is.
     """
 
     def shown() -> Iterator[tuple[Tensor, list[list[Question]]]]:
         for number, (pictures, asked) in enumerate(compositions(recipe, count)):
             yield pictures, asked
-            yield soften(pictures, number), asked
+            yield worn(pictures, number), asked
 
     return fit_all(features, shown())
 
 
-def soften(pictures: Tensor, seed: int) -> Tensor:
-    """Each picture (B, 3, H, W) shrunk to between 1/4 and 3/4 of its side, and enlarged again."""
-    size = pictures.shape[-2:]
-    shares = np.random.default_rng([seed, 4]).uniform(0.25, 0.75, len(pictures))
-    soft = []
-    for picture, share in zip(pictures, shares, strict=True):
+def worn(pictures: Tensor, seed: int) -> Tensor:
+    """Each picture (B, 3, H, W) shrunk to between 1/4 and 3/4 of its side and enlarged again, with blotches.
+
+    These are about an eighth of the side wide and deviate by up to 0.1, where colours are in [-1, 1]: as a model that
+    has not learned to the end leaves them, on what should be plain.
+    """
+    size, rng = pictures.shape[-2:], np.random.default_rng([seed, 4])
+    made = []
+    for picture in pictures:
+        share, depth = rng.uniform(0.25, 0.75), rng.uniform(0, 0.1)
         small = F.interpolate(picture[None], scale_factor=float(share), mode="bilinear", antialias=True)
-        soft.append(F.interpolate(small, size=size, mode="bicubic")[0].clamp(-1, 1))
-    return torch.stack(soft)
+        blotches = torch.from_numpy(rng.normal(0, depth, (1, 3, _BLOTCHES, _BLOTCHES))).float()
+        soft, patches = (F.interpolate(each, size=size, mode="bicubic")[0] for each in (small, blotches))
+        made.append((soft + patches).clamp(-1, 1))
+    return torch.stack(made)
 
 
 def tested(detectors: Detectors, recipe: Recipe, count: int) -> dict[str, tuple[float, int]]:

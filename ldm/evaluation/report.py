@@ -18,19 +18,20 @@ _RIGHT, _WRONG, _FRAME, _LINES, _LINE = (60, 170, 80), (220, 70, 60), 3, 3, 11
 
 
 def table(judged: Judged, part: str) -> str:
-    """The shares of a part's prompts, of each group and in all."""
+    """The shares of a part's prompts, of each group and in all; in brackets those of chance, the floor and the real."""
     rows = [(group, group) for group in judged.groups(part)] if len(judged.groups(part)) > 1 else []
     lines = [
-        "| prompts | n | things right, top-1 | top-5 | all right | "
-        + " | ".join(f"all right: {_COLUMNS[side]}" for side in ("chance", "floor", "real"))
-        + " |",
-        "|---|---|---|---|---|---|---|---|",
+        f"In brackets: {'; '.join(list(_COLUMNS.values())[1:])}.\n",
+        "| prompts | n | things right, top-1 | top-5 | all right |",
+        "|---|---|---|---|---|",
     ]
     for name, group in [*rows, ("all", None)]:
-        drawn = judged.shares("drawn", part, group)
-        others = [judged.shares(side, part, group) for side in ("chance", "floor", "real")]
-        cells = [drawn.top1, drawn.top5, drawn.composed, *(each.composed for each in others)]
-        lines.append(f"| {name} | {drawn.pictures} | {' | '.join(map(_percent, cells))} |")
+        drawn, *others = (judged.shares(side, part, group) for side in _COLUMNS)
+        cells = []
+        for figure in ("top1", "top5", "composed"):
+            beside = ", ".join(_percent(getattr(each, figure)) for each in others)
+            cells.append(f"{_percent(getattr(drawn, figure))} ({beside})")
+        lines.append(f"| {name} | {drawn.pictures} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
