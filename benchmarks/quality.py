@@ -21,9 +21,7 @@ from ldm.evaluation.prompts import Asked, ask, ask_words
 from ldm.models.critics import EfficientNetLite0, PerceptualDistance
 from ldm.pictures import png
 from ldm.system import bundled_model
-from ldm.training.objectives import text_to_image
-from ldm.training.run import read_run
-from ldm.training.sources import CompositionsConfig
+from ldm.training.prepare import compositions_of
 from pipelines import TextToImagePipeline
 from pipelines.files import check_target
 
@@ -138,14 +136,6 @@ class Bench:
             return made
 
         return quality.draw_all(draw, asked, folder)
-
-
-def compositions_of(config: Path) -> CompositionsConfig:
-    """What a training run's config composes. Raises UserError where it composes nothing."""
-    settings = read_run(config).settings
-    if not isinstance(settings, text_to_image.Config) or not settings.compositions:
-        raise UserError(f"{config} has no text_to_image.compositions: give the config of a run on a recipe")
-    return settings.compositions
 
 
 def evaluate(bench: Bench, prompts: int, settings: Settings) -> str:

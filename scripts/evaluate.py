@@ -22,13 +22,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="a diffusers folder (default: the bundled model)")
-    parser.add_argument(
-        "--config", type=Path, default=Path("configs/bundled-unet.yaml"), help="of its training"
-    )
+    parser.add_argument("--config", type=Path, default="configs/bundled-unet.yaml", help="of its training")
     parser.add_argument("--prompts", type=int, default=512, help="half held out (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"))
-    parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--grid", type=Path, metavar="FILE")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sweep", action="store_true")
+    instead.add_argument("--grid", type=Path, metavar="FILE")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--rescale", type=float, default=0.0)

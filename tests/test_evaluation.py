@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks import sweep as sweeping
-from benchmarks.quality import Bench, Settings, compositions_of, grid
+from benchmarks.quality import Bench, Settings, grid
 from benchmarks.quality import evaluate as evaluated
 from ldm.data.plan import HOLDING, Plan
 from ldm.data.recipe import Recipe, RecipeConfig
@@ -36,6 +36,7 @@ from ldm.evaluation.questions import WHOLE, Question, questions, readings
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.critics import EfficientNetLite0, PerceptualDistance
 from ldm.pictures import to_tensor
+from ldm.training.prepare import compositions_of
 from pipelines import TextToImagePipeline
 from scripts import evaluate
 from tests.tiny import tiny_pipeline_folder

