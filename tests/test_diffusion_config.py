@@ -62,7 +62,7 @@ def test_unknown_names_are_named():
         ("EulerDiscreteScheduler", "beta_start", None),
         ("EulerDiscreteScheduler", "prediction_type", "flow"),
         ("EulerDiscreteScheduler", "beta_schedule", "sigmoid"),
-        ("DDPMScheduler", "variance_type", "learned_range"),
+        ("DDPMScheduler", "variance_type", "learned"),
         ("DPMSolverMultistepScheduler", "algorithm_type", "dpmsolver"),
         ("DPMSolverMultistepScheduler", "solver_order", 3),
         ("DPMSolverMultistepScheduler", "solver_type", "heun"),

@@ -1,5 +1,7 @@
 """The training loss against the papers' formulas, written out, and against diffusers' own pieces."""
 
+import math
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -177,8 +179,10 @@ def test_the_bound_is_the_divergence_of_the_two_gaussians():
     torch.testing.assert_close(bound, likelihood.mean((1, 2, 3)))
 
 
-def test_the_hybrid_loss_teaches_the_variance_and_leaves_the_mean_alone():
-    schedule, config = NoiseSchedule.build(), LossConfig(variance=0.001)
+# True is the paper's weight, whose unit is bits (guided-diffusion divides the bound by ln 2); a number counts nats.
+@pytest.mark.parametrize("variance,nats", [(0.001, 0.001), (True, 0.001 / math.log(2))])
+def test_the_hybrid_loss_teaches_the_variance_and_leaves_the_mean_alone(variance, nats):
+    schedule, config = NoiseSchedule.build(), LossConfig(variance=variance)
     x0, noise = torch.randn(2, 4, 3, 6, 6)
     output = torch.randn(4, 6, 6, 6, requires_grad=True)
     hybrid = diffusion_loss(lambda x, t: output, x0, noise, TIMESTEPS, schedule, "epsilon", config)
@@ -188,7 +192,7 @@ def test_the_hybrid_loss_teaches_the_variance_and_leaves_the_mean_alone():
     assert torch.equal(both[:, :3], alone[:, :3]) and bool(both[:, 3:].abs().sum() > 0)
     found = (x0 + schedule.sigma(TIMESTEPS).view(-1, 1, 1, 1) * (noise - output[:, :3])).float() - x0
     bound = variational_bound(found, output[:, 3:], TIMESTEPS, schedule)
-    expected = 0.001 * 1000 * bound  # lambda, and the T terms that one timestep stands for
+    expected = nats * 1000 * bound  # lambda, and the T terms that one timestep stands for
     assert torch.allclose(hybrid - simple, expected, rtol=1e-3, atol=1e-5)
 
 

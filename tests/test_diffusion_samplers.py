@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from ldm.diffusion.driver import Noise, sample
+from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.plan import plan
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.scheduler_config import SchedulerConfig
+from ldm.errors import UserError
 
 STD = torch.linspace(0.3, 2.0, 12, dtype=torch.float64).view(1, 3, 2, 2)
 MEAN = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).view(1, 3, 2, 2)
@@ -331,3 +333,156 @@ def test_runs_stand_side_by_side():
                 done[k] = stop.value
                 del runs[k]
     assert all(torch.allclose(done[k], alone[k], atol=1e-5) for k in done)
+
+
+# A learned variance
+
+
+def p_sample_loop(network, betas, timesteps, noise, scale=None):
+    """guided-diffusion's `p_sample_loop` by the papers' formulas (Nichol & Dhariwal 2021, eq. 15), in float64.
+
+    Betas are those of the kept timesteps alone, as its respacing makes them; x0 is clipped. `scale`: classifier-free
+    guidance as GLIDE has it, over a network of pairs: the variance is the conditional one.
+    """
+    bars = (1 - betas).cumprod(0)[timesteps]
+    before = torch.cat([torch.ones(1, dtype=bars.dtype), bars[:-1]])
+    beta = 1 - bars / before
+    posterior = beta * (1 - before) / (1 - bars)
+    low = torch.cat([posterior[1:2], posterior[1:]]).log()  # `posterior_log_variance_clipped`
+    x = noise().double()
+    for i in reversed(range(len(timesteps))):
+        t = torch.full((len(x),), float(timesteps[i]), dtype=torch.float64)
+        if scale is None:
+            output, values = network(x, t).chunk(2, dim=1)
+        else:
+            both = network(torch.cat([x, x]), torch.cat([t, t]))
+            (uncond, cond), values = both[:, :3].chunk(2), both[len(x) :, 3:]
+            output = uncond + scale * (cond - uncond)
+        x0 = ((x - (1 - bars[i]).sqrt() * output) / bars[i].sqrt()).clamp(-1, 1)
+        mean = before[i].sqrt() * beta[i] * x0 + (1 - beta[i]).sqrt() * (1 - before[i]) * x
+        share = (values + 1) / 2
+        log_variance = share * beta[i].log() + (1 - share) * low[i]
+        x = mean / (1 - bars[i]) + ((log_variance / 2).exp() * noise().double() if i else 0)
+    return x
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_a_learned_variance_is_drawn_with_as_by_guided_diffusion(scale):
+    def network(x, t):
+        t = t.to(x.dtype).view(-1, 1, 1, 1)
+        half = torch.arange(len(x)).view(-1, 1, 1, 1) >= len(x) / 2  # the condition, where there are pairs
+        shared = torch.sin(2 * x.roll(1, -1) + t / 50 + 0.3 * half)
+        return torch.cat([0.5 * shared + 0.4 * x, 1.3 * torch.cos(4 * x + t / 70 + half)], dim=1)
+
+    mapping = {
+        "_class_name": "DDPMScheduler",
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+    }
+    mapping |= {"variance_type": "learned_range", "clip_sample": True, "timestep_spacing": "linspace"}
+    steps = plan(SchedulerConfig.from_dict(mapping), 25)
+    assert steps.evaluations == 25
+    betas = steps.schedule.alphas_cumprod
+    betas = 1 - betas / torch.cat([torch.ones(1, dtype=betas.dtype), betas[:-1]])
+    timesteps = [round(999 * i / 24) for i in range(25)]
+    reference = p_sample_loop(network, betas, timesteps, Noise([5, 6], (3, 8, 8)), scale)
+    denoiser = steps.denoiser(network)
+    denoise = denoiser if scale is None else classifier_free(denoiser, scale)
+    seen = []
+    found = steps.sample(denoise, Noise([5, 6], (3, 8, 8)), lambda step: seen.append(step.x0.shape))
+    # float32 against float64: 25 steps of some ten roundings of 6e-8, on a network that doubles an error at the most
+    assert (found - reference).norm() < 2e-5 * reference.norm()
+    assert {*seen} == {(2, 3, 8, 8)}, "callbacks see x0 alone"
+    plain = plan(SchedulerConfig.from_dict(mapping | {"variance_type": "fixed_small"}), 25)
+    other = plain.sample(plain.denoiser(network), Noise([5, 6], (3, 8, 8)))
+    assert (other - reference).norm() > 0.01 * reference.norm()
+    with pytest.raises(UserError, match="variance_type learned_range is for a network that gives 6 channels"):
+        steps.sample(steps.denoiser(lambda x, t: x), Noise([5, 6], (3, 8, 8)))
+
+
+# Long steps from near-infinite noise
+
+SPOTS = 0.8 * torch.randn(6, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+SPOT = 0.1
+
+
+def spots(x, sigma):
+    """The ideal denoiser of data around six pictures, SPOT wide: x0 turns to one of them late, as in a real model."""
+    variance = sigma.double().view(-1, 1) ** 2 + SPOT**2
+    apart = (x.double()[:, None] - SPOTS).flatten(2).square().sum(-1)
+    mean = ((-apart / (2 * variance)).softmax(1) @ SPOTS.flatten(1)).view(x.shape)
+    return mean + (x - mean) * (SPOT**2 / variance).view(-1, 1, 1, 1)
+
+
+LATENT = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
+ZERO_SNR = {**LATENT, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "clip_sample": False}
+NEARLY_NOISE = {
+    "zero": ZERO_SNR,
+    "cosine": {
+        **LATENT,
+        "beta_schedule": "squaredcos_cap_v2",
+        "clip_sample": False,
+        "prediction_type": "sample",
+    },
+    "linear": {
+        **LATENT,
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "clip_sample": False,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "schedule", ["trailing", "linspace", "leading", "sgm_uniform", "karras", "exponential"]
+)
+@pytest.mark.parametrize("model", NEARLY_NOISE)
+def test_heun_takes_long_steps_no_worse_than_euler(model, schedule):
+    config = SchedulerConfig.from_dict(NEARLY_NOISE[model])
+
+    def drawn(sampler, n, schedule):
+        steps = plan(config, n, sampler, schedule)
+        x = Noise([1, 2, 3, 4], (3, 4, 4))().double() * steps.initial_scale
+        return sample(spots, steps.steps(x, quiet)) * steps.final_scale
+
+    best = drawn("dpmpp_2m", 900, "linspace")
+    for n in (2, 3, 4, 6, 9, 12, 20, 40):
+        euler, heun = ((drawn(name, n, schedule) - best).norm() / best.norm() for name in ("euler", "heun"))
+        assert heun < 2 * euler + 0.01, (n, float(heun), float(euler))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("model", ["zero", "plain"])
+def test_a_named_schedule_has_one_range_for_all_samplers(sampler, spacing, model):
+    """k-diffusion's: from the last timestep's noise to the first one's, whatever spacing the file has."""
+    mapping = {**(ZERO_SNR if model == "zero" else LATENT), "timestep_spacing": spacing, "steps_offset": 1}
+    config = SchedulerConfig.from_dict(mapping)
+    low = NoiseSchedule.build().sigma_min if model == "plain" else plan(config, 5, "euler").schedule.sigma_min
+    high = {"plain": NoiseSchedule.build().sigma_max, "zero": 4096}[model]
+    for name in ("karras", "exponential"):
+        sigmas = plan(config, 8, sampler, name).sigmas
+        assert sigmas[0] == pytest.approx(high, rel=1e-6) and sigmas[-2] == pytest.approx(low, rel=1e-6)
+        assert sigmas == pytest.approx(plan(config, 8, "dpmpp_2m", name).sigmas[:8] + sigmas[-1:], rel=1e-6)
+    begins = plan(config, 8, sampler, "align_your_steps").sigmas
+    assert begins[0] == pytest.approx(high, rel=1e-6)
+
+
+def test_a_files_own_karras_range_stays_that_of_diffusers_class():
+    file = {
+        **LATENT,
+        "_class_name": "EulerDiscreteScheduler",
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+    }
+    own = plan(SchedulerConfig.from_dict(file | {"use_karras_sigmas": True}), 20).sigmas
+    assert (own[0], own[-2]) == (pytest.approx(11.03, abs=0.01), pytest.approx(0.0413, abs=1e-4))
+    named = plan(SchedulerConfig.from_dict(file), 20, schedule="karras").sigmas
+    assert (named[0], named[-2]) == (pytest.approx(14.61, abs=0.01), pytest.approx(0.0292, abs=1e-4))

@@ -69,6 +69,20 @@ def test_the_average_forgets_by_half_in_its_half_life() -> None:
     assert ema.model(model).weight.item() == pytest.approx(0.5)  # type: ignore[operator]
 
 
+def test_the_average_ramps_up_as_edm_does() -> None:
+    """EDM's training loop: half-life min(half-life, 0.05 * pictures before the step); beta 0.5^(batch / half-life)."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(model, half_life=100)
+    ema.start(model)
+    average = float("nan")
+    for step in range(400):
+        torch.nn.init.constant_(model.weight, float(step % 7))
+        beta = 0.5 ** (8 / max(min(100, 0.05 * 8 * step), 1e-8))
+        average = float(step % 7) if step == 0 else beta * average + (1 - beta) * float(step % 7)
+        ema.update(model, 8, 8 * (step + 1))
+        assert ema.model(model).weight.item() == pytest.approx(average, rel=1e-4, abs=1e-6)  # type: ignore[operator]
+
+
 def test_the_average_copies_what_is_trained_and_shares_the_rest() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
     model[0].requires_grad_(False)

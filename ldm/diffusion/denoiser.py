@@ -8,8 +8,10 @@ from torch import Tensor
 from ldm.diffusion import parameterization
 from ldm.diffusion.parameterization import per_image
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
 
-# (x (B, C, h, w), sigma (B,)) -> x0 (B, C, h, w), where x = x0 + sigma * noise. The condition is bound.
+# (x (B, C, h, w), sigma (B,)) -> x0 (B, C, h, w), where x = x0 + sigma * noise. The condition is bound. Where a sampler
+# takes a learned variance, C more channels follow x0 and say where the variance lies; see `change_x0`.
 Denoise = Callable[[Tensor, Tensor], Tensor]
 # (x * c_in (B, C, h, w), timestep (B,) float32) -> output (B, C, h, w). The condition is bound.
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -21,6 +23,8 @@ class Denoiser:
     Guidance works between the two halves: `output`, the network's own prediction, and `x0_from`.
     rounding: what becomes of timesteps that fall between two integers (`torch.round`, `torch.floor`);
     None hands them to the network as they are.
+    learned_variance: of a network that learned its variance too (Nichol & Dhariwal 2021), and so gives twice the
+    channels, hand on the second half behind x0; else it is left out.
     Raises UserError for a prediction type that the schedule does not allow.
     """
 
@@ -30,31 +34,52 @@ class Denoiser:
         schedule: NoiseSchedule,
         prediction_type: str = "epsilon",
         rounding: Callable[[Tensor], Tensor] | None = None,
+        learned_variance: bool = False,
     ) -> None:
         parameterization.check(prediction_type, schedule)
         self.network = network
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.rounding = rounding
+        self.learned_variance = learned_variance
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x0 from `x` (B, ...) at `sigma` (B,)."""
         return self.x0_from(self.output(x, sigma), x, sigma)
 
     def output(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The network's own prediction at `x` (B, ...) and `sigma` (B,), in the dtype of `x`.
+        """The network's own prediction at `x` (B, C, ...) and `sigma` (B,), in the dtype of `x`.
 
-        Of a network that learned its variance too, and gives twice the channels, the first half.
+        C channels; with `learned_variance` 2C. Raises UserError where the network did not learn its variance.
         """
         timestep = self.timestep(sigma)
         output = self.network(x * per_image(parameterization.c_in(sigma), x), timestep)
-        return output[:, : x.shape[1]].to(x.dtype)
+        channels = x.shape[1] * (2 if self.learned_variance else 1)
+        if output.shape[1] < channels:
+            raise UserError(
+                f"variance_type learned_range is for a network that gives {channels} channels, this one gives "
+                f"{output.shape[1]}: take variance_type fixed_small"
+            )
+        return output[:, :channels].to(x.dtype)
 
     def x0_from(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """The clean picture that the prediction `output` stands for."""
-        return parameterization.x0_from(self.prediction_type, output, x, sigma)
+        """The clean picture that the prediction in `output` stands for; a variance behind it stays as it is."""
+        return change_x0(
+            lambda prediction: parameterization.x0_from(self.prediction_type, prediction, x, sigma), output, x
+        )
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timesteps (B,), float32, that the network is told at noise levels `sigma` (B,)."""
         timestep = self.schedule.to(sigma.device).timestep(sigma)
         return (self.rounding(timestep) if self.rounding else timestep).to(torch.float32)
+
+
+def change_x0(function: Callable[[Tensor], Tensor], estimate: Tensor, x: Tensor) -> Tensor:
+    """Apply `function` to the first C channels of an estimate for `x` (B, C, ...); what follows them stays as it is.
+
+    What follows is a learned variance, on which no guidance, limit or mask acts.
+    """
+    channels = x.shape[1]
+    if estimate.shape[1] == channels:
+        return function(estimate)
+    return torch.cat([function(estimate[:, :channels]), estimate[:, channels:]], dim=1)

@@ -29,12 +29,13 @@ def sample(denoise: Denoise, steps: Steps, callback: Callable[[Step], bool | Non
     index, request = 0, next(steps)
     while True:
         x, sigma = request
-        x0 = denoise(x, x.new_full((len(x),), sigma))
+        estimate = denoise(x, x.new_full((len(x),), sigma))
+        x0 = estimate[:, : x.shape[1]]  # behind it may be a learned variance, which is the sampler's alone
         if callback is not None and callback(Step(index, sigma, x, x0)) is False:
             steps.close()
             return x0
         try:
-            request = steps.send(x0)
+            request = steps.send(estimate)
         except StopIteration as stop:
             return stop.value
         index += 1

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoise, Denoiser
+from ldm.diffusion.denoiser import Denoise, Denoiser, change_x0
 from ldm.diffusion.parameterization import c_in, per_image
 from ldm.diffusion.schedule import NoiseSchedule
 
@@ -25,7 +25,8 @@ def classifier_free(
     rescale: share, in [0, 1], of the result's standard deviation put back to that of the conditional output
     (Lin et al. 2023, section 3.4). interval: guide where low < sigma <= high only (Kynkäänniemi et al. 2024).
 
-    Both act on the network's own output: rescaling does not commute with the step to x0.
+    Both act on the network's own output: rescaling does not commute with the step to x0. A learned variance is the
+    conditional one.
     """
     scales = torch.as_tensor(scale).clamp(min=1)
     guided_at_all, always = bool((scales > 1).any()), interval == (0.0, math.inf)
@@ -38,10 +39,13 @@ def classifier_free(
         if not guided_at_all or (not always and bool((strength == 1).all())):
             return denoiser(x, sigma)
         uncond, cond = denoiser.output(torch.cat([x, x]), torch.cat([sigma, sigma])).chunk(2)
-        output = uncond + per_image(strength, x) * (cond - uncond)
-        if rescale > 0:
-            output = rescale_output(output, cond, rescale)
-        return denoiser.x0_from(output, x, sigma)
+
+        def guide(cond: Tensor) -> Tensor:
+            against = uncond[:, : x.shape[1]]
+            guided = against + per_image(strength, x) * (cond - against)
+            return rescale_output(guided, cond, rescale) if rescale > 0 else guided
+
+        return denoiser.x0_from(change_x0(guide, cond, x), x, sigma)
 
     return denoise
 
@@ -55,7 +59,7 @@ def rescale_output(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
 
 def limited(denoise: Denoise, limit: Callable[[Tensor], Tensor]) -> Denoise:
     """Put every estimate of x0 through `limit`: a clamp, or `threshold_x0`."""
-    return lambda x, sigma: limit(denoise(x, sigma))
+    return lambda x, sigma: change_x0(limit, denoise(x, sigma), x)
 
 
 def threshold_x0(x0: Tensor, quantile: float = 0.995, limit: float = 1.0) -> Tensor:
@@ -70,7 +74,7 @@ def threshold_x0(x0: Tensor, quantile: float = 0.995, limit: float = 1.0) -> Ten
 
 def known_pixels(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
     """Inpaint: where `mask` is 1 x0 is drawn, where it is 0 it is `known` (both broadcast to x0)."""
-    return lambda x, sigma: known + mask * (denoise(x, sigma) - known)
+    return lambda x, sigma: change_x0(lambda x0: known + mask * (x0 - known), denoise(x, sigma), x)
 
 
 def consistency(denoise: Denoise, schedule: NoiseSchedule, timestep_scaling: float = 10.0) -> Denoise:

@@ -14,6 +14,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
 Weighting = Literal["unit", "snr", "min_snr", "p2", "vlb"]
+PAPER_WEIGHT = 0.001 / math.log(2)  # of the hybrid loss: lambda of Nichol & Dhariwal 2021, whose unit is bits
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class LossConfig:
     input_perturbation: scale of more noise in what the network sees, and not in what it should predict (Ning et al.
         2023; 0.1).
     timestep_shift: above 1 the network sees more noisy pictures, see `shifted`; 1 draws timesteps uniformly.
-    variance: the VLB's share in the hybrid loss of a network that learns its variance too, and so gives twice the
-        channels (Nichol & Dhariwal 2021, eq. 16; 0.001). 0: it doesn't.
+    variance: true for a network that learns its variance too, and so gives twice the channels: the hybrid loss of
+        Nichol & Dhariwal 2021, eq. 16, with the paper's weight of the variational bound. A number is that weight, for
+        a bound in nats. The paper's 0.001 is of a bound in bits, as guided-diffusion counts: 0.001 / ln 2 here.
     """
 
     weighting: Weighting = "unit"
@@ -36,7 +38,12 @@ class LossConfig:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     timestep_shift: float = 1.0
-    variance: float = 0.0
+    variance: bool | float = False
+
+    @property
+    def bound_weight(self) -> float:
+        """The weight of the variational bound in nats; 0 where no variance is learned."""
+        return PAPER_WEIGHT if self.variance is True else float(self.variance)
 
 
 def shifted(timestep: Tensor, shift: float, num_train_timesteps: int) -> Tensor:
@@ -83,7 +90,7 @@ def diffusion_loss(
         return losses
     found = parameterization.x0_from(prediction_type, output.detach(), seen, sigma)
     bound = schedule.num_train_timesteps * variational_bound(found - x0, fraction, timestep, schedule)
-    return losses + config.variance * bound  # one timestep stands for all the terms of the bound
+    return losses + config.bound_weight * bound  # one timestep stands for all the terms of the bound
 
 
 def loss_weight(

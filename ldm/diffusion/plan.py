@@ -23,6 +23,9 @@ from ldm.diffusion.scheduler_config import CLASSES, SchedulerConfig
 from ldm.diffusion.spacing import TIMESTEP_SPACINGS, lcm_timesteps, spaced_sigmas
 from ldm.errors import UserError
 
+# Stable Diffusion's noise ends at sigma 14.6, which a few dozen steps come down from in reach of each other. With zero
+# terminal SNR the first step is from 4096; DDPM's linear betas end at 157, cosine ones at 20,291.
+_NEARLY_NOISE = 20.0
 Limit = Callable[[Tensor], Tensor]
 
 
@@ -45,20 +48,26 @@ class Plan:
     wrappers: tuple[Callable[[Denoise], Denoise], ...] = ()
 
     @property
+    def learned_variance(self) -> bool:
+        """Whether the sampler takes the variance that the network learned."""
+        return self.options.get("variance") == "learned_range"
+
+    @property
     def evaluations(self) -> int:
         """How many predictions a run asks for: the number of steps of its progress bar."""
         zero, count = torch.zeros(1, 1), 0
+        estimate = torch.zeros(1, 2 if self.learned_variance else 1)
 
         def tally(step: driver.Step) -> None:
             nonlocal count
             count = step.index + 1
 
-        driver.sample(lambda x, sigma: zero, self.steps(zero, lambda: zero), tally)
+        driver.sample(lambda x, sigma: estimate, self.steps(zero, lambda: zero), tally)
         return count
 
     def denoiser(self, network: Network) -> Denoiser:
         """The network, with its condition bound, as a denoiser."""
-        return Denoiser(network, self.schedule, self.prediction_type, self.rounding)
+        return Denoiser(network, self.schedule, self.prediction_type, self.rounding, self.learned_variance)
 
     def wrap(self, denoise: Denoise) -> Denoise:
         """Put the config's own limits on x0 around a (guided) denoiser."""
@@ -188,7 +197,8 @@ def _sigmas(
     if family == "k":
         *levels, _ = spaced(config.get("timestep_spacing")).tolist()
         high, low = levels[0], levels[-1]
-    ends = config.get("sigma_max") or high, config.get("sigma_min") or low
+    stated = config.values.get if config.spacing else config.get  # a named one: whichever class the key is of
+    ends = stated("sigma_max") or high, stated("sigma_min") or low
     return spaced(spacing, ends=ends).tolist()
 
 
@@ -223,6 +233,10 @@ def _options(
     name, lower_order_final = config.sampler, bool(config.get("lower_order_final"))
     if name == "ddim":
         return {"eta": eta, "clip": limit, "stops": _ddim_stops(schedule, spacing, sigmas)}
+    if name == "heun":
+        return {"long_steps": schedule.sigma_max > _NEARLY_NOISE}
+    if name == "ddpm":
+        return {"variance": (config.get("variance_type") or "fixed_small").removesuffix("_log")}
     if name in ("dpmpp_2m", "dpmpp_2m_sde"):
         return {"lower_order_final": lower_order_final, "euler_at_final": bool(config.get("euler_at_final"))}
     if name in ("dpmpp_2s", "unipc"):

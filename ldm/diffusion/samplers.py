@@ -14,11 +14,13 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor
 
 from ldm.diffusion import parameterization
 
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Steps = Generator[tuple[Tensor, float], Tensor, Tensor]
 NoiseSource = Callable[[], Tensor]
 
@@ -58,8 +60,7 @@ def euler_ancestral(
     stops: Sequence[float] | None = None,
     clip: Callable[[Tensor], Tensor] | None = None,
 ) -> Steps:
-    """Euler's method with fresh noise at every step; it is DDIM(eta) and, with eta 1, DDPM (fixed small
-    variance), written in sigma: Song et al. 2020, eq. 12; Ho et al. 2020, eq. 7.
+    """Euler's method with fresh noise at every step; it is DDIM(eta) written in sigma: Song et al. 2020, eq. 12.
 
     clip: applied to the estimate of x0 but not to the noise estimated with it, as DDIM does.
     stops: where each step ends, if beside the next sigma: diffusers' DDIM steps back a constant T // n
@@ -84,19 +85,57 @@ def ddim(
     stops: Sequence[float] | None = None,
     clip: Callable[[Tensor], Tensor] | None = None,
 ) -> Steps:
-    """DDIM (Song et al. 2020): `euler_ancestral`, without noise unless eta says otherwise."""
+    """DDIM (Song et al. 2020): `euler_ancestral`, without noise unless eta says otherwise.
+
+    The noise is eta times the paper's own (eq. 16), also of a network that learned its variance: no paper puts that
+    into DDIM, and guided-diffusion leaves it out too.
+    """
     return euler_ancestral(x, sigmas, noise, eta, stops, clip)
 
 
-def heun(x: Tensor, sigmas: Sequence[float], noise: NoiseSource) -> Steps:
-    """Heun's second order (Karras et al. 2022, algorithm 1): two predictions a step, one for the last."""
+def ddpm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, variance: Variance = "fixed_small") -> Steps:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2): the mean of the posterior q(x_next | x, x0), and noise.
+
+    variance: of the noise. "fixed_small" is the posterior's, beta-tilde; "fixed_large" the forward step's, beta (Ho et
+    al. 2020, section 3.2); "learned_range" lies between the two in their logarithms, where the estimate says so, which
+    then has 2C channels: x0 and a share in [-1, 1] (Nichol & Dhariwal 2021, eq. 15). Where steps are left out, beta is
+    that of the whole way from sigma_next to sigma, as in guided-diffusion's respacing.
+    """
+    channels = x.shape[1]
+    for sigma, sigma_next in pairwise(sigmas):
+        estimate = yield x, sigma
+        x0, share = estimate[:, :channels], estimate[:, channels:]
+        x = x0 + (x - x0) * (sigma_next / sigma) ** 2
+        if sigma_next > 0:
+            small = sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+            ratio = math.sqrt(
+                (1 + sigma_next**-2) / (1 + sigma**-2)
+            )  # of the large deviation to the small one
+            if variance == "learned_range":
+                x = x + noise() * (small * ratio ** ((share + 1) / 2))
+            else:
+                x = x + noise() * (small * (ratio if variance == "fixed_large" else 1))
+    return x
+
+
+def heun(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, long_steps: bool = False) -> Steps:
+    """Heun's second order (Karras et al. 2022, algorithm 1): two predictions a step, one for the last.
+
+    It averages the slopes of x in sigma, which moves a step's end by (sigma / sigma_next - 1) / 2 of the change of x0
+    on the way: beyond the new x0 where sigma more than halves. long_steps: average those steps' slopes of x / sigma in
+    1 / sigma, the two estimates of x0, where that share is never more than a half; exact for an x0 that is a line in
+    1 / sigma, as it is where x is nearly noise.
+    """
     for sigma, sigma_next in pairwise(sigmas):
         x0 = yield x, sigma
         trial = _step(x, x0, sigma, sigma_next)
         if sigma_next > 0:
             slope = (x - x0) / sigma
-            x0 = yield trial, sigma_next
-            trial = x + (slope + (trial - x0) / sigma_next) * ((sigma_next - sigma) / 2)
+            x0_next = yield trial, sigma_next
+            if long_steps and sigma > 2 * sigma_next:
+                trial = _step(x, (x0 + x0_next) / 2, sigma, sigma_next)
+            else:
+                trial = x + (slope + (trial - x0_next) / sigma_next) * ((sigma_next - sigma) / 2)
         x = trial
     return x
 
@@ -314,7 +353,7 @@ SAMPLERS = {
     "euler": Sampler(euler, "EulerDiscreteScheduler"),
     "euler_ancestral": Sampler(euler_ancestral, "EulerAncestralDiscreteScheduler"),
     "ddim": Sampler(ddim, "DDIMScheduler"),
-    "ddpm": Sampler(euler_ancestral, "DDPMScheduler"),
+    "ddpm": Sampler(ddpm, "DDPMScheduler"),
     "heun": Sampler(heun, "HeunDiscreteScheduler"),
     "lms": Sampler(lms, "LMSDiscreteScheduler"),
     "dpmpp_2m": Sampler(dpmpp_2m, "DPMSolverMultistepScheduler"),

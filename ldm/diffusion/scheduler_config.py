@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import TERMINAL_ALPHA_BAR, NoiseSchedule
-from ldm.diffusion.spacing import SPACINGS
+from ldm.diffusion.spacing import SPACINGS, TIMESTEP_SPACINGS
 from ldm.errors import UserError, nearest
 
 FILE_NAME = "scheduler_config.json"
@@ -156,8 +156,8 @@ _CHOICES = {
     "final_sigmas_type": ("zero", "sigma_min"),
     # Each family takes another's names for its own default, as in diffusers.
     "solver_type": ("midpoint", "bh2", "logrho"),
-    # The two small ones are the same; DPM-Solver reads nothing but "learned" out of this key.
-    "variance_type": (None, "fixed_small", "fixed_small_log"),
+    # The two small ones are the same; DPM-Solver has no use for a variance, learned or not.
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
 }
 
@@ -234,7 +234,12 @@ class SchedulerConfig:
         return replace(self, class_name=SAMPLERS[name].scheduler, values=values)
 
     def with_schedule(self, name: str) -> "SchedulerConfig":
-        """The same with the spacing `name` (of spacing.SPACINGS) in place of the file's own."""
+        """The same with the spacing `name` (of spacing.SPACINGS) in place of the file's own.
+
+        karras and exponential, named here, lie between the noise schedule's own ends with every sampler, as in
+        k-diffusion; where a file says `use_karras_sigmas` itself, they lie where diffusers' class has them, with
+        Euler's kin between the ends of the file's timestep spacing.
+        """
         if name not in SPACINGS:
             raise UserError(
                 f"schedule {name!r} is unknown{nearest(name, SPACINGS)}; known: {', '.join(SPACINGS)}"
@@ -243,7 +248,7 @@ class SchedulerConfig:
         if name in _CHOICES["timestep_spacing"]:
             values["timestep_spacing"] = name
         elif name in ("karras", "exponential"):
-            values[f"use_{name}_sigmas"] = True
+            values |= {f"use_{name}_sigmas": True, "timestep_spacing": "linspace"}  # which has both ends
         return replace(self, values=values, spacing=name)
 
     def with_values(self, **values: Any) -> "SchedulerConfig":
@@ -252,9 +257,11 @@ class SchedulerConfig:
 
     def noise_schedule(self) -> NoiseSchedule:
         """The model's noise schedule; raises UserError if it is unknown."""
-        # Of diffusers' classes those of family ddim leave alpha_bar at 0; here it only has to be too small to see.
+        # Of diffusers' classes those of family ddim leave alpha_bar at 0; here it only has to be too small to see. A
+        # spacing named by noise levels would spend its steps on the way down from there: it begins as everywhere else.
         family = CLASSES[self.class_name].family if self.class_name in CLASSES else "k"
-        terminal = 2.0**-48 if family == "ddim" else TERMINAL_ALPHA_BAR
+        by_timesteps = self.spacing is None or self.spacing in TIMESTEP_SPACINGS
+        terminal = 2.0**-48 if family == "ddim" and by_timesteps else TERMINAL_ALPHA_BAR
         return NoiseSchedule.build(
             self.get("beta_schedule"),
             self.get("beta_start"),

@@ -1,4 +1,4 @@
-"""Exponential moving average of weights, with the half-life in pictures seen (Karras et al. 2022, sec. 5)."""
+"""Exponential moving average of weights, with the half-life in pictures, as in EDM (Karras et al. 2022)."""
 
 import copy
 
@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from ldm.training.share import whole
 
+RAMP_UP = 0.05  # `ema_rampup_ratio` of EDM's training loop
+
 
 class EMA:
     """Follows the trained parameters of a model, in float32; what is frozen is shared with it, not copied.
 
-    half_life: in pictures; early on it is shortened to a tenth of what was seen, so that the random start is
-    forgotten.
+    half_life: in pictures; early on it is shortened to RAMP_UP of those seen before the step, so that the random start
+    is forgotten: the first step's weights are the first average.
     """
 
     def __init__(self, model: nn.Module, half_life: float):
@@ -35,7 +37,7 @@ class EMA:
     @torch.no_grad()
     def update(self, trained: nn.Module, batch_size: int, seen: int) -> None:
         """After a step on `batch_size` pictures, `seen` in all."""
-        half_life = min(self.half_life, 0.1 * seen)
+        half_life = min(self.half_life, RAMP_UP * (seen - batch_size))
         weight = 1 - 0.5 ** (batch_size / max(half_life, 1e-8))
         for name, parameter in trained.named_parameters():
             if name in self.averages:
