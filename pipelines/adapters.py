@@ -1,5 +1,6 @@
 """Adapters in use: LoRA and new words, loaded into a system, weighed, merged into it, and taken out again."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.checkpoints import lora as lora_files
 from ldm.checkpoints.files import file_hash, file_in
@@ -23,11 +24,12 @@ from pipelines.recipe import EmbeddingUse, LoRAUse
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A LoRA: where from, and its part for each network."""
+    """A LoRA: where from, its part for each network, and the words that came along."""
 
     path: str
     hash: str
     parts: dict[str, LoRA]
+    words: list[str]
 
     @property
     def weight(self) -> float:
@@ -57,20 +59,46 @@ class Adapters:
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
         """See `TextToImagePipeline.load_lora`."""
-        file = file_in(path, lora_files.FILE)
+        name, notes = self._load(path, weight, name)
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
+        return name
+
+    def _load(self, path: str | Path, weight: float, name: str | None) -> tuple[str, list[str]]:
+        """Load a LoRA and the words in it; returns its name, and notes for the user. Raises UserError."""
         name = name or Path(path).resolve().stem
         if name in self._loras:
             raise UserError(f"a LoRA named {name!r} is loaded already: give another name, or set its weight")
         _check_weight(name, weight)
         networks = self._networks()
-        found = lora_files.read_lora(path, networks, self.system.unet.config.to_diffusers())
-        if not found:
+        found = lora_files.read_lora_file(path, networks, self.system.unet.config.to_diffusers())
+        if not found.adapters:
             raise UserError(f"{path} holds no LoRA")
-        parts = {part: LoRA.from_weights(networks[part], each) for part, each in found.items()}
+        parts = {part: LoRA.from_weights(networks[part], each) for part, each in found.adapters.items()}
         self._place(parts)
-        self._loras[name] = _Loaded(whole_path(path), file_hash(file), parts)
+        words = self._load_bundled(found, notes := list(found.notes))
+        self._loras[name] = _Loaded(whole_path(path), _hash(found.files), parts, words)
         self._weigh(name, weight)
-        return name
+        return name, notes
+
+    def _load_bundled(self, file: lora_files.LoRAFile, notes: list[str]) -> list[str]:
+        """Teach the encoders the words that a LoRA's file brings; those that can't be are noted, like the others."""
+        loaded: list[str] = []
+        path = file.files[0]
+        try:
+            bundled = inversion.bundled_words(file.bundled, path)
+        except UserError as error:
+            notes.append(f"the words that came along are not loaded: {error}")
+            return []
+        for word, vectors in bundled.items():
+            try:
+                self._add_words(inversion.checked({word: vectors}, path), path)
+                loaded.append(word)
+            except UserError as error:
+                notes.append(f"the word {word[:100]!r} that came along is not loaded: {error}")
+        if loaded:
+            notes.append(f"{path} brings words of its own, to be used in prompts: {', '.join(loaded)}")
+        return loaded
 
     def set_loras(self, weights: Mapping[str, float]) -> None:
         """See `TextToImagePipeline.set_loras`."""
@@ -86,8 +114,10 @@ class Adapters:
         for name in names:
             self._check_name(name)
         for name in names:
-            for part in self._loras.pop(name).parts.values():
+            loaded = self._loras.pop(name)
+            for part in loaded.parts.values():
                 part.detach()
+            self._forget(loaded.words)
 
     def merge_loras(self) -> None:
         """See `TextToImagePipeline.merge_loras`."""
@@ -123,6 +153,13 @@ class Adapters:
     def load_words(self, path: str | Path, token: str | None = None) -> list[str]:
         """See `TextToImagePipeline.load_textual_inversion`."""
         words = inversion.read_inversion(path, token)
+        self._add_words(words, path)
+        use = EmbeddingUse(whole_path(path), token, file_hash(file_in(path, inversion.FILE)))
+        self._embeddings[use] = list(words)
+        return list(words)
+
+    def _add_words(self, words: Mapping[str, Mapping[str, Tensor]], path: str | Path) -> None:
+        """Teach the encoders words, all of them or none. Raises UserError."""
         for word, vectors in words.items():
             if set(vectors) != set(self._words):
                 raise UserError(
@@ -134,9 +171,12 @@ class Adapters:
         for word, vectors in words.items():
             for encoder, each in vectors.items():
                 self._words[encoder].add(word, each)
-        use = EmbeddingUse(whole_path(path), token, file_hash(file_in(path, inversion.FILE)))
-        self._embeddings[use] = list(words)
-        return list(words)
+
+    def _forget(self, words: Iterable[str]) -> None:
+        for word in words:
+            for each in self._words.values():
+                if word in each.words:
+                    each.remove(word)
 
     def unload_words(self) -> None:
         """See `TextToImagePipeline.unload_textual_inversion`."""
@@ -149,8 +189,9 @@ class Adapters:
 
     def recipe(self) -> dict[str, Any]:
         """Recipe's `loras` and `embeddings`: what takes part in a picture drawn now."""
-        used = (LoRAUse(each.path, each.weight, each.hash) for each in self._loras.values())
-        return {"loras": tuple(each for each in used if each.weight), "embeddings": tuple(self._embeddings)}
+        used = [each for each in self._loras.values() if each.weight or each.words]
+        loras = tuple(LoRAUse(each.path, each.weight, each.hash) for each in used)
+        return {"loras": loras, "embeddings": tuple(self._embeddings)}
 
     def warn_of_saving(self) -> None:
         """Warn whoever saves the system of what of its adapters is written with it."""
@@ -168,7 +209,7 @@ class Adapters:
                 warnings.warn(f"{what}: {', '.join(names)}", stacklevel=3)
 
     def load_again(self, loras: Iterable[LoRAUse], embeddings: Iterable[EmbeddingUse]) -> list[str]:
-        """Load what a recipe names, in order; returns notes on files that are not what they were.
+        """Load what a recipe names, in order; returns notes on files: what is passed over, what has changed since.
 
         Raises UserError, also for a file that a recipe names and that is gone.
         """
@@ -181,7 +222,8 @@ class Adapters:
         notes: list[str] = []
         for place, use in enumerate(uses):
             if isinstance(use, LoRAUse):
-                name = self.load_lora(use.path, use.weight, f"{Path(use.path).stem}-{place}")
+                name, said = self._load(use.path, use.weight, f"{Path(use.path).stem}-{place}")
+                notes += said
                 found = self._loras[name].hash
             else:
                 words = self.load_words(use.path, use.token)
@@ -189,6 +231,12 @@ class Adapters:
             if use.hash and use.hash != found:
                 notes.append(f"{use.path} has changed since the picture was drawn ({use.hash}, now {found})")
         return notes
+
+
+def _hash(files: list[Path]) -> str:
+    """The hash of a LoRA's file; of several, that of theirs."""
+    hashes = [file_hash(each) for each in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:10]
 
 
 def _check_weight(name: str, weight: float) -> None:

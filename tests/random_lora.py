@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
-from torch import nn
+from tiny import tiny_unet
+from torch import Tensor, nn
 
 from ldm.models.lora import LoRA
+from ldm.models.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
 
 # What is changed in each network of a tiny pipeline.
@@ -45,3 +47,36 @@ def networks(pipe: TextToImagePipeline) -> dict[str, nn.Module]:
 
 def unet_config(pipe: TextToImagePipeline) -> dict[str, Any]:
     return pipe.system.unet.config.to_diffusers()
+
+
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
+CONV = "mid_block.resnets.0.conv1"
+
+
+def our_unet() -> tuple[UNet, Any]:
+    """Our tiny U-Net and diffusers', with the same weights."""
+    theirs = tiny_unet("sd1")
+    ours = UNet(UNetConfig.from_diffusers(dict(theirs.config)))
+    ours.load_state_dict(theirs.state_dict())
+    return ours.eval().requires_grad_(False), theirs
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """What that U-Net takes."""
+    generator = torch.Generator().manual_seed(0)
+    x, context = (torch.randn(shape, generator=generator) for shape in ((2, 4, 16, 16), (2, 7, 32)))
+    return x, torch.tensor([3, 700]), context
+
+
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter that is trained, moved by noise."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    """Equal but for the order of sums in float32."""
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()

@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -135,8 +137,54 @@ def test_other_refusals(tmp_path: Path) -> None:
     assert "no tensors" in refusal(tmp_path / "none.pt")
     assert "list" in refusal(tmp_path / "list.pt")
     assert "weight_map" in refusal(tmp_path / "x.index.json")
-    (tmp_path / "x.h5").write_text("")
+    (tmp_path / "x.h5").write_text("who knows")
     assert ".safetensors" in refusal(tmp_path / "x.h5")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert "no regular file" in refusal(tmp_path / "pipe.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "model.pt", "model", "model.download"])
+@pytest.mark.parametrize("how", ["safetensors", "zip", "legacy", "deepspeed"])
+def test_weights_are_known_by_their_content(tmp_path: Path, tensors, name: str, how: str) -> None:
+    path, made = tmp_path / name, tmp_path / "made.safetensors"
+    if how == "safetensors":
+        write_tensors(made, tensors, {"modelspec.title": "a"})
+        made.rename(path)
+        assert read_metadata(path)["modelspec.title"] == "a"
+    else:
+        held = {"module": tensors, "epoch": 1} if how == "deepspeed" else {"state_dict": tensors}
+        torch.save(held, path, _use_new_zipfile_serialization=how == "zip")
+        assert read_metadata(path) == {}
+    found = read_tensors(path)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "model.bin", "model"])
+@pytest.mark.parametrize(
+    "content,said",
+    [
+        (b"<!DOCTYPE html>\n<html><head><title>Log in</title>" * 20, "a web page"),
+        (b"\n  <HTML>" * 90, "a web page"),
+        (b'{"error": "Unauthorized"}', "Unauthorized"),
+        (b"GGUF\3\0\0\0" + b"\0" * 600, "GGUF"),
+        (b"\x89PNG\r\n\x1a\n" + b"x" * 600, "picture"),
+        (b"\x1f\x8b\x08" + b"x" * 600, "gzip"),
+        (b"\0" * 4096, "zeros"),
+        (b"", "empty"),
+    ],
+)
+def test_what_is_no_weights_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert said in refusal(tmp_path / name)
+
+
+def test_archives_of_something_else_are_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "model.ckpt", "w") as archive:
+        archive.writestr("lora/readme.txt", "unpack me")
+    assert "zip archive with lora/readme.txt in it" in refusal(tmp_path / "model.ckpt")
+    with tarfile.open(tmp_path / "model.safetensors", "w") as archive:
+        archive.add(tmp_path / "model.ckpt", "model.ckpt")
+    assert "tar archive" in refusal(tmp_path / "model.safetensors")
 
 
 def test_shards_are_put_together(tmp_path: Path, tensors) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.checkpoints import lora as files
 from ldm.checkpoints.files import read_metadata, write_tensors
 from ldm.checkpoints.lora import read_lora, write_lora
+from ldm.checkpoints.lora_names import layers_of, spellings
 from ldm.errors import UserError
 from ldm.models.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
@@ -159,21 +160,19 @@ def test_kohyas_names_of_the_published_sizes() -> None:
     for settings in ({}, config):
         with torch.device("meta"):
             unet = UNet(UNetConfig(**settings))
-        layers = files._layers("unet", unet)
-        rows = [row for layer in layers for row in files._spellings(layer)]
-        rows += files._ldm_rows(layers, unet.config.to_diffusers())
-        names = {row.theirs: row.ours for row in rows}
-        assert len(names) == len(rows)
-    attention = "transformer_blocks.0.attn1.to_q.lora_A.weight"
-    for name, ours in {
+        layers = layers_of("unet", unet)
+        names = spellings(layers, unet.config.to_diffusers())  # raises where a name is of two layers
+        assert set(names.values()) == set(layers)
+    attention = "transformer_blocks.0.attn1.to_q"
+    for name, path in {
         "input_blocks_4_1_transformer_blocks_0_attn1_to_q": f"down_blocks.1.attentions.0.{attention}",
         "middle_block_1_transformer_blocks_0_attn1_to_q": f"mid_block.attentions.0.{attention}",
         "output_blocks_5_1_transformer_blocks_0_attn1_to_q": f"up_blocks.1.attentions.2.{attention}",
-        "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv.lora_A.weight",
-        "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv.lora_A.weight",
-        "label_emb_0_0": "add_embedding.linear_1.lora_A.weight",
+        "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+        "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+        "label_emb_0_0": "add_embedding.linear_1",
     }.items():
-        assert names[f"lora_unet_{name}.lora_down.weight"] == (f"unet.{ours}",)
+        assert names[f"lora_unet_{name}"].path == path
 
 
 @pytest.mark.parametrize(
@@ -188,9 +187,18 @@ def test_kohyas_names_of_the_published_sizes() -> None:
         ({"unet.ATT.to_q.lora_A.weight": (3, 48)}, r"lora_A.weight is \(3, 48\) .* the layer is \(64, 64\)"),
         ({"unet.ATT.to_q.lora_A.weight": (4, 64)}, "a LoRA for another model"),
         ({"unet.ATT.processor.to_q_lora.down.weight": (3, 64)}, "gives some layer twice"),
-        ({"lora_unet_x.hada_w1_a": (3, 3)}, "is a LoHa"),
-        ({"lora_unet_x.lokr_w1": (3, 3)}, "is a LoKr"),
-        ({"lora_unet_x.dora_scale": (3, 3)}, "is a DoRA"),
+        ({"unet.ATT.to_q.oft_R.weight": (3, 3)}, "is an OFT"),
+        ({"unet.ATT.to_q.a1.weight": (3, 3)}, "is a GLoRA"),
+        ({"text_encoder.x.lora_embedding_A": (3, 3)}, "is a LoRA of embeddings"),
+        ({"unet.ATT.to_q.hada_w1_a": (64, 3)}, "two kinds of adapter at once"),
+        (
+            {"unet.ATT.to_k.odd_thing": (3, 3)},
+            "1 of 65 keys are no part of an adapter .* other 64 fit this model",
+        ),
+        ({"unet.ATT.to_k.weight": (64, 64)}, "whole weights of layers, not changes of them"),
+        ({"unet.ATT.to_q.lora_A.weight": (10000, 64)}, "no rank is that"),
+        ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (3, 64)}, "by their names Flux"),
+        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": (3, 64)}, "by their names SDXL"),
     ],
 )
 def test_files_that_do_not_fit(

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.kinds import weights_kind
 from ldm.checkpoints.paths import must_be_file, one_line, readable
-from ldm.checkpoints.pickles import PICKLES, read_pickle
+from ldm.checkpoints.pickles import read_pickle
 from ldm.errors import UserError
 
 INDEX = ".index.json"
+# What trainers put around the weights: Lightning, DeepSpeed, BasicSR, timm and plain habit.
+_WRAPPINGS = ("state_dict", "model", "module", "params_ema", "params", "model_state_dict", "weights")
 
 
 def a_few(names: list[str], n: int = 3) -> str:
@@ -31,30 +34,27 @@ def a_few(names: list[str], n: int = 3) -> str:
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of one checkpoint file by name, on the CPU, in the dtypes they were stored in.
 
-    `.safetensors` is memory-mapped: nothing is read before it is used. `.ckpt`, `.pt`, `.pth` and `.bin` are
-    unpickled with `weights_only=True`, which runs no code of the file, and a `{"state_dict": ...}` around the
-    tensors is taken off. A name that ends in `.index.json` is the index of a sharded checkpoint, whose shards
-    lie beside it.
+    What the file is, its first bytes say and not its name. A safetensors file is memory-mapped: nothing is read
+    before it is used. A pickle is unpickled with `weights_only=True`, which runs no code of the file, and a
+    `{"state_dict": ...}` or the like around the tensors is taken off. A name that ends in `.json` is the index of a
+    sharded checkpoint, whose shards lie beside it.
 
     Raises:
-        UserError: no such file, cut short, corrupt, a pickle that asks to run code, or no tensors inside.
+        UserError: no such file, cut short, corrupt, of another kind, a pickle that asks to run code, or no tensors
+            inside.
     """
     path = Path(path)
     must_be_file(path)
     if path.name.endswith(".json"):
         return _read_shards(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in PICKLES:
-        return _read_pickle(path)
-    raise UserError(f"{path}: weights are read from .safetensors or {', '.join(PICKLES)} files only")
+    return _read_safetensors(path) if weights_kind(path) == "safetensors" else _read_pickle(path)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Return the text metadata in a safetensors file's header; {} for a pickle, which has none."""
     path = Path(path)
     must_be_file(path)
-    if path.suffix != ".safetensors":
+    if path.name.endswith(".json") or weights_kind(path) != "safetensors":
         return {}
     with _opened(path) as file:
         return dict(file.metadata() or {})
@@ -104,8 +104,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     found = read_pickle(path)
-    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
+    for _ in range(4):  # not for ever: a dictionary may hold itself
+        if not isinstance(found, dict):
+            break
+        bare = any(isinstance(each, Tensor) for each in found.values())
+        around = _WRAPPINGS[:1] if bare else _WRAPPINGS
+        found = next((found[name] for name in around if isinstance(found.get(name), dict)), found)
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors by name")
     tensors = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}

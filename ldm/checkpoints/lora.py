@@ -1,101 +1,252 @@
-"""LoRA files, in diffusers' and in kohya's layout: read by any of their spellings, written by the current one.
+"""LoRA files and their relatives, read by any of their spellings, written in diffusers' layout or in kohya's.
 
-The names of both layouts are computed from the layers' own names, row by row, as for whole models (`keymap`). Sources:
-diffusers' `loaders.lora_pipeline` and its training scripts of all ages, peft, and kohya's sd-scripts, which name the
-layers of SDXL's U-Net as the LDM code does. Diffusers' own readers and writers are what this is tested against.
+`lora_names` knows what layers and parts are called, `peft` what is said beside the tensors, `lycoris` what the parts of
+one layer must be. Diffusers', peft's and LyCORIS' own readers and writers are what this is tested against.
 """
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import a_few, check_finite, file_in, read_metadata, read_tensors, write_tensors
+from ldm.checkpoints.files import check_finite, read_tensors, write_tensors
 from ldm.checkpoints.keymap import KeyMap, Row, row
-from ldm.checkpoints.layouts import canonical_clip, unet_rows
+from ldm.checkpoints.lora_names import (
+    FLAT,
+    PEFT,
+    Layer,
+    bare_spellings,
+    family,
+    layers_of,
+    name_of,
+    names_in_ldm,
+    other_kind,
+    passenger,
+    shown,
+    spellings,
+    split_key,
+)
+from ldm.checkpoints.lycoris import LayerParts, check_parts, is_plain
+from ldm.checkpoints.paths import readable
+from ldm.checkpoints.peft import METADATA, Settings, config_beside, settings_of
 from ldm.errors import UserError
 
 Layout = Literal["diffusers", "kohya"]
-# By the layer's path in its network: down (r, in[, kh, kw]), up (out, r[, 1, 1]), alpha.
-Adapter = dict[str, tuple[Tensor, Tensor, float]]
+# By the layer's path in its network. A plain LoRA: down (r, in[, kh, kw]), up (out, r[, 1, 1]), alpha. Any other kind:
+# its tensors by the names of `ldm.models.lycoris`.
+Plain = tuple[Tensor, Tensor, float]
+Adapter = dict[str, Plain | dict[str, Tensor]]
 
 FILE = "pytorch_lora_weights.safetensors"  # in a folder, as diffusers names it
-METADATA = (
-    "lora_adapter_metadata"  # diffusers' entry for peft's settings, as JSON: "unet.r", "unet.lora_alpha", ...
-)
-_HALVES = {"lora_A": "down", "lora_B": "up"}
-_KOHYA = {
-    "unet": ("lora_unet_",),
-    "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
-}
-# Adapters that a plain pair of matrices can't stand for, by a part of their keys.
-_OTHER_KINDS = {
-    "DoRA": r"dora_scale|lora_magnitude_vector",
-    "LoHa": r"\.hada_",
-    "LoKr": r"\.lokr_",
-    "OFT": r"\.oft_",
-    "GLoRA": r"\.[ab][12]\.weight$",
-    "(IA)^3": r"\.on_input$",
-    "full difference": r"\.diff(_b)?$",
-    "LoCon with Tucker decomposition": r"\.lora_mid\.",
-    "LoRA with biases": r"\.lora_(B|up)\.bias$",
-    "LoRA of embeddings": r"\.lora_embedding_[AB]",
-}
+_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_FILES = (FILE, "pytorch_lora_weights.bin", *_PEFT_FILES)
+_BUNDLED = "bundle_emb."
+
+
+@dataclass
+class LoRAFile:
+    """What is in a file or a folder.
+
+    adapters: by component. files: what was read. notes: what was passed over, or assumed, for the user. bundled: the
+    tensors of new words that came along, `bundle_emb.` and all (`ldm.conditioning.inversion.bundled_words`).
+    """
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    bundled: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_lora(
     path: str | Path, networks: Mapping[str, nn.Module], unet_config: Mapping[str, Any] | None = None
 ) -> dict[str, Adapter]:
-    """Return the adapters in a LoRA file, by component and by the path of the layer that each pair belongs to.
+    """Return the adapters in a LoRA file, by component and by layer; see `read_lora_file`."""
+    return read_lora_file(path, networks, unet_config).adapters
+
+
+def read_lora_file(
+    path: str | Path, networks: Mapping[str, nn.Module], unet_config: Mapping[str, Any] | None = None
+) -> LoRAFile:
+    """Read a LoRA, LoHa, LoKr, DoRA, (IA)^3 or difference of weights, in any spelling that is in use.
 
     Args:
-        path: a `.safetensors` file (or a pickle, read without running its code), or a folder with diffusers' file.
-        networks: what the LoRA is for, by component: "unet", "text_encoder", "text_encoder_2".
+        path: a `.safetensors` file, or a pickle, read without running its code; or a folder: diffusers', peft's, or one
+            with a folder of peft's for each component.
+        networks: what the adapter is for, by component: "unet", "text_encoder", "text_encoder_2".
         unet_config: the U-Net's, as diffusers has it; with it LDM's names of its layers are known too.
 
     Raises:
-        UserError: keys of no layer of these networks, half a pair, other shapes, NaN, or another kind of adapter.
+        UserError: keys of no layer of these networks, half a pair, other shapes, NaN, another kind of adapter, or
+            settings of peft's that can't be read or done.
     """
-    path = file_in(path, FILE)
+    layers = [layer for component, network in networks.items() for layer in layers_of(component, network)]
+    found = LoRAFile()
+    for file, component in _sources(Path(path), networks):
+        found.files.append(file)
+        for part, adapter in _read(file, component, layers, unet_config, found).items():
+            found.adapters.setdefault(part, {}).update(adapter)
+    return found
+
+
+def _sources(path: Path, networks: Mapping[str, nn.Module]) -> list[tuple[Path, str | None]]:
+    """The files to read, and the component that a file of peft's is for where its folder tells."""
+    with readable(path):
+        if not path.is_dir():
+            return [(path, path.parent.name if path.parent.name in networks else None)]
+        folders = {None: path, **{each: path / each for each in networks}}
+        files = [
+            (next((folder / each for each in _FILES if (folder / each).is_file()), None), component)
+            for component, folder in folders.items()
+        ]
+        others = sorted(path.glob("*.safetensors"))
+    found = [(file, component) for file, component in files if file]
+    if files[0][0] or (not found and len(others) == 1):
+        return [(files[0][0] or others[0], path.name if path.name in networks else None)]
+    if not found:
+        many = f", but {len(others)} .safetensors files: name the one to be read" if others else ""
+        names = " or ".join(_FILES)
+        raise UserError(f"{path} has no {names} in it, nor in a folder named {' or '.join(networks)}{many}")
+    return found
+
+
+def _read(
+    path: Path,
+    component: str | None,
+    layers: list[Layer],
+    unet_config: Mapping[str, Any] | None,
+    found: LoRAFile,
+) -> dict[str, Adapter]:
+    """One file's adapters; notes and words go into `found`."""
     tensors = read_tensors(path)
-    for kind, pattern in _OTHER_KINDS.items():
-        if found := [name for name in tensors if re.search(pattern, name)]:
-            raise UserError(
-                f"{path} is a {kind} ({a_few(found, 1)}): only plain LoRA can be read, which has a down and an up "
-                "matrix for each linear layer or convolution"
-            )
-    layers = [layer for component, network in networks.items() for layer in _layers(component, network)]
-    rows = [each for layer in layers for each in _spellings(layer)] + _ldm_rows(layers, unet_config)
-    known = ", ".join(networks)
-    complaint = f"keys of no layer of this model ({known}), so a LoRA for another one:"
-    try:
-        ours = KeyMap.over_theirs(rows, tensors, path, complaint).to_ours(tensors)
-    except ValueError as error:
-        raise UserError(f"{path} gives some layer twice, in two layouts at once: {error}") from error
-    check_finite(ours, path)
-    said = _said(path, networks)
+    bundled = {key: each for key, each in tensors.items() if key.startswith(_BUNDLED)}
+    found.bundled |= bundled
+    tensors = {key: each for key, each in tensors.items() if key not in bundled}
+    bare = ["unet", _bare_text(path, component, layers, tensors)]
+    names = spellings(layers, unet_config, bare)
+    parts, keys = _sorted_out(path, tensors, names, found.notes)
+    check_parts(keys, path)
+    check_finite(keys, path)
+    in_peft = any(key.startswith(PEFT) for key in tensors)
+    said: dict[str, Settings] = settings_of(path, {layer.component for layer in layers})
+    config = config_beside(path) if in_peft or path.name in _PEFT_FILES else None
+    if config:
+        said = {layer.component: config for layer in layers}
+    elif in_peft and not said and not any("alpha" in each for each in parts.values()):
+        found.notes.append(f"{path} has no adapter_config.json beside it: its alpha is taken to be its rank")
     adapters: dict[str, Adapter] = {}
-    for layer in layers:
-        if pair := _pair(layer, ours, said.get(layer.component, {}), path):
-            adapters.setdefault(layer.component, {})[layer.path] = pair
+    for layer, each in parts.items():
+        own = LayerParts(layer, each, said.get(layer.component), path)
+        plain = is_plain(each, layer) and not own.said.values.get("use_dora")
+        adapters.setdefault(layer.component, {})[layer.path] = own.plain() if plain else own.resolved()
     return adapters
+
+
+def _sorted_out(
+    path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, Layer], notes: list[str]
+) -> tuple[dict[Layer, dict[str, Tensor]], dict[str, Tensor]]:
+    """The parts by layer, and the tensors that they are by our keys; notes on what is passed over.
+
+    Raises UserError for all other keys, and for a layer that is given twice.
+    """
+    parts: dict[Layer, dict[str, Tensor]] = {}
+    passed: dict[str, list[str]] = {}
+    strangers: list[str] = []  # parts of an adapter, of layers that are not there
+    odd: list[str] = []
+    wholes: dict[Layer, list[str]] = {}  # weights and biases themselves
+    for key, tensor in tensors.items():
+        split = split_key(key)
+        layer = names.get(split[0]) if split else None
+        if what := None if layer else passenger(key):
+            passed.setdefault(what, []).append(key)
+        elif kind := other_kind(key):
+            raise UserError(
+                f"{path} is {kind} ({shown([key])}): LoRA, LoCon, LoHa, LoKr, DoRA, (IA)^3, norms and differences of "
+                "weights can be read"
+            )
+        elif not split or not layer:
+            (strangers if split and split[1] not in ("weight", "bias") else odd).append(key)
+        elif parts.setdefault(layer, {}).setdefault(split[1], tensor) is not tensor:
+            raise UserError(f"{path} gives some layer twice, in two layouts at once: {shown([key])}")
+        elif key == f"{split[0]}.{split[1]}" and split[1] in ("weight", "bias") and PEFT not in key:
+            wholes.setdefault(layer, []).append(key)
+    components = ", ".join(dict.fromkeys(layer.component for layer in names.values()))
+    count = len(tensors)
+    if strangers or (odd and not parts):
+        lost = strangers or odd
+        whose = family(lost)
+        raise UserError(
+            f"{path}: keys of no layer of this model ({components}), so a LoRA for another one"
+            f"{f', by their names {whose}' if whose else ''}: {len(lost)} of {count}: {shown(lost)}"
+        )
+    if odd:
+        raise UserError(
+            f"{path}: {len(odd)} of {count} keys are no part of an adapter that can be read: {shown(odd)}; the other "
+            f"{count - len(odd)} fit this model"
+        )
+    if whole := [key for layer, own in wholes.items() if "on_input" not in parts[layer] for key in own]:
+        raise UserError(
+            f"{path}: {len(whole)} of {count} keys are whole weights of layers, not changes of them: {shown(whole)}; "
+            "a whole model is loaded as a model"
+        )
+    for what, keys in passed.items():
+        notes.append(f"{path}: {len(keys)} keys are passed over, {what}: {shown(keys)}")
+    return parts, {layer.key(part): each for layer, own in parts.items() for part, each in own.items()}
+
+
+def _bare_text(path: Path, component: str | None, layers: list[Layer], tensors: Mapping[str, Tensor]) -> str:
+    """The text encoder that names of its layers without its own name are for.
+
+    Of two text encoders the folder's name tells, else the shapes. Raises UserError where neither does.
+    """
+    encoders = list(dict.fromkeys(layer.component for layer in layers if layer.component != "unet"))
+    if len(encoders) < 2 or component in encoders:
+        return component if component in encoders else "".join(encoders)
+    names = {each: bare_spellings(layer for layer in layers if layer.component == each) for each in encoders}
+    keys = [
+        (key, split)
+        for key in tensors
+        if (split := split_key(key)) and any(split[0] in n for n in names.values())
+    ]
+    fitting: list[str] = []
+    for encoder, own in names.items():
+        parts: dict[Layer, dict[str, Tensor]] = {}
+        for key, (stem, part) in keys:
+            if stem in own:
+                parts.setdefault(own[stem], {})[part] = tensors[key]
+        if all(stem in own for _, (stem, _) in keys) and _all_fit(parts, path):
+            fitting.append(encoder)
+    if keys and len(fitting) > 1:
+        raise UserError(
+            f"{path} fits {' and '.join(fitting)}: put it into a folder that has the name of the one that it is for"
+        )
+    return fitting[0] if fitting else encoders[0]
+
+
+def _all_fit(parts: Mapping[Layer, Mapping[str, Tensor]], path: Path) -> bool:
+    try:
+        for layer, each in parts.items():
+            LayerParts(layer, each, None, path).resolved()
+    except UserError:
+        return False
+    return True
+
+
+# Writing
 
 
 def write_lora(
     path: str | Path,
-    adapters: Mapping[str, Mapping[str, tuple[Tensor, Tensor, float]]],
+    adapters: Mapping[str, Mapping[str, Plain]],
     layout: Layout = "diffusers",
     unet_config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write adapters to one `.safetensors`, whole or not at all.
+    """Write plain LoRAs to one `.safetensors`, whole or not at all.
 
     Args:
         path: where to; diffusers looks for FILE in a folder.
@@ -108,7 +259,7 @@ def write_lora(
         UserError: the place can't be written to, or the layout has no place for some layer.
     """
     layers = {
-        _Layer(component, where, _name(where), tuple(up.shape[:1] + down.shape[1:])): (down, up, alpha)
+        Layer(component, where, name_of(where), tuple(up.shape[:1] + down.shape[1:])): (down, up, alpha)
         for component, adapter in adapters.items()
         for where, (down, up, alpha) in adapter.items()
     }
@@ -133,164 +284,24 @@ def write_lora(
     write_tensors(path, tensors, said)
 
 
-# The layers and their names
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A layer of a component's network.
-
-    path: in the network. name: as files spell it. shape: of its weight.
-    """
-
-    component: str
-    path: str
-    name: str
-    shape: tuple[int, ...]
-
-    def key(self, part: str) -> str:
-        """A name in diffusers' layout, which is ours."""
-        return f"{self.component}.{self.name}.{part}"
-
-
-def _layers(component: str, network: nn.Module) -> list[_Layer]:
-    return [
-        _Layer(component, path, _name(path), tuple(module.weight.shape))
-        for path, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-
-
-def _name(path: str) -> str:
-    """The layer's name in files: CLIP's begin with `text_model.`, whatever this version of transformers calls them."""
-    (name,) = canonical_clip({path: torch.empty(0)})
-    return name
-
-
-def _spellings(layer: _Layer) -> Iterator[Row]:
-    """The rows of all the names that a layer has been given, but LDM's."""
-    prefixes = [f"{layer.component}.", ""] if layer.component == "unet" else [f"{layer.component}."]
-    names = [layer.name] + [layer.path] * (layer.path != layer.name)
-    for stem in (prefix + name for prefix in prefixes for name in names):
-        parts = ("lora_{}", "lora.{}", "lora_linear_layer.{}")
-        yield from _rows(layer, stem, *(f"{stem}.{part}" for part in parts))
-        attention, _, projection = stem.rpartition(".to_out.0" if stem.endswith(".to_out.0") else ".")
-        old = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out", "": "to_out"}
-        old_name = old.get(projection, projection)
-        if old_name in ("to_q", "to_k", "to_v", "to_out"):
-            for parent in (attention, f"{attention}.processor"):
-                yield from _rows(layer, f"{parent}.{old_name}_lora", f"{parent}.{old_name}_lora.{{}}")
-    for prefix in _KOHYA.get(layer.component, ()):
-        yield from _kohya_row(layer, prefix, layer.name)
-
-
-def _rows(layer: _Layer, stem: str, *patterns: str) -> Iterator[Row]:
-    """The rows of both halves under each pattern, and of the alpha under the stem."""
-    yield row(layer.key("alpha"), f"{stem}.alpha")
-    for pattern in patterns:
-        for ours, theirs in _HALVES.items():
-            half = ours[-1] if pattern.endswith("lora_{}") else theirs
-            yield row(layer.key(f"{ours}.weight"), f"{pattern.format(half)}.weight")
-
-
-def _kohya_row(layer: _Layer, prefix: str, name: str) -> Iterator[Row]:
-    stem = prefix + name.replace(".", "_")
-    yield row(layer.key("alpha"), f"{stem}.alpha")
-    for ours, theirs in _HALVES.items():
-        yield row(layer.key(f"{ours}.weight"), f"{stem}.lora_{theirs}.weight")
-
-
-def _ldm_rows(layers: list[_Layer], unet_config: Mapping[str, Any] | None) -> list[Row]:
-    """Kohya's rows of the U-Net's layers by LDM's names; none where the config is not known."""
-    unet = {f"{layer.name}.weight": layer for layer in layers if layer.component == "unet"}
-    if unet_config is None or not unet:
-        return []
-    ldm = KeyMap.over_ours(unet_rows(unet_config), unet, "unet").names()
-    return [
-        each
-        for (ours,), theirs in ldm.items()
-        for each in _kohya_row(unet[ours], "lora_unet_", theirs.removesuffix(".weight"))
-    ]
-
-
-def _kohya_rows(layers: list[_Layer], unet_config: Mapping[str, Any]) -> list[Row]:
+def _kohya_rows(layers: list[Layer], unet_config: Mapping[str, Any]) -> list[Row]:
     """The rows that kohya's own trainers write: SDXL's U-Net by LDM's names, everything else by diffusers'."""
-    if unet_config.get("addition_embed_type") != "text_time":
-        return [
-            each for layer in layers for each in _kohya_row(layer, _KOHYA[layer.component][0], layer.name)
-        ]
-    text = [layer for layer in layers if layer.component != "unet"]
-    rows = [each for layer in text for each in _kohya_row(layer, _KOHYA[layer.component][-1], layer.name)]
-    return rows + _ldm_rows(layers, unet_config)
+    xl = unet_config.get("addition_embed_type") == "text_time"
+    ldm = names_in_ldm(layers, unet_config) if xl else {}
+    rows: list[Row] = []
+    for layer in layers:
+        prefix = FLAT[layer.component][-1 if xl and layer.component != "unet" else 0]
+        stem = prefix + ldm.get(layer, layer.name).replace(".", "_")
+        rows.append(row(layer.key("alpha"), f"{stem}.alpha"))
+        for ours, theirs in {"lora_A": "down", "lora_B": "up"}.items():
+            rows.append(row(layer.key(f"{ours}.weight"), f"{stem}.lora_{theirs}.weight"))
+    return rows
 
 
-# Pairs, and what is said of them
-
-
-def _pair(
-    layer: _Layer, tensors: Mapping[str, Tensor], said: Mapping[str, Any], path: Path
-) -> tuple[Tensor, Tensor, float] | None:
-    """A layer's two matrices in the layer's own dimensions, and alpha; None where the file leaves the layer alone."""
-    keys = [layer.key(part) for part in ("lora_A.weight", "lora_B.weight", "alpha")]
-    down, up, alpha = (tensors.get(key) for key in keys)
-    if down is None and up is None and alpha is None:
-        return None
-    if down is None or up is None:
-        raise UserError(f"{path}: {keys[down is not None]} is missing, the other half of a pair")
-    rank = len(down)
-    wanted = (rank, *layer.shape[1:]), (layer.shape[0], rank, *(1 for _ in layer.shape[2:]))
-    pair = [_fitted(tensor, shape) for tensor, shape in zip((down, up), wanted, strict=True)]
-    if pair[0] is None or pair[1] is None:
-        raise UserError(
-            f"{path}: {keys[0]} is {tuple(down.shape)} and lora_B {tuple(up.shape)}, where the layer is {layer.shape}: "
-            "a LoRA for another model"
-        )
-    if alpha is not None and alpha.numel() != 1:
-        raise UserError(f"{path}: {keys[2]} is {tuple(alpha.shape)}, where a single number was expected")
-    return pair[0], pair[1], _alpha(layer.name, rank, said, path) if alpha is None else float(alpha)
-
-
-def _fitted(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The tensor in a shape that differs by ones at the end: some keep a linear layer as a 1x1 convolution."""
-    long, short = sorted((tuple(tensor.shape), shape), key=len, reverse=True)
-    fits = long[: len(short)] == short and set(long[len(short) :]) <= {1}
-    return tensor.reshape(shape) if fits else None
-
-
-def _said(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """Peft's settings for each component, from the metadata; {} where there are none."""
-    text = read_metadata(path).get(METADATA)
-    try:
-        settings: dict[str, Any] = dict(json.loads(text)) if text else {}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: its metadata {METADATA} can't be read: {error}") from error
-    bare = {key: value for key, value in settings.items() if "." not in key}  # a U-Net's, saved alone
-    said = {"unet": bare} if bare else {}
-    for component in networks:
-        prefix = f"{component}."
-        own = {key[len(prefix) :]: value for key, value in settings.items() if key.startswith(prefix)}
-        said |= {component: own} if own else {}
-    return said
-
-
-def _alpha(name: str, rank: int, said: Mapping[str, Any], path: Path) -> float:
-    """Alpha as peft's settings give it, or the rank where there are none: a scale of one, in either layout."""
-    try:
-        patterns = dict(said.get("alpha_pattern") or {})
-        found = next(
-            (each for each in patterns if re.match(rf"(.*\.)?({each})$", name)), None
-        )  # as peft does
-        alpha = float(said.get("lora_alpha", rank) if found is None else patterns[found])
-    except (re.error, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the alphas in its metadata {METADATA} can't be read: {error}") from error
-    # Rank-stabilised LoRA (Kalajdzievski 2023) scales by alpha / sqrt(rank).
-    return alpha * rank**0.5 if said.get("use_rslora") else alpha
-
-
-def _settings(adapter: Mapping[str, tuple[Tensor, Tensor, float]]) -> dict[str, Any]:
+def _settings(adapter: Mapping[str, Plain]) -> dict[str, Any]:
     """Peft's settings for an adapter; names without `text_model.`, which match with it and without."""
-    ranks = {_name(path).removeprefix("text_model."): len(down) for path, (down, _, _) in adapter.items()}
-    alphas = {_name(path).removeprefix("text_model."): alpha for path, (_, _, alpha) in adapter.items()}
+    ranks = {name_of(path).removeprefix("text_model."): len(down) for path, (down, _, _) in adapter.items()}
+    alphas = {name_of(path).removeprefix("text_model."): alpha for path, (_, _, alpha) in adapter.items()}
     rank, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
     return {
         "r": rank,

@@ -37,6 +37,8 @@ def must_be_file(path: Path) -> None:
         if path.is_dir():
             raise UserError(f"{path} is a folder, where a file was expected")
         if not path.is_file():
+            if path.exists():
+                raise UserError(f"{path} is no regular file, but a pipe or a device, which is not read")
             raise UserError(f"{path}: no such file{nearby(path)}")
         with path.open("rb") as file:
             pointer = file.read(40).startswith(b"version https://git-lfs")

@@ -15,8 +15,6 @@ import torch
 from ldm.checkpoints.paths import must_be_file, one_line
 from ldm.errors import UserError
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-
 
 def read_pickle(path: str | Path) -> Any:
     """Return what a `.pt` or the like holds, unpickled with `weights_only=True`, which runs no code of the file.
@@ -29,6 +27,9 @@ def read_pickle(path: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of pickle protocols that it then refuses
+            if path.suffix == ".safetensors":  # a name by which torch would take it for one
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))

@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoints.files import a_few, check_finite, file_in, read_metadata, read_tensors, write_tensors
-from ldm.checkpoints.pickles import PICKLES, read_pickle
+from ldm.checkpoints.kinds import weights_kind
+from ldm.checkpoints.pickles import read_pickle
 from ldm.conditioning.text import WindowedEncoder
 from ldm.conditioning.tokenizer import text_ids
 from ldm.errors import UserError
 
 FILE = "learned_embeds.safetensors"  # in a folder, as diffusers names it
 _WORD = "word"  # in our own files' headers
+BUNDLED = "bundle_emb."  # before the names of words that came with a LoRA
 # AUTOMATIC1111's name for a text encoder's vectors, and ours.
 _ENCODERS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 
@@ -170,13 +172,15 @@ def read_inversion(path: str | Path, token: str | None = None) -> dict[str, dict
         UserError: unreadable, no embedding, or one token given for several words.
     """
     path = file_in(path, FILE)
-    found: Mapping[str, Any] = read_pickle(path) if path.suffix in PICKLES else read_tensors(path)
+    found: Mapping[str, Any] = read_pickle(path) if weights_kind(path) == "pickle" else read_tensors(path)
     if isinstance(found, Tensor):
         found = {path.stem: found}
     if not isinstance(found, Mapping):
         raise UserError(f"{path} holds a {type(found).__name__}, not an embedding")
     webui = found.get("string_to_param")
-    if isinstance(webui, Mapping):
+    if any(str(name).startswith(BUNDLED) for name in found):
+        words = bundled_words({str(name): each for name, each in found.items()}, path)
+    elif isinstance(webui, Mapping):
         words = {str(found.get("name") or path.stem): {"text_encoder": _only(webui, path)}}
     elif set(found) & set(_ENCODERS):
         word = read_metadata(path).get(_WORD, path.stem)
@@ -187,6 +191,11 @@ def read_inversion(path: str | Path, token: str | None = None) -> dict[str, dict
         if len(words) != 1:
             raise UserError(f"{path} holds {len(words)} words ({a_few(list(words))}): leave the token out")
         words = {token: next(iter(words.values()))}
+    return checked(words, path)
+
+
+def checked(words: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return vectors as (n, D), where they are that or one vector (D,). Raises UserError, also for NaN."""
     tensors = {f"{word}, {encoder}": each for word, by in words.items() for encoder, each in by.items()}
     odd = [name for name, each in tensors.items() if not isinstance(each, Tensor) or each.ndim not in (1, 2)]
     if odd or not tensors:
@@ -196,6 +205,24 @@ def read_inversion(path: str | Path, token: str | None = None) -> dict[str, dict
         word: {encoder: each.detach().reshape(-1, each.shape[-1]) for encoder, each in by.items()}
         for word, by in words.items()
     }
+
+
+def bundled_words(found: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the words that came with a LoRA, as `read_inversion` does; other keys are left alone.
+
+    Their names are AUTOMATIC1111's: `bundle_emb.<word>.emb_params`, `.clip_l` and `.clip_g`, or `.string_to_param.*`.
+    Raises UserError for a key of another form. The vectors are still to be `checked`.
+    """
+    words: dict[str, dict[str, Tensor]] = {}
+    for name in (name for name in found if name.startswith(BUNDLED)):
+        word, _, vectors = name.removeprefix(BUNDLED).removesuffix(".*").rpartition(".")
+        encoder = {**_ENCODERS, "string_to_param": "text_encoder"}.get(vectors)
+        if encoder is None or not word or not isinstance(found[name], Tensor):
+            raise UserError(
+                f"{path}: {name[:200]!r} is no word of textual inversion: it would end in .emb_params"
+            )
+        words.setdefault(word, {})[encoder] = found[name]
+    return words
 
 
 def write_inversion(

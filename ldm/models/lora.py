@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ldm.errors import UserError, nearest
+from ldm.models.lycoris import MERGED, Changeable, ChangedLayer, own_values
 
 # A layer that can be adapted.
 Base = nn.Linear | nn.Conv2d
-# By its path in its network: down (r, in[, kh, kw]), up (out, r[, 1, 1]), alpha.
-Weights = Mapping[str, tuple[Tensor, Tensor, float]]
+# By its path in its network: down (r, in[, kh, kw]), up (out, r[, 1, 1]), alpha; or the parts of another kind.
+Weights = Mapping[str, tuple[Tensor, Tensor, float] | Mapping[str, Tensor]]
 
 # The projections of an attention: of our networks, of transformers' CLIP, BERT and T5.
 _ATTENTION = re.compile(
@@ -34,7 +35,6 @@ _PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
     ),
     "all-linear": lambda path, layer: isinstance(layer, nn.Linear),
 }
-_MERGED = "_merged_lora"  # where a layer keeps what it was before adapters were merged into it
 
 
 class LoRALayer(nn.Module):
@@ -46,6 +46,7 @@ class LoRALayer(nn.Module):
 
     def __init__(self, base: Base, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
+        self.gives_bias = False
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.dropout = nn.Dropout(dropout)
         self.down: Base
@@ -59,6 +60,10 @@ class LoRALayer(nn.Module):
             self.up = nn.Linear(rank, base.out_features, bias=False)
         nn.init.zeros_(self.up.weight)
 
+    def weigh(self, weight: float) -> None:
+        """Use this much of the change."""
+        self.scale = weight * self.alpha / self.rank
+
     def forward(self, base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the output of `base` with the change, in the dtype it had."""
         if self.scale == 0:
@@ -70,6 +75,13 @@ class LoRALayer(nn.Module):
         """Return the change of the base's weight, in its shape and in float32."""
         down, up = self.down.weight.detach().float(), self.up.weight.detach().float()
         return self.scale * (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+    def change(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the changes of the base's weight and bias, as `ChangedLayer` does."""
+        return self.delta(), None
+
+
+AdapterLayer = LoRALayer | ChangedLayer
 
 
 class LoRA(nn.Module):
@@ -102,18 +114,23 @@ class LoRA(nn.Module):
             UserError: no such layers, or a rank or a dropout that can't be.
         """
         super().__init__()
-        self._bases = select(network, targets)
-        ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(self._bases, rank)
+        bases = select(network, targets)
+        ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(bases, rank)
         if alpha is None:
             alphas: dict[str, float] = {path: float(each) for path, each in ranks.items()}
         else:
-            alphas = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(self._bases, float(alpha))
+            alphas = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(bases, float(alpha))
         if min(ranks.values()) < 1 or not 0 <= dropout < 1:
             raise UserError(
                 f"a LoRA of rank {min(ranks.values())} and dropout {dropout} can't be: "
                 "the rank is 1 or more, the dropout from 0 to below 1"
             )
-        layers = {path: LoRALayer(b, ranks[path], alphas[path], dropout) for path, b in self._bases.items()}
+        self._begin(
+            bases, {path: LoRALayer(b, ranks[path], alphas[path], dropout) for path, b in bases.items()}
+        )
+
+    def _begin(self, bases: Mapping[str, Changeable], layers: Mapping[str, AdapterLayer]) -> None:
+        self._bases = dict(bases)
         # A dot has its own meaning in the names of modules.
         self.layers = nn.ModuleDict({path.replace(".", "/"): layer for path, layer in layers.items()})
         self._handles: list[RemovableHandle] = []
@@ -124,14 +141,26 @@ class LoRA(nn.Module):
     @classmethod
     def from_weights(cls, network: nn.Module, weights: Weights) -> "LoRA":
         """Make an adapter of given weights, frozen, as `ldm.checkpoints.lora` reads them. Raises UserError."""
-        ranks = {path: len(down) for path, (down, _, _) in weights.items()}
-        with torch.device("meta"):
-            adapter = cls(
-                network, list(weights), ranks, {path: alpha for path, (_, _, alpha) in weights.items()}
-            )
-        for (down, up, _), layer in zip(weights.values(), adapter._layers().values(), strict=True):
+        norms = {
+            path: each
+            for path, each in network.named_modules()
+            if isinstance(each, nn.GroupNorm | nn.LayerNorm)
+        }
+        bases: dict[str, Changeable] = {**select(network, [path for path in weights if path not in norms])}
+        bases |= {path: norms[path] for path in weights if path in norms}
+        layers: dict[str, AdapterLayer] = {}
+        for path, each in weights.items():
+            if isinstance(each, Mapping):
+                layers[path] = ChangedLayer(each)
+                continue
+            down, up, alpha = each
+            with torch.device("meta"):
+                layer = layers[path] = LoRALayer(bases[path], len(down), alpha)  # pyright: ignore[reportArgumentType]
             layer.down.weight = nn.Parameter(down, requires_grad=False)
             layer.up.weight = nn.Parameter(up, requires_grad=False)
+        adapter = cls.__new__(cls)
+        nn.Module.__init__(adapter)
+        adapter._begin({path: bases[path] for path in weights}, layers)
         return adapter.eval()
 
     @property
@@ -147,16 +176,17 @@ class LoRA(nn.Module):
     def weight(self, value: float) -> None:
         self._weight = float(value)
         for layer in self._layers().values():
-            layer.scale = self._weight * layer.alpha / layer.rank
+            layer.weigh(self._weight)
         if self.merged:
             for base in self._bases.values():
                 _rewrite(base)
 
     def weights(self) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """Return the adapter's own tensors (not scaled by `weight`) and alphas, to be written."""
+        """Return a plain LoRA's own tensors (not scaled by `weight`) and alphas, to be written."""
         return {
             path: (layer.down.weight.detach(), layer.up.weight.detach(), layer.alpha)
             for path, layer in self._layers().items()
+            if isinstance(layer, LoRALayer)
         }
 
     def attach(self) -> None:
@@ -171,21 +201,29 @@ class LoRA(nn.Module):
             self._handles.pop().remove()
         if self.merged:
             for path, layer in self._layers().items():
-                getattr(self._bases[path], _MERGED).layers.remove(layer)
+                getattr(self._bases[path], MERGED).layers.remove(layer)
                 _rewrite(self._bases[path])
             self.merged = False
 
     def merge(self) -> None:
         """Add the change to the network's weights: in float32, with that of others merged there, rounded once.
 
-        Each layer keeps the weights that it had. Don't train a network into which something is merged.
+        Each layer keeps the weights that it had. Don't train a network into which something is merged. Raises UserError
+        where a layer without a bias would get one; the adapter then stays beside the network.
         """
+        for path, layer in self._layers().items():
+            base = self._bases[path]
+            if base.bias is None and layer.gives_bias:
+                raise UserError(
+                    f"{path} has no bias, and its adapter gives it one: that can't be merged, use it unmerged"
+                )
         self.detach()
         for path, layer in self._layers().items():
             base = self._bases[path]
-            if not hasattr(base, _MERGED):
-                setattr(base, _MERGED, _Merged(base.weight.detach()))
-            getattr(base, _MERGED).layers.append(layer)
+            if not hasattr(base, MERGED):
+                bias = None if base.bias is None else base.bias.detach()
+                setattr(base, MERGED, _Merged(base.weight.detach(), bias))
+            getattr(base, MERGED).layers.append(layer)
             _rewrite(base)
         self.merged = True
 
@@ -193,7 +231,7 @@ class LoRA(nn.Module):
         """Take the change out of the weights, which are then the very ones from before, and attach it instead."""
         self.attach()
 
-    def _layers(self) -> dict[str, LoRALayer]:
+    def _layers(self) -> dict[str, AdapterLayer]:
         """The layers by their paths."""
         return dict(zip(self._bases, self.layers.values(), strict=True))  # pyright: ignore[reportReturnType]
 
@@ -240,22 +278,29 @@ def select(network: nn.Module, targets: str | Iterable[str]) -> dict[str, Base]:
 
 @dataclass
 class _Merged:
-    """What a layer's weight was, and what is merged into it now."""
+    """What a layer's weight and bias were, and what is merged into them now."""
 
-    original: Tensor
-    layers: list[LoRALayer] = field(default_factory=list)
+    weight: Tensor
+    bias: Tensor | None
+    layers: list[AdapterLayer] = field(default_factory=list)
 
 
-def _rewrite(base: Base) -> None:
-    """Set a layer's weight to what it was plus what is merged into it; where that is nothing, its very self."""
-    merged: _Merged = getattr(base, _MERGED)
-    weight = base.weight
-    original = merged.original.to(weight.device)  # the network may have moved since
+def _rewrite(base: Changeable) -> None:
+    """Set weight and bias to what they were plus what is merged into them; where that is nothing, their very selves."""
+    merged: _Merged = getattr(base, MERGED)
+    weight, bias = own_values(base)
+    changes = [layer.change(weight, bias) for layer in merged.layers]
     if not merged.layers:
-        delattr(base, _MERGED)
-        weight.data = original.to(weight.dtype)
-        return
-    total = original.float()
-    for layer in merged.layers:
-        total = total + layer.delta().to(weight.device)
-    weight.data = total.to(weight.dtype)
+        delattr(base, MERGED)
+    for parameter, own, each in (
+        (base.weight, weight, [change for change, _ in changes]),
+        (base.bias, bias, [change for _, change in changes]),
+    ):
+        if parameter is None or own is None:
+            continue
+        if found := [change for change in each if change is not None]:
+            total = own.float()
+            for change in found:
+                total = total + change.to(parameter.device)
+            own = total
+        parameter.data = own.to(parameter.dtype)
