@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.pictures import open_raster
 from ldm.training.loop import Trainer
 from ldm.training.run import read_run
 
@@ -144,7 +145,7 @@ class Folder(torch.utils.data.Dataset[dict[str, Tensor]]):
         from PIL import Image, ImageOps
 
         row = self.rows[index]
-        with Image.open(self.folder / row["file_name"]) as opened:
+        with open_raster((self.folder / row["file_name"]).read_bytes()) as opened:
             picture = ImageOps.fit(opened.convert("RGB"), (self.side, self.side), Image.Resampling.BILINEAR)
         pixels = np.asarray(picture)[:, :: -1 if torch.rand(()) < 0.5 else 1]
         tokens = self.tokenizer(

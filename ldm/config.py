@@ -9,8 +9,9 @@ and JSON have no tuples); nothing else is converted.
 import copy
 import re
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,8 @@ from ldm.errors import UserError, nearest
 
 T = TypeVar("T")
 UNIONS = (Union, types.UnionType)
+_KINDS = (".yaml", ".yml", ".json")  # of files that hold a configuration
+_CONFIGS = "configs"  # where a checkout has its own
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,7 +39,7 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 
     Raises UserError for an unknown key, a missing key or a value of the wrong type.
     """
-    return _dataclass(cls, mapping, f"{where}: " if where else "", "")
+    return _dataclass(cls, mapping, _Place(f"{where}: " if where else "", cls))
 
 
 def to_dict(config: Any) -> Any:
@@ -51,13 +54,21 @@ def to_dict(config: Any) -> Any:
 
 
 def load_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a YAML (or JSON) file that holds one mapping; an empty file is an empty mapping."""
+    """Read a YAML (or JSON) file that holds one mapping; an empty file is an empty mapping.
+
+    Raises UserError, which for a file that is not there names those of about that name.
+    """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no configuration {path}{_files_like(Path(path))}") from None
+    except IsADirectoryError:
+        inside = ", ".join(map(str, _configurations([Path(path)]))) or "it holds none"
+        raise UserError(f"{path} is a folder, not a configuration: give a file of it ({inside})") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict | None):
-        raise _wrong(dict, content, f"{path}: ", "")
+        raise _wrong(dict, content, _Place(f"{path}: "))
     return content or {}
 
 
@@ -75,8 +86,10 @@ def override(mapping: Mapping[str, Any], assignments: Iterable[str], cls: Any = 
     result = copy.deepcopy(dict(mapping))
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
-        if not equals:
-            raise UserError(f"'{assignment}' is not an override, write key=value: train.lr=1e-4")
+        if not equals or not path.strip():
+            raise UserError(
+                f"'{assignment}' is not an override, write key=value without spaces: loop.pictures=1000"
+            )
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError:
@@ -85,15 +98,30 @@ def override(mapping: Mapping[str, Any], assignments: Iterable[str], cls: Any = 
     return result
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a value stands, for messages: in which file, in a configuration of which class, under which keys."""
+
+    where: str
+    root: Any = None
+    path: str = ""
+
+    def under(self, key: Any) -> "_Place":
+        return replace(self, path=f"{self.path}.{key}" if self.path else str(key))
+
+    def item(self, index: int) -> "_Place":
+        return replace(self, path=f"{self.path}[{index}]")
+
+
 def _assign(node: dict[str, Any], path: str, value: Any, hint: Any) -> None:
-    keys = path.split(".")
+    keys, root = path.split("."), hint
     for depth, key in enumerate(keys, start=1):
         members = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
         hint = next((each for each in members if is_dataclass(each) or get_origin(each) is dict), None)
         hints = get_type_hints(hint) if is_dataclass(hint) else {}
         known = {*map(str, node), *hints}
         if key not in known and get_origin(hint) is not dict:  # a dict's keys are the user's own
-            raise UserError(f"unknown key '{'.'.join(keys[:depth])}'{nearest(key, known)}")
+            raise UserError(f"unknown key '{'.'.join(keys[:depth])}'{_keys_like(key, path, known, root)}")
         if depth == len(keys):
             node[key] = value
             return
@@ -104,61 +132,71 @@ def _assign(node: dict[str, Any], path: str, value: Any, hint: Any) -> None:
         node = node[key]
 
 
-def _dataclass(cls: Any, mapping: Any, where: str, path: str) -> Any:
+def _dataclass(cls: Any, mapping: Any, at: _Place) -> Any:
     if not isinstance(mapping, Mapping):
-        raise _wrong(cls, mapping, where, path)
+        raise _wrong(cls, mapping, at)
     known = {field.name: field for field in fields(cls) if field.init}
     for key in mapping:
         if key not in known:
-            raise UserError(f"{where}unknown key '{_join(path, key)}'{nearest(str(key), known)}")
+            path = at.under(key).path
+            raise UserError(
+                f"{at.where}unknown key '{path}'{_keys_like(str(key), path, set(known), at.root)}"
+            )
     for name, field in known.items():
         if name not in mapping and field.default is MISSING and field.default_factory is MISSING:
-            raise UserError(f"{where}missing key '{_join(path, name)}'")
+            raise UserError(f"{at.where}missing key '{at.under(name).path}'")
     hints = get_type_hints(cls)
-    return cls(**{key: _value(hints[key], mapping[key], where, _join(path, key)) for key in mapping})
+    return cls(**{key: _value(hints[key], mapping[key], at.under(key)) for key in mapping})
 
 
-def _value(hint: Any, value: Any, where: str, path: str) -> Any:
+def _value(hint: Any, value: Any, at: _Place) -> Any:
     """Check `value` against the type hint and return it, with dataclasses, tuples and floats built."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any or (origin is Literal and (type(value), value) in [(type(a), a) for a in args]):
         return value
     if origin in UNIONS:
-        return _union(hint, value, where, path)
+        return _union(hint, value, at)
     if is_dataclass(hint):
-        return _dataclass(hint, value, where, path)
+        return _dataclass(hint, value, at)
     if origin in (list, tuple) and isinstance(value, list | tuple):
         kinds = args if origin is tuple and args[-1] is not ... else args[:1] * len(value)
         if len(kinds) == len(value):
-            return origin(_value(kinds[i], each, where, f"{path}[{i}]") for i, each in enumerate(value))
+            return origin(_value(kinds[i], each, at.item(i)) for i, each in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
-        pairs = ((_value(args[0], key, where, path), key, each) for key, each in value.items())
-        return {name: _value(args[1], each, where, _join(path, key)) for name, key, each in pairs}
+        pairs = ((_value(args[0], key, at), key, each) for key, each in value.items())
+        return {name: _value(args[1], each, at.under(key)) for name, key, each in pairs}
     if hint is float and type(value) is int:
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise _wrong(hint, value, where, path)
+    raise _wrong(hint, value, at)
 
 
-def _union(hint: Any, value: Any, where: str, path: str) -> Any:
+def _union(hint: Any, value: Any, at: _Place) -> Any:
     """The first member that takes `value`; its very type comes before one it could stand for."""
     for member in sorted(get_args(hint), key=lambda member: type(value) is not member):
         try:
-            return _value(member, value, where, path)
+            return _value(member, value, at)
         except UserError:
             if is_dataclass(member) and isinstance(value, Mapping):
                 raise  # a section was meant: this message names the key inside it
-    raise _wrong(hint, value, where, path)
+    raise _wrong(hint, value, at)
 
 
-def _wrong(hint: Any, value: Any, where: str, path: str) -> UserError:
-    close = nearest(value, map(str, get_args(hint))) if isinstance(value, str) else ""
+def _wrong(hint: Any, value: Any, at: _Place) -> UserError:
+    close = nearest(value, map(str, _choices(hint))) if isinstance(value, str) else ""
     shown = f"{repr(value)[:60]} ({type(value).__name__})"
-    place = f"'{path}'" if path else "the configuration"
-    return UserError(f"{where}{place} is {shown}, expected {_named(hint)}{close}")
+    place = f"'{at.path}'" if at.path else "the configuration"
+    return UserError(f"{at.where}{place} is {shown}, expected {_named(hint)}{close}")
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The values that a Literal, or one in a union, lists."""
+    if get_origin(hint) in UNIONS:
+        return [each for member in get_args(hint) for each in _choices(member)]
+    return list(get_args(hint)) if get_origin(hint) is Literal else []
 
 
 def _named(hint: Any) -> str:
@@ -172,5 +210,67 @@ def _named(hint: Any) -> str:
     return "none" if hint is type(None) else str(hint) if get_origin(hint) else hint.__name__
 
 
-def _join(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
+# What an unknown name may have meant
+
+
+def _keys_like(key: str, path: str, here: set[str], root: Any) -> str:
+    """A hint for an unknown key: the same name at another level, a like one here, then a like one elsewhere.
+
+    path: all that was written, in which `key` is unknown. here: what may stand in its place. root: the whole class.
+    """
+    paths = sorted(_paths(root), key=lambda each: -_shared(each, path))  # the nearest levels first
+    last = {each: each.rpartition(".")[2].lower() for each in paths}
+    name = key.lower()
+
+    def ending(written: str) -> list[str]:
+        return [each for each in paths if f".{each}".lower().replace("_", ".").endswith(written)]
+
+    same = ending(f".{path.lower().replace('_', '.')}") if "." in path else []
+    same = same or [each for each in paths if last[each] == name]
+    if not same and (close := nearest(key, here)):
+        return close
+    same = same or ending(f".{name.replace('_', '.')}")
+    same = same or [each for each in paths if name == "".join(word[:1] for word in last[each].split("_"))]
+    same = same or [each for each in paths if len(name) > 2 and last[each].startswith(name)]
+    like = get_close_matches(name, set(last.values()), cutoff=0.65) if not same else []
+    same = same or [each for match in like for each in paths if last[each] == match]
+    return f", did you mean {' or '.join(same[:3])}?" if same else ""
+
+
+def _paths(cls: Any, above: str = "") -> Iterator[str]:
+    """All keys of a dataclass and of the sections in it, by their whole paths."""
+    if not is_dataclass(cls):
+        return
+    hints = get_type_hints(cls)
+    for name in [field.name for field in fields(cls) if field.init]:
+        yield above + name
+        members = get_args(hints[name]) if get_origin(hints[name]) in UNIONS else (hints[name],)
+        for member in members:
+            yield from _paths(member, f"{above}{name}.")
+
+
+def _shared(one: str, other: str) -> int:
+    """How many keys two paths have in common from the top."""
+    pairs = list(zip(one.split("."), other.split("."), strict=False))
+    return next((k for k, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
+def _files_like(path: Path) -> str:
+    """A hint for a configuration that is not there: files of about that name, beside it and in configs/."""
+    checkout = Path(__file__).resolve().parents[1] / _CONFIGS
+    files = _configurations([path.parent, path.parent / _CONFIGS, Path(_CONFIGS)])
+    files = files or _configurations([checkout])
+    close = [each for each in files if each.stem.lower() == path.stem.lower()] or [
+        each
+        for match in get_close_matches(path.stem.lower(), {each.stem.lower() for each in files})
+        for each in files
+        if each.stem.lower() == match
+    ]
+    if close:
+        return f", did you mean {' or '.join(map(str, close[:3]))}?"
+    return f" (there are {', '.join(map(str, files[:12]))})" if files else ""
+
+
+def _configurations(folders: list[Path]) -> list[Path]:
+    found = {each.resolve(): each for folder in folders for each in sorted(folder.glob("*"))}
+    return [each for each in found.values() if each.suffix.lower() in _KINDS and each.is_file()]

@@ -1,7 +1,11 @@
-"""Pictures to tensors and back, and sheets of several."""
+"""Picture files opened, pictures to tensors and back, and sheets of several."""
 
 import io
+import os
+import stat
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +14,58 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
     from PIL.PngImagePlugin import PngInfo
+
+# Raster formats by Pillow's names. Left to choose, Pillow also hands PostScript to Ghostscript, which runs it.
+RASTERS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
+LARGEST = 2**30  # bytes of a file that is read into memory
+
+
+def open_raster(content: bytes, formats: Sequence[str] = RASTERS) -> "ImageFile":
+    """Open a picture file's bytes as one of `formats`, whatever its name ends in; of an animation, the first frame.
+
+    It is the one place that opens pictures. Raises what Pillow raises, UnidentifiedImageError for another format.
+    """
+    from PIL import Image
+
+    return Image.open(io.BytesIO(content), formats=[each for each in formats if each in _decoders()])
+
+
+@cache
+def _decoders() -> frozenset[str]:
+    """The formats that this Pillow was built to read; it may lack WebP and AVIF."""
+    from PIL import Image, features
+
+    Image.init()
+    lacking = {each for each in ("WEBP", "AVIF") if each in Image.OPEN and not features.check(each.lower())}
+    return frozenset(Image.OPEN) - lacking
+
+
+def plain_status(path: str | Path) -> os.stat_result:
+    """What the system says of a regular file. Raises OSError for what is none: a pipe, a device, a link to nothing."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise FileNotFoundError("it is a link to what is not there") from None
+        raise
+    except ValueError as error:  # a NUL, or half a surrogate pair, is in no file's name
+        raise OSError(f"there is no file of such a name ({error})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is no regular file")
+    return status
+
+
+def read_plain(path: str | Path, most: int = LARGEST) -> bytes:
+    """The bytes of a regular file. Raises OSError for what is none, or for more than `most` bytes."""
+    size = plain_status(path).st_size
+    if size > most:
+        raise OSError(f"its {size:,} bytes are more than the {most:,} that are read")
+    if not size:  # so say files of /proc, some of which are waited for without end
+        return b""
+    with open(path, "rb") as file:
+        return file.read(size)
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:

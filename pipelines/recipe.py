@@ -2,15 +2,16 @@
 
 import json
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from ldm import __version__
 from ldm.config import from_dict
 from ldm.errors import UserError
+from ldm.pictures import open_raster, read_plain
+from pipelines import arguments
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,57 +94,60 @@ class Recipe:
 
 
 def recipes_for(
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str] | None,
-    seed: int | Iterable[int] | None,
-    images_per_prompt: int,
+    prompt: str | Iterable[str] | None,
+    negative_prompt: str | Iterable[str | None] | None,
+    seed: SupportsIndex | Iterable[SupportsIndex] | None,
+    images_per_prompt: SupportsIndex,
     settings: Mapping[str, Any],
 ) -> list[Recipe]:
     """The recipes of a call, prompt by prompt; see `TextToImagePipeline.__call__`. Raises UserError."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-    if not prompts or not all(isinstance(each, str) for each in prompts):
+    prompts = [] if prompt is None else arguments.texts(prompt, "prompt")
+    if not prompts:
         raise UserError("there is no prompt: give a string, or a list of at least one")
-    if images_per_prompt < 1:
-        raise UserError(f"num_images_per_prompt is {images_per_prompt}: it must be 1 or more")
-    count = len(prompts) * images_per_prompt
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        negatives = [negative_prompt] * len(prompts)
-    else:
-        negatives = list(negative_prompt)
-    if len(negatives) != len(prompts):
-        raise UserError(
-            f"there are {len(negatives)} negative prompts for {len(prompts)} prompts: one, or one each"
-        )
+    each_prompt = arguments.whole_number(images_per_prompt, "num_images_per_prompt")
+    if each_prompt < 1:
+        raise UserError(f"num_images_per_prompt is {each_prompt}: it must be 1 or more")
+    count = len(prompts) * each_prompt
+    negatives = _negatives(negative_prompt, len(prompts))
     seeds = _seeds(seed, count)
-    if len(seeds) != count:
-        raise UserError(f"there are {len(seeds)} seeds for {count} images: give one int, or one an image")
-    stated = {name: _plain(value) for name, value in settings.items() if value is not None}
+    stated = {name: arguments.plain(value) for name, value in settings.items() if value is not None}
     shared = Recipe.parse({"prompt": "", **stated}, "the call")
-    places = [k for k in range(len(prompts)) for _ in range(images_per_prompt)]
+    places = [k for k in range(len(prompts)) for _ in range(each_prompt)]
     return [
         replace(shared, prompt=prompts[k], negative_prompt=negatives[k], seed=each)
         for k, each in zip(places, seeds, strict=True)
     ]
 
 
-def _seeds(seed: int | Iterable[int] | None, count: int) -> Sequence[int | None]:
-    if seed is None:
+def _negatives(given: str | Iterable[str | None] | None, count: int) -> Sequence[str | None]:
+    if given is None:
         return [None] * count
-    try:
-        return (
-            [operator.index(each) for each in seed]
-            if isinstance(seed, Iterable)
-            else [operator.index(seed) + k for k in range(count)]
+    negatives = arguments.texts(given, "negative_prompt", most=count, gaps=True)
+    if arguments.is_single(given):
+        return negatives * count
+    if len(negatives) != count:
+        raise UserError(
+            f"there are {_said(negatives, given, count)} negative prompts for {count} prompts: one, or one each"
         )
-    except TypeError as error:
-        raise UserError(f"the seed is {seed!r}: give an int, or one an image") from error
+    return negatives
 
 
-def _plain(value: Any) -> Any:
-    """Scalars of numpy and torch as Python's own, which JSON can hold."""
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return value.item() if hasattr(value, "item") else value
+def _seeds(given: SupportsIndex | Iterable[SupportsIndex] | None, count: int) -> Sequence[int | None]:
+    if given is None:
+        return [None] * count
+    seeds = arguments.whole_numbers(given, "seed", most=count)
+    if arguments.is_single(given):
+        return [seeds[0] + k for k in range(count)]
+    if len(seeds) != count:
+        raise UserError(
+            f"there are {_said(seeds, given, count)} seeds for {count} images: give one int, or one an image"
+        )
+    return seeds
+
+
+def _said(found: Sequence[Any], given: Any, count: int) -> str:
+    """How many were given; of an iterator no more was read than shows that they are too many."""
+    return f"more than {count}" if len(found) > count and not hasattr(given, "__len__") else str(len(found))
 
 
 def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
@@ -208,14 +212,16 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def open_picture(path: str | Path) -> "Image":
-    """A picture file, decoded. Raises UserError."""
+    """A PNG file, decoded. Raises UserError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        picture = Image.open(path)
+        picture = open_raster(read_plain(path), ["PNG"])
         picture.load()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is no picture that can be read (it is no PNG)") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no picture that can be read ({error})") from error
     return picture

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, SupportsFloat, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
@@ -136,8 +136,10 @@ class TextToImagePipeline:
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA over the networks that it is for, beside those that are there; returns its name.
 
-        path: a file in diffusers' layout, of any age, or in kohya's; or a folder with diffusers' file. weight: how much
-        of it. name: for `set_loras` and `unload_loras`; None is the file's. Raises UserError.
+        LoHa, LoKr, DoRA, (IA)^3, norms and differences of weights count as LoRAs; words that came along are taught too.
+        path: a file of diffusers', kohya's, LyCORIS', ComfyUI's or peft's, or a folder of diffusers' or peft's. weight:
+        how much of it. name: for `set_loras` and `unload_loras`; None is the file's. Warns of what is passed over.
+        Raises UserError.
         """
         with self._turn():
             return self._adapters.load_lora(path, weight, name)
@@ -176,7 +178,7 @@ class TextToImagePipeline:
             self._adapters.unload_words()
 
     def load_adapters_of(self, recipe: Recipe) -> list[str]:
-        """Load the LoRAs and embeddings that a recipe names; returns notes on files that have changed since.
+        """Load the LoRAs and embeddings that a recipe names; returns notes: of changes since, of what is passed over.
 
         Raises UserError, also where a file is gone.
         """
@@ -195,34 +197,36 @@ class TextToImagePipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Iterable[str],
         *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
+        height: SupportsIndex | None = None,
+        width: SupportsIndex | None = None,
+        num_inference_steps: SupportsIndex | None = None,
+        guidance_scale: SupportsFloat | None = None,
+        negative_prompt: str | Iterable[str | None] | None = None,
+        num_images_per_prompt: SupportsIndex = 1,
+        seed: SupportsIndex | Iterable[SupportsIndex] | None = None,
         sampler: str | None = None,
         schedule: str | None = None,
-        eta: float = 0.0,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        clip_skip: int | None = None,
+        eta: SupportsFloat = 0.0,
+        guidance_rescale: SupportsFloat = 0.0,
+        guidance_interval: Sequence[SupportsFloat] | None = None,
+        clip_skip: SupportsIndex | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         progress: bool = True,
-        **xl: tuple[int, int],
+        **xl: Sequence[SupportsIndex],
     ) -> TextToImageOutput:
         """Draw `num_images_per_prompt` pictures of each prompt.
 
+        prompt: a string, or several in a list, a tuple, an iterator, an array or a table's column.
         height, width: pixels, multiples of the autoencoder's factor; None is the size the model was trained on.
         num_inference_steps, guidance_scale: None takes the model's own defaults, else diffusers' (50; 7.5, SDXL 5).
             A scale of 1 or less runs no unconditional pass.
-        negative_prompt: one for all prompts, or one each.
+        negative_prompt: one for all prompts, or one each; None among them is none for that prompt.
         seed: an int (image k gets seed + k), or one an image; None draws them. An image depends on its own seed
             only: not on its neighbours, the batch's size or the device.
+        All numbers may be numpy's, or tensors without dimensions.
         sampler, schedule: in place of the model's own solver and spacing. eta: DDIM's noise, 0 to 1.
         guidance_rescale: Lin et al. 2023, in [0, 1]. guidance_interval: guided only where low < sigma <= high.
         callback_on_step_end: called with (pipe, index, timestep, {"latents", "denoised", "preview", "images"}) after
@@ -245,7 +249,7 @@ class TextToImagePipeline:
             "eta": eta,
             "guidance_rescale": guidance_rescale,
             "guidance_interval": guidance_interval,
-            "clip_skip": clip_skip or 0,
+            "clip_skip": 0 if clip_skip is None else clip_skip,
             **xl,
         }
         recipes = recipes_for(prompt, negative_prompt, seed, num_images_per_prompt, settings)

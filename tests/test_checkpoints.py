@@ -151,7 +151,7 @@ def test_true_size_names_and_shapes_agree_with_diffusers(family: str) -> None:
         assert {key: each.shape for key, each in found.items()} == {
             key: each.shape for key, each in ours[name].items()
         }
-    assert detect_family(single, "a file") == family
+    assert detect_family(single) == family
     found = from_tensors(single, {}, "a file")
     assert found.configs == configs
     for name, tensors in ours.items():
@@ -207,7 +207,7 @@ def test_folder_to_single_file_and_back_is_bit_for_bit(tmp_path: Path, system) -
         assert file.read_bytes() == (tmp_path / "again" / file.relative_to(tmp_path / "folder")).read_bytes()
     write_single_file(tmp_path / "two.safetensors", third)
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
-    assert detect_family(read_tensors(tmp_path / "one.safetensors"), "x") == family
+    assert detect_family(read_tensors(tmp_path / "one.safetensors")) == family
 
 
 def test_diffusers_converter_reads_our_single_file(tmp_path: Path, system) -> None:
@@ -327,12 +327,12 @@ def test_damaged_configs_in_the_metadata_are_one_line(tmp_path: Path, system, te
 )
 def test_other_models_are_called_by_name(name: str, word: str) -> None:
     with pytest.raises(UserError, match=word):
-        detect_family({name: torch.zeros(1)}, "x")
+        from_tensors({name: torch.zeros(1)}, {}, "x")
 
 
 def test_a_unet_alone_and_other_channels_are_refused() -> None:
-    with pytest.raises(UserError, match="without its text encoder"):
-        detect_family({FIRST: torch.zeros(320, 4, 3, 3)}, "x")
+    with pytest.raises(UserError, match="a U-Net without an autoencoder and a text encoder"):
+        from_tensors({FIRST: torch.zeros(320, 4, 3, 3)}, {}, "x")
     with pytest.raises(UserError, match="8 channels"):
         published("sd1", channels=8)
 
@@ -351,6 +351,30 @@ def test_later_xl_models_say_what_they_predict() -> None:
     seen |= {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
     scheduler = family_configs("sdxl", seen, "x")["scheduler"]
     assert scheduler["prediction_type"] == "v_prediction" and scheduler["rescale_betas_zero_snr"]
+
+
+@pytest.mark.parametrize("around", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "model.module.{}"])
+def test_wrappers_of_training_are_taken_off_where_a_file_is_loaded(
+    tmp_path: Path, system, around: str
+) -> None:
+    _, given = system
+    write_single_file(tmp_path / "x.safetensors", given)
+    metadata = read_metadata(tmp_path / "x.safetensors")
+    inside = around.startswith("model.")
+    wrapped = {
+        f"model.module.{name[6:]}"
+        if inside and name.startswith("model.")
+        else name
+        if inside
+        else around.format(name): each
+        for name, each in read_tensors(tmp_path / "x.safetensors").items()
+    }
+    write_tensors(tmp_path / "wrapped.safetensors", wrapped, metadata)
+    found = read_single_file(tmp_path / "wrapped.safetensors")
+    same_systems(found, given)
+    assert "taken off from names" in found.notes[0]
+    with pytest.raises(UserError, match="in a wrapper of training"):
+        from_tensors(wrapped, metadata, "x")
 
 
 # Text encoders and old names

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import socket
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,20 @@ from ldm.checkpoints.files import read_tensors, write_tensors
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.layouts import canonical_clip, open_clip_rows
 from ldm.conditioning import minilm
+from ldm.conditioning.cleaning import clean
 from ldm.conditioning.inversion import NewWords
 from ldm.conditioning.load import build_text_encoder, export, load_text_encoder, write_tokenizers
 from ldm.conditioning.sdxl import JoinedEncoder, parts_of
 from ldm.conditioning.system import build_conditioning
 from ldm.conditioning.text import TextEmbedding, Window, concatenate, encode_pair
-from ldm.conditioning.tokenizer import EOS, clip_tokenizer, clip_vocabulary, load_tokenizer, window_of
+from ldm.conditioning.tokenizer import (
+    EOS,
+    clip_tokenizer,
+    clip_vocabulary,
+    load_tokenizer,
+    text_ids,
+    window_of,
+)
 from ldm.errors import UserError
 from ldm.system import System
 from tests import tiny
@@ -375,6 +384,99 @@ def test_clip_tokenizer_gives_the_published_ids():
     assert (tokenizer.model_max_length, tokenizer.pad_token_id) == (77, 49407)
     padded = clip_tokenizer(pad_token="!")("a cat", padding="max_length").input_ids
     assert padded == [49406, 320, 2368, 49407] + [0] * 73
+
+
+# The token ids of OpenAI's own simple_tokenizer.py, run once on these; see docs/prompts.md.
+AS_CLIP_READS: list[tuple[str, list[int]]] = [
+    ("a photo of a cat", [320, 1125, 539, 320, 2368]),
+    ("DON’T look", [847, 713, 1012]),
+    ("it's we're I'LL", [585, 568, 649, 982, 328, 1342]),
+    ("“quoted” ‘text’", [257, 27706, 257, 713, 20072, 262]),
+    ("ﬁre and ﬂame", [1769, 537, 13484]),
+    ("\uff26\uff35\uff2c\uff2c\u3000\uff57\uff49\uff44\uff54\uff48 \uff11\uff12", [1476, 23571, 272, 273]),
+    ("salt &amp; pepper", [6611, 261, 8253]),
+    ("salt &amp;amp; pepper", [6611, 261, 8253]),
+    ("&lt;b&gt;bold&lt;/b&gt; caf&eacute;", [283, 321, 285, 8911, 34308, 321, 285, 15304]),
+    ("<b>salt &amp; pepper</b>", [283, 321, 285, 6611, 261, 8253, 34308, 321, 285]),
+    ("itâ€™s broken", [585, 568, 5107]),
+    ("cafÃ©", [15304]),
+    ("\N{BYTE ORDER MARK}a cat", [320, 2368]),
+    (
+        "zero\u200bwidth \U0001f468\u200d\U0001f469\u200d\U0001f467",
+        [5848, 9844, 23571, 25023, 26304, 964, 356],
+    ),
+    ("soft\xadhyphen", [3773, 22618, 1441, 745, 576]),
+    ("a\tb\r\nc\xa0d\u3000e", [320, 321, 322, 323, 324]),
+    ("red\x1b[31m car\x07", [736, 1615]),
+    ("&nbsp;a&#8217;s &#x1F600;", [320, 568, 7334]),
+    ("cafe\u0301 \u212b", [15304, 127, 354]),
+    ("Straße ΟΔΟΣ İ", [1894, 127, 253, 324, 138, 123, 138, 112, 138, 123, 139, 480, 328, 16384]),
+    (
+        "北京的猫 ｶﾀｶﾅ",
+        [161, 234, 245, 21078, 105, 163, 248, 226, 163, 234, 360, 37367, 34941, 37367, 2429, 488],
+    ),
+    ("고양이 КОТ", [36216, 254, 31625, 239, 34746, 27152, 13506, 141, 480]),
+    ("½ Ⅷ ²³ ٣", [33613, 158, 227, 371, 41175, 126, 367, 149, 352]),
+    (
+        "2019-01-01, 100% (1.5)",
+        [273, 271, 272, 280, 268, 271, 272, 268, 271, 272, 267, 272, 271, 271, 260, 263, 272, 269, 276, 264],
+    ),
+    ("😀❤️ 🇩🇪", [12832, 1752, 21531]),
+    ("a — b – c … d", [320, 2005, 321, 1224, 322, 959, 323]),
+    ("cat<|endoftext|>dog", [2368, 49407, 1929]),
+    ("<|ENDOFTEXT|>", [49407]),
+    ("<start_of_text>", [283, 1572, 318, 539, 318, 4160, 285]),
+    ("!!! ?! 'tis rock 'n' roll", [995, 2835, 713, 533, 2172, 262, 333, 262, 3341]),
+    (
+        "https://example.com/?a=b&c=d",
+        [30901, 12441, 6228, 269, 2464, 14, 286, 320, 284, 321, 261, 322, 284, 323],
+    ),
+    ("", []),
+    ("   ", []),
+]
+
+
+@pytest.mark.parametrize(("text", "ids"), AS_CLIP_READS, ids=lambda each: ascii(each)[:24])
+def test_clip_reads_a_text_as_the_original_does(text: str, ids: list[int]):
+    assert text_ids(clip_tokenizer(), text) == ids
+
+
+def test_clip_reads_all_blocks_as_open_clip_does():
+    """One character of every 16 of the plane that people type in, alone and in a word."""
+    theirs = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
+    tokenizer = clip_tokenizer()
+    # Unassigned and rare letters, of which the two libraries' Unicode tables have different views, are left out.
+    points = [c for c in range(0x20, 0x3000, 16) if unicodedata.category(chr(c))[0] in "LNPSZ"]
+    texts = [f"a{chr(c)}b {chr(c)} {chr(c)}’s" for c in points]
+    assert len(texts) > 500 and [text_ids(tokenizer, each) for each in texts] == list(
+        map(theirs.encode, texts)
+    )
+
+
+def test_new_words_are_not_cleaned_away(tmp_path: Path):
+    """Where the signs of a word mean something in HTML, are mended or lowered, it is the word all the same."""
+    encoder = load_text_encoder(tiny.tiny_clip_folder(tmp_path))
+    words = NewWords(encoder)
+    for k, word in enumerate(["<Cat-Toy>", "&lt;s&gt;", "sks…", "don’t", "&amp;"]):
+        words.add(word, torch.ones(tiny.WIDTH))
+        assert encoder.tokenize(word) == [-1 - k]
+    the, dog = encoder.tokenize("the"), encoder.tokenize("dog’s")
+    assert dog == encoder.tokenize("dog's")
+    assert encoder.tokenize("the <Cat-Toy> the") == [*the, -1, *the]
+    assert encoder.tokenize("the &lt;s&gt; dog’s") == [*the, -2, *dog]
+    assert encoder.tokenize("the sks… the don’t the &amp; dog’s") == [*the, -3, *the, -4, *the, -5, *dog]
+    assert encoder.tokenize("<cat-toy>") == [-1]  # as transformers looks for added words: in any case
+
+
+def test_only_clip_is_cleaned(tmp_path: Path):
+    encoder = load_text_encoder(tiny.tiny_bert_folder(tmp_path))
+    raw = encoder.tokenizer("a &amp; b", add_special_tokens=False).input_ids
+    assert encoder.tokenize("a &amp; b") == raw != encoder.tokenize("a & b")
+
+
+def test_cleaning_takes_no_time_that_grows_with_the_square():
+    for text in ("don’t &amp; ", "&amp;", "&", "â€™", "&#", "<", " "):
+        assert len(clean((text * 100_000)[:100_000])) <= 100_000  # a square would take minutes
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])

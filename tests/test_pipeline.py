@@ -1,9 +1,10 @@
 """The whole pipeline: the same picture as diffusers from one saved folder, seeds, callbacks, bad input."""
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tiny import SCHEDULER, tiny_pipeline_folder
 from ldm.checkpoints.files import read_tensors, write_tensors
 from ldm.errors import UserError
 from pipelines import TextToImagePipeline
-from pipelines.recipe import Recipe, read_recipe
+from pipelines.recipe import Recipe, read_recipe, recipes_for
 
 V_ZERO_SNR = {
     **SCHEDULER,
@@ -182,6 +183,131 @@ def test_numbers_of_numpy_are_numbers(pipe: TextToImagePipeline, tmp_path: Path)
     assert read_recipe(output.save(tmp_path / "cat.png")[0]) == output.recipes[0]
     with pytest.raises(UserError, match='only output_type "pil"'):
         pipe("cat", num_inference_steps=1, output_type="np").save(tmp_path)
+
+
+class Column:
+    """As a table's column is: it has a shape and tolist, and no truth of its own."""
+
+    def __init__(self, *cells: Any, wide: bool = False):
+        self.cells, self.shape = list(cells), (len(cells), 1) if wide else (len(cells),)
+
+    def tolist(self) -> list[Any]:
+        return list(self.cells)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.cells)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value of a column is ambiguous")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        list,
+        tuple,
+        iter,
+        np.array,
+        lambda cells: np.array(cells, dtype=object),
+        lambda cells: [np.array(cell) for cell in cells],
+        lambda cells: Column(*cells),
+    ],
+)
+def test_prompts_and_seeds_come_in_any_list(kind: Callable[[list[Any]], Any]) -> None:
+    expected = recipes_for(["a", "b"], ["x", "y"], [3, 4], 1, {})
+    made = recipes_for(kind(["a", "b"]), kind(["x", "y"]), kind([3, 4]), np.int64(1), {})
+    assert made == expected
+    assert {type(each) for recipe in made for each in (recipe.prompt, recipe.negative_prompt)} == {str}
+    assert {type(recipe.seed) for recipe in made} == {int}
+
+
+@pytest.mark.parametrize("one", [np.array, lambda value: value, lambda value: np.array(value, dtype=object)])
+def test_a_single_value_of_an_array_is_one_for_all(one: Callable[[Any], Any]) -> None:
+    made = recipes_for(one("a"), one("x"), one(3), torch.tensor(2), {})
+    assert made == recipes_for("a", "x", 3, 2, {}) and [each.seed for each in made] == [3, 4]
+
+
+def test_seeds_of_ranges_and_tensors() -> None:
+    for seeds in (
+        range(3, 5),
+        torch.tensor([3, 4]),
+        [torch.tensor(3), np.uint8(4)],
+        np.array([3, 4], "uint64"),
+    ):
+        assert [each.seed for each in recipes_for(["a", "b"], None, seeds, 1, {})] == [3, 4]
+    assert [each.seed for each in recipes_for(["a", "b"], None, torch.tensor(3), 1, {})] == [3, 4]
+
+
+def test_none_among_negatives_is_no_negative() -> None:
+    made = recipes_for(["a", "b"], ["x", None], 0, 1, {})
+    assert [each.negative_prompt for each in made] == ["x", None]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": Column("a", float("nan"))}, r"prompt\[1\] is nan \(float\), which is no text"),
+        ({"prompt": np.array(["a", None])}, r"prompt\[1\] is None"),
+        ({"prompt": ["a", ["b"]]}, r"prompt\[1\] is \['b'\] \(list\)"),
+        ({"prompt": [b"a"]}, r"prompt\[0\] is b'a' \(bytes\), which is no text: decode it first"),
+        ({"prompt": b"a"}, "decode it first"),
+        ({"prompt": 3}, r"prompt is 3 \(int\)"),
+        ({"prompt": {"a": 1}}, "prompt is a dict: give a list"),
+        ({"prompt": {"a", "b"}}, "prompt is a set: give a list"),
+        ({"prompt": np.array([["a"], ["b"]])}, "of 2 x 1: give one dimension"),
+        ({"prompt": Column("a", wide=True)}, "Column of 1 x 1: give one dimension"),
+        ({"prompt": np.array([])}, "there is no prompt"),
+        ({"negative_prompt": Column("x", float("nan"))}, r"negative_prompt\[1\] is nan"),
+        ({"negative_prompt": itertools.repeat("x")}, "more than 2 negative prompts for 2 prompts"),
+        ({"negative_prompt": np.array(["x"])}, "1 negative prompts for 2 prompts"),
+        ({"seed": itertools.count(5)}, "more than 2 seeds for 2 images"),
+        ({"seed": True}, "seed is True: give an int"),
+        ({"seed": torch.tensor(True)}, "seed is True: give an int"),
+        ({"seed": [1, np.False_]}, r"seed\[1\] is False"),
+        ({"seed": 1.0}, r"seed is 1.0 \(float\), which is no whole number"),
+        ({"seed": Column(1.0, 2.0)}, r"seed\[0\] is 1.0"),
+        ({"seed": torch.tensor(1.0)}, "seed is 1.0"),
+        ({"seed": [1, None]}, r"seed\[1\] is None"),
+        ({"seed": "42"}, "seed is '42'"),
+        ({"seed": {1, 2}}, "seed is a set: give a list"),
+        ({"images_per_prompt": 2.0}, "num_images_per_prompt is 2.0"),
+        ({"images_per_prompt": True}, "num_images_per_prompt is True"),
+        ({"settings": {"height": np.array([64, 64])}}, r"'height' is \[64, 64\]"),
+        ({"settings": {"guidance_interval": np.ones(3)}}, "'guidance_interval' is"),
+        ({"settings": {"clip_skip": np.array([1, 2])}}, "'clip_skip' is"),
+    ],
+)
+def test_lists_that_cannot_be_meant_are_refused(given: dict[str, Any], message: str) -> None:
+    call = {"prompt": ["a", "b"], "negative_prompt": None, "seed": 0, "images_per_prompt": 1, "settings": {}}
+    with pytest.raises(UserError, match=message) as caught:
+        recipes_for(**{**call, **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_come_as_arrays_and_tensors() -> None:
+    settings = {
+        "height": np.int32(64),
+        "width": torch.tensor(32),
+        "num_inference_steps": np.array(3),
+        "guidance_scale": torch.tensor(2),
+        "guidance_interval": Column(np.float32(1), 2),
+        "original_size": np.array([64, 32]),
+        "sampler": np.str_("ddim"),
+    }
+    (made,) = recipes_for("a", None, 0, 1, settings)
+    assert (made.height, made.width, made.num_inference_steps, made.guidance_scale) == (64, 32, 3, 2.0)
+    assert (made.guidance_interval, made.original_size, made.sampler) == ((1.0, 2.0), (64, 32), "ddim")
+    json.dumps(asdict(made))  # nothing of numpy is left
+
+
+def test_a_call_takes_an_array(pipe: TextToImagePipeline) -> None:
+    output = pipe(
+        np.array(["cat", "dog"]), seed=np.array([1, 2]), clip_skip=np.int64(0), num_inference_steps=1
+    )
+    assert [(each.prompt, each.seed) for each in output.recipes] == [("cat", 1), ("dog", 2)]
 
 
 def test_a_fingerprint_is_of_all_that_draws(folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from training_runs import first_stage_config, write_config
 
 from ldm.checkpoints.files import read_metadata
 from ldm.conditioning.load import load_text_encoder
+from ldm.conditioning.tokenizer import text_ids
 from ldm.data.masks import random_mask
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
@@ -124,6 +125,20 @@ def test_every_caption_takes_the_same_windows(tmp_path: Path, build: Any, window
     again = Conditions(text, windows, tmp_path / "cache")
     again.prepare(captions)
     assert again.notes() == conditions.notes()  # also where nothing was left to compute
+
+
+def test_states_in_a_cache_are_of_the_very_tokens(tmp_path: Path) -> None:
+    """A text that comes to be read otherwise (cleaned, say) is computed anew; one that is read alike is not."""
+    text, kept = load_text_encoder(tiny_clip_folder(tmp_path)), torch.tensor([False])
+    first = Conditions(text, cache=tmp_path / "cache")
+    first.prepare(["don’t"])
+    old = first(["don’t"], kept).hidden
+    text.tokenize = lambda caption: text_ids(text.tokenizer, caption.replace("’", " "))
+    other = Conditions(text, cache=tmp_path / "cache")
+    other.prepare(["don’t"])
+    assert (other(["don’t"], kept).hidden - old).abs().max() > 1e-2
+    text.module.forward = None  # type: ignore[assignment]
+    other.prepare(["don t"])  # the same tokens
 
 
 def test_states_in_a_cache_are_of_the_very_encoder(tmp_path: Path) -> None:

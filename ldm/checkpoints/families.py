@@ -4,12 +4,13 @@ A published single file holds tensors and no configs. The tables here are the va
 config files (diffusers' layout), which is what diffusers' loader falls back on too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from ldm.checkpoints.stated import Stated, stated
 from ldm.errors import UserError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -176,59 +177,37 @@ FAMILIES = {
     ),
 }
 
-# What the names of other kinds of file give away, most telling first.
-_OTHERS = {
-    "joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "Flux",
-    "single_transformer_blocks.": "Flux",
-    "edm_mean": "Playground 2.5 (EDM)",
-    "edm_vpred.": "an EDM v-prediction model",
-    "lora_": "a LoRA, which goes on top of a model,",
-    ".lora": "a LoRA, which goes on top of a model,",
-    "conditioner.embedders.0.model.": "the Stable Diffusion XL refiner",
-    "control_model.": "a ControlNet",
-    "controlnet_cond_embedding.": "a ControlNet",
-    "motion_modules.": "AnimateDiff",
-    "down_blocks.": "one network of a diffusers folder (give the folder with model_index.json instead)",
-    "encoder.down.": "an autoencoder alone",
-    "text_model.": "a text encoder alone",
-}
 
-
-def detect_family(tensors: Mapping[str, Tensor], where: object) -> str:
-    """Return "sd1", "sd2" or "sdxl" for a single file's tensors, by the names of its networks.
-
-    Raises:
-        UserError: another kind of model (named, where it is known) or a part of one.
-    """
-    if _FIRST in tensors:
-        for family, layout in FAMILIES.items():
-            prefixes = [
-                prefix + ("transformer." if kind == "clip" else "") for prefix, kind in layout.text.values()
-            ]
-            if all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes):
-                return family
-    known = ", ".join(each.title for each in FAMILIES.values())
-    other = next((title for sign, title in _OTHERS.items() if any(sign in name for name in tensors)), None)
-    if other is None and _FIRST in tensors:
-        other = "a U-Net without its text encoder"
-    what = f"this is {other}" if other else f"no family has names like {next(iter(tensors), 'none at all')}"
-    raise UserError(f"{where}: {what}; single files of {known} can be read")
+def detect_family(tensors: Collection[str]) -> str | None:
+    """Return "sd1", "sd2" or "sdxl" for a single file's tensors, by the names of its networks; None for any other."""
+    if _FIRST not in tensors:
+        return None
+    for family, layout in FAMILIES.items():
+        prefixes = [
+            prefix + ("transformer." if kind == "clip" else "") for prefix, kind in layout.text.values()
+        ]
+        if all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes):
+            return family
+    return None
 
 
 def family_configs(
-    family: str, tensors: Mapping[str, Tensor], where: object, prediction_type: str | None = None
+    family: str,
+    tensors: Mapping[str, Tensor],
+    where: object,
+    prediction_type: str | None = None,
+    said: Stated | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return the configs of a published single file's components, from the tables.
+    """Return the configs of a published single file's components, from the tables and from what the file says.
 
-    Whether an SD 2.x predicts the noise or v can't be seen in its names. As diffusers does, v is assumed (SD
-    2.1, 768 pixels), and the noise for its inpainting model; `prediction_type` ("epsilon", "v_prediction")
-    overrides this. For SDXL the empty tensors `v_pred` and `ztsnr`, by which later models say so themselves,
-    are heeded.
+    Whether an SD 2.x predicts the noise or v can't be seen in its shapes. Where the file doesn't say, v is assumed as
+    diffusers does (SD 2.1, 768 pixels), and the noise for its inpainting model. `prediction_type` ("epsilon",
+    "v_prediction") overrides both.
 
     Raises:
         UserError: input channels of a model that isn't supported, or a U-Net that isn't the family's own.
     """
+    said = said or stated(tensors, {}, str(where))
     layout = FAMILIES[family]
     width, channels = tensors[_FIRST].shape[:2]
     unet: dict[str, Any] = _UNET | layout.unet | {"in_channels": channels}
@@ -248,17 +227,22 @@ def family_configs(
             f"{context} features, not {unet['block_out_channels'][0]} and {unet['cross_attention_dim']}; "
             "nothing is known of its configs: give it as a diffusers folder"
         )
-    scheduler = dict(layout.scheduler)
-    if "ztsnr" in tensors:
-        scheduler["rescale_betas_zero_snr"] = True
-    guess = "v_prediction" if "v_pred" in tensors or (family == "sd2" and channels == 4) else "epsilon"
-    scheduler["prediction_type"] = prediction_type or guess
-    vae = _VAE | layout.vae
+    guess = "v_prediction" if family == "sd2" and channels == 4 else "epsilon"
+    scheduler = layout.scheduler | {"prediction_type": guess} | said.scheduler
+    if prediction_type:
+        scheduler["prediction_type"] = prediction_type
+    vae = _VAE | layout.vae | said.vae
     if family == "sd2" and scheduler["prediction_type"] == "v_prediction":
         unet |= {"sample_size": 96, "upcast_attention": True}
         scheduler["_class_name"] = "DDIMScheduler"
     elif family == "sd2":
         vae["sample_size"] = 512
+    if family == "sd2" and said.side in (512, 768):
+        unet["sample_size"] = said.side // 8
+    if scheduler.get(
+        "rescale_betas_zero_snr"
+    ):  # else the last timestep, which is all noise, is never visited
+        scheduler["timestep_spacing"] = "trailing"
     text = {component: dict(config) for component, config in layout.text_configs.items()}
     return {"unet": unet, "vae": vae, **text, "scheduler": scheduler}
 

@@ -1,7 +1,6 @@
 """The single-file LDM layout: the U-Net, autoencoder and text encoders of SD 1.x, 2.x or XL in one file."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,37 +20,30 @@ from ldm.checkpoints.families import (
 from ldm.checkpoints.files import a_few, read_metadata, read_tensors, write_tensors
 from ldm.checkpoints.keymap import KeyMap, Row, below
 from ldm.checkpoints.layouts import canonical_clip, clip_rows, open_clip_rows, unet_rows, vae_rows
+from ldm.checkpoints.passengers import other_model, refuse_relatives, set_aside, unwrapped
+from ldm.checkpoints.stated import stated
 from ldm.errors import UserError
 
 CONFIGS = "ldm.configs"  # the metadata entry in which our own single files carry what tensors can't say
-
-_TEXT = r"(cond_stage_model|conditioner\.embedders\.[01])"
-# What files hold besides the networks' weights, and so no network needs. Anything else unknown is an error.
-_PASSED_OVER = {
-    "a second copy of the weights, averaged (EMA)": r"model_ema\..*|first_stage_model\.model_ema\..*",
-    "the noise schedule's tables": r"betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
-    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|lvlb_weights|logvar|denoiser\.(log_)?sigmas",
-    "marks of the prediction type": r"v_pred|ztsnr",
-    "training counters": r"global_step|scale_factor",
-    "the autoencoder's training loss": r"first_stage_model\.loss\..*",
-    "CLIP's scale for comparing with images": rf"{_TEXT}\.(model\.)?logit_scale",
-    "the causal mask": rf"{_TEXT}\.model\.attn_mask",
-}
 
 
 def read_single_file(path: str | Path, prediction_type: str | None = None) -> Checkpoint:
     """Return the system in a single-file checkpoint.
 
-    The configs come from the file's own metadata where we wrote it, otherwise from the table of its family.
+    The configs come from the file's own metadata where we wrote it, otherwise from the table of its family and from
+    what the file says of itself (see `stated`). What wrappers of training put into the names is taken off.
 
     Args:
-        path: `.safetensors`, or `.ckpt` (read without running its code).
-        prediction_type: "epsilon" or "v_prediction", where the file doesn't say (see `family_configs`).
+        path: safetensors, or a pickle (read without running its code), whatever its name.
+        prediction_type: "epsilon" or "v_prediction", in place of what the file says (see `family_configs`).
 
     Raises:
         UserError: unreadable, another family, unknown names.
     """
-    return from_tensors(read_tensors(path), read_metadata(path), path, prediction_type)
+    tensors, notes = unwrapped(read_tensors(path))
+    found = from_tensors(tensors, read_metadata(path), path, prediction_type)
+    found.notes[:0] = notes
+    return found
 
 
 def from_tensors(
@@ -61,11 +53,20 @@ def from_tensors(
     prediction_type: str | None = None,
 ) -> Checkpoint:
     """Return the system in the tensors and the metadata of a single file; see `read_single_file`."""
-    family = detect_family(tensors, path)
-    found = _said_in(metadata, path) or _guessed(family, tensors, path, prediction_type)
+    family = detect_family(tensors)
+    if family is None:
+        known = ", ".join(each.title for each in FAMILIES.values())
+        other = other_model(tensors, metadata.get("modelspec.architecture", ""))
+        what = (
+            f"this is {other}" if other else f"no family has names like {a_few(list(tensors), 1) or 'none'}"
+        )
+        raise UserError(f"{path}: {what}; single files of {known} can be read")
+    refuse_relatives(tensors, path)
+    found = _said_in(metadata, path) or _by_family(family, tensors, metadata, path, prediction_type)
     if prediction_type:
         found.configs["scheduler"]["prediction_type"] = prediction_type
-    _set_aside(found, tensors, family)
+    found.unused, notes = set_aside(tensors, family, found.configs["text_encoder"])
+    found.notes += notes
     for component, rows in _rows(family, found.configs).items():
         prefix = _prefix(family, component)
         own = {
@@ -142,15 +143,20 @@ def _said_in(metadata: Mapping[str, str], path: str | Path) -> Checkpoint | None
         ) from error
 
 
-def _guessed(
-    family: str, tensors: Mapping[str, Tensor], path: str | Path, prediction_type: str | None
+def _by_family(
+    family: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    path: str | Path,
+    prediction_type: str | None,
 ) -> Checkpoint:
-    """Return what is known of a published single file by its family."""
-    configs = family_configs(family, tensors, path, prediction_type)
-    found = Checkpoint(pipeline_class(family, configs["unet"]), configs, {})
+    """Return what is known of a published single file: by its family, and from what it says of itself."""
+    said = stated(tensors, metadata, path)
+    configs = family_configs(family, tensors, path, prediction_type, said)
+    found = Checkpoint(pipeline_class(family, configs["unet"]), configs, {}, notes=said.notes)
     if family == "sdxl":
         found.options["force_zeros_for_empty_prompt"] = True  # as its published folder says
-    if family == "sd2" and not prediction_type:
+    if family == "sd2" and not prediction_type and "prediction_type" not in said.scheduler:
         guess = configs["scheduler"]["prediction_type"]
         found.notes.append(f"the file doesn't say what its U-Net predicts: {guess} is assumed")
     return found
@@ -163,31 +169,3 @@ def _with_clip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         head, middle, tail = name.partition("transformer.")
         renamed[head + middle + next(iter(canonical_clip({tail: tensor})))] = tensor
     return renamed
-
-
-def _set_aside(found: Checkpoint, tensors: Mapping[str, Tensor], family: str) -> None:
-    """Move to `found.unused` what no network uses, with a note on each kind."""
-    rules = {why: re.compile(names) for why, names in _PASSED_OVER.items()}
-    text = found.configs["text_encoder"]
-    if family == "sd2" and "CLIPTextModelWithProjection" not in text.get("architectures", ()):
-        layers = text["num_hidden_layers"]
-        rules[f"text encoder layers after the {layers} that are used, and its projection"] = _beyond(
-            layers, tensors
-        )
-    for why, rule in rules.items():
-        names = [name for name in tensors if rule.fullmatch(name)]
-        if names:
-            found.unused |= {name: tensors[name] for name in names}
-            found.notes.append(f"not used: {why} ({len(names)} tensors)")
-
-
-def _beyond(layers: int, tensors: Mapping[str, Tensor]) -> re.Pattern[str]:
-    """Return the rule for what SD 2.x keeps of the text tower without ever using it."""
-    prefix = re.escape(FAMILIES["sd2"].text["text_encoder"][0])
-    numbers = {
-        int(found[1])
-        for name in tensors
-        if (found := re.match(prefix + r"transformer\.resblocks\.(\d+)\.", name))
-    }
-    late = "|".join(str(number) for number in sorted(numbers) if number >= layers) or "none"
-    return re.compile(prefix + rf"(text_projection|transformer\.resblocks\.({late})\..*)")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints.paths import readable
+from ldm.conditioning.cleaning import clean
 from ldm.conditioning.text import Window
 from ldm.errors import UserError
 
@@ -22,6 +23,10 @@ MERGES = 48_894  # of the list in the file, the first so many
 _BPE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # OpenAI's, as OpenCLIP ships it
 # Names that transformers 4 and 5 share.
 _CLASSES = {"clip": "CLIPTokenizerFast", "bert": "BertTokenizerFast", "t5": "T5TokenizerFast"}
+_CLIP_CLASSES = (
+    "CLIPTokenizer",
+    "CLIPTokenizerFast",
+)  # the latter is an alias of the former in transformers 5
 # What holds a family's vocabulary where tokenizer.json does not.
 _VOCABULARIES = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ("spiece.model",)}
 _SETTINGS = "tokenizer_config.json"
@@ -82,7 +87,10 @@ def window_of(tokenizer: Any, limit: int) -> Window:
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of the text alone, uncut."""
+    """The ids of the text alone, uncut. For CLIP it is cleaned first, as CLIP's own tokenizer does (see `clean`)."""
+    if type(tokenizer).__name__ in _CLIP_CLASSES:
+        own = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+        text = clean(text, kept=tokenizer.get_added_vocab().keys() - own)
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
 

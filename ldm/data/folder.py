@@ -1,119 +1,130 @@
 """A folder of pictures with captions: `metadata.jsonl` or `metadata.csv`, or a `.txt` beside each picture.
 
 The metadata is that of the `datasets` library's imagefolder: a line a picture, with the columns `file_name`
-(relative to the metadata's own folder) and, by default, `text`.
+(relative to the metadata's own folder) and, by default, `text`: one caption, or in JSON a list of several.
 """
 
-import csv
-import io
-import json
 import os
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ldm.data.listing import SUFFIXES, Entry, Listing, no_column, read_lines, stamp_of
-from ldm.errors import UserError, nearest
+from ldm.data.listing import (
+    SUFFIXES,
+    Entry,
+    Listing,
+    caption_beside,
+    captions_of,
+    inside,
+    no_column,
+    other_kind,
+    relative,
+    stamp_of,
+    walk,
+    why,
+)
+from ldm.data.metadata import FILES, lines_of
+from ldm.errors import UserError, nearest, printable
+from ldm.pictures import read_plain
 
-METADATA = ("metadata.jsonl", "metadata.csv")
 
-
-def list_folder(root: Path, caption_column: str = "text") -> Listing:
+def list_folder(root: Path, caption_column: str = "text", outside: bool = False) -> Listing:
     """List the pictures below `root`.
 
     In and below a folder with metadata, the pictures are those that the metadata names (one named twice, with two
     captions, counts twice); the others are left out, and counted in a note. Elsewhere every picture counts, its
     caption the text file of its name ("" without one). `caption_column` "" leaves all captions empty.
+    outside: metadata may also name files that are not below `root`.
 
     Raises:
-        UserError: a line that is no JSON object, has no file_name or names a file that is not there; no such column.
+        UserError: a line that is no JSON object or no whole CSV, has no file_name or a caption that is no text, or
+            names a file that is not there; no such column.
     """
     listing = Listing()
     covered, named, loose = set[Path](), set[Path](), set[Path]()
-    for folder, names in _walk(root):
-        metadata = [name for name in METADATA if name in names]
+    free: dict[
+        Path, int
+    ] = {}  # where among the entries a picture is that no metadata of its own folder names
+    for folder, names in walk(root, listing.broken):
+        metadata = [name for name in FILES if name in names]
         if len(metadata) > 1:
             raise UserError(f"{folder} holds both {' and '.join(metadata)}: keep one of them")
         if metadata or folder.parent in covered:
             covered.add(folder)
-        for path, caption in _rows(folder / metadata[0], caption_column) if metadata else ():
-            named.add(path)
-            listing.entries.append(_entry(root, path, caption))
-        for name in names:
-            if Path(name).suffix.lower() not in SUFFIXES:
+        if metadata:
+            named.update(_named(listing, root, folder / metadata[0], caption_column, outside))
+        for path in (folder / name for name in names):
+            if not _is_picture(listing, root, path):
                 continue
             if folder in covered:
-                loose.add(folder / name)
+                loose.add(path)
             else:
-                caption = _beside(folder / name) if caption_column else ""
-                listing.entries.append(_entry(root, folder / name, caption))
+                before = len(listing.entries)
+                _beside(listing, root, path, bool(caption_column))
+                if len(listing.entries) > before:
+                    free[path] = before
+    again = {free[path] for path in named & free.keys()}  # by metadata of another folder
+    listing.entries = [each for i, each in enumerate(listing.entries) if i not in again]
     if unlisted := len(loose - named):
         listing.notes.append(f"{root}: left out, as no line of the metadata names them: {unlisted} pictures")
     return listing
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder with its files, sorted; hidden ones left out, links to folders followed unless they lead back."""
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
-        )
-        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+def _is_picture(listing: Listing, root: Path, path: Path) -> bool:
+    """Whether a file is one by its ending; other kinds of picture are counted, links that lead nowhere named."""
+    if kind := other_kind(path.name):
+        listing.others[kind] += 1
+    elif not path.suffix and path.is_symlink() and not os.path.exists(path):  # it may have been a folder's
+        listing.broken[relative(root, path)] = "it is a link to what is not there"
+    return path.suffix.lower() in SUFFIXES
 
 
-def _entry(root: Path, path: Path, caption: str) -> Entry:
-    return Entry(Path(os.path.relpath(path, root)).as_posix(), caption, stamp_of(path), path.read_bytes)
+def _beside(listing: Listing, root: Path, path: Path, captioned: bool) -> None:
+    """Add a picture with the caption in the text file beside it."""
+    try:
+        caption = caption_beside(path) if captioned else ""
+    except ValueError as error:
+        listing.broken[relative(root, path)] = str(error)
+    else:
+        _add(listing, root, path, (caption,))
 
 
-def _beside(picture: Path) -> str:
-    """The caption in the text file beside a picture, on one line."""
-    path = picture.with_suffix(".txt")
-    return " ".join(read_lines(path).split()) if path.is_file() else ""
+def _add(listing: Listing, root: Path, path: Path, captions: tuple[str, ...]) -> None:
+    name = relative(root, path)
+    try:
+        listing.entries.append(Entry(name, captions, stamp_of(path), partial(read_plain, path)))
+    except OSError as error:
+        listing.broken[name] = f"can't be read: {why(error)}"
 
 
-def _rows(path: Path, caption_column: str) -> Iterator[tuple[Path, str]]:
-    """Pictures and captions that a metadata file names, in its order."""
-    columns: dict[str, None] = {}
-    captioned = False
-    for place, row in _lines(path):
+def _named(listing: Listing, root: Path, path: Path, caption_column: str, outside: bool) -> set[Path]:
+    """Add the pictures that a metadata file names, in its order; returned are their paths."""
+    named, columns = set[Path](), dict[str, None]()
+    for place, row in lines_of(path, listing.notes):
         columns |= dict.fromkeys(row)
         file_name = row.get("file_name")
         if not isinstance(file_name, str) or not file_name:
             raise UserError(
                 f"{place} has no file_name{nearest('file_name', row)}: it names the line's picture"
             )
-        picture = path.parent / file_name
-        if not picture.is_file():
-            raise UserError(f"{place} names {file_name}, which is not there")
-        captioned |= caption_column in row
-        caption = row.get(caption_column) or ""
-        if not isinstance(caption, str):
-            raise UserError(f"{place}: {caption_column} is {caption!r}, which is no text")
-        yield picture, caption.strip()
-    if columns and caption_column and not captioned:
-        raise no_column(path, caption_column, columns)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line of a metadata file as a mapping, and what to call the line."""
-    text = read_lines(path)
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            yield f"{path}, line {reader.line_num}", row
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
+        picture, shown = Path(os.path.normpath(path.parent / file_name)), printable(file_name[:200])
+        if not outside and not inside(root, picture):
+            raise UserError(
+                f"{place} names {shown}, which is outside of {root}: move it there, or allow it by outside: "
+                "true"
+            )
+        if not os.path.lexists(picture):
+            raise UserError(f"{place} names {shown}, which is not there")
+        named.add(picture)
         try:
-            row = json.loads(line)
+            captions = captions_of(row.get(caption_column)) if caption_column else ("",)
+        except UnicodeError as error:
+            listing.broken[relative(root, picture)] = f"in {place}, its {caption_column} is {error}"
         except ValueError as error:
-            raise UserError(f"{place} is no JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{place} is no JSON object: write {{"file_name": ..., "text": ...}}')
-        yield place, row
+            raise UserError(f"{place}: {caption_column} is {error}") from None
+        else:
+            _add(listing, root, picture, captions)
+    if not columns:
+        listing.notes.append(f"{path} names no pictures")
+    elif caption_column and caption_column not in columns:
+        raise no_column(path, caption_column, columns)
+    return named

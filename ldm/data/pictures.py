@@ -1,7 +1,6 @@
 """Pictures and captions from disk: a folder, webdataset shards or a saved dataset, with the broken ones told apart."""
 
 import hashlib
-import io
 import json
 import os
 import time
@@ -9,19 +8,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldm.data.buckets import Pixels
 from ldm.data.folder import list_folder
-from ldm.data.listing import SUFFIXES, Entry, Listing
+from ldm.data.listing import SUFFIXES, Entry, Listing, other_kind, walk, why
 from ldm.data.saved import is_saved, list_saved
-from ldm.data.webdataset import Scan, list_shards
-from ldm.errors import UserError, nearest
+from ldm.data.webdataset import Scan, is_scan, list_shards
+from ldm.errors import UserError, nearest, printable
+from ldm.pictures import open_raster
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 Row = list[Any]  # of an index: [stamp, height, width, key], or [stamp, reason] of a broken picture
-_VERSION = 1  # of the index; another one is built anew
+_VERSION = 2  # of the index; another one is built anew
+_BITS, _PHOTOMETRIC = 258, 262  # TIFF's tags, in which photometric 1 says that 0 is black
 _SAVE_EVERY = 60.0  # seconds between two writings of the index, for a kill to lose little
 
 
@@ -29,14 +34,26 @@ _SAVE_EVERY = 60.0  # seconds between two writings of the index, for a kill to l
 class Item:
     """A whole picture. height, width: in pixels, turned as its EXIF says.
 
-    name: for messages; key: the first 16 hex digits of the SHA-256 of the file's bytes.
+    name: for messages; captions: one or several, ("",) where there is none; key: the first 16 hex digits of the
+    SHA-256 of the file's bytes.
     """
 
     name: str
-    caption: str
+    captions: tuple[str, ...]
     height: int
     width: int
     key: str
+
+    @property
+    def caption(self) -> str:
+        """The first of its captions."""
+        return self.captions[0]
+
+    def pick(self, rng: np.random.Generator) -> str:
+        """One of its captions, each as likely as the others."""
+        return (
+            self.captions[int(rng.integers(len(self.captions)))] if len(self.captions) > 1 else self.caption
+        )
 
 
 @dataclass(frozen=True)
@@ -60,17 +77,24 @@ class PictureSet:
         item = self.items[i]
         try:
             content = self.contents[i]()
-        except OSError as error:
-            raise UserError(f"the picture {item.name} can't be read any more: {_one_line(error)}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the picture {printable(item.name)} can't be read any more: {why(error)}"
+            ) from error
         if _key(content) != item.key:
             raise UserError(
-                f"the picture {item.name} has changed while it was used: run the same command again"
+                f"the picture {printable(item.name)} has changed while it was used: run the same command again"
             )
         return decode(content)
 
 
 def open_pictures(
-    path: str | Path, *, image_column: str = "image", caption_column: str = "text", index: Path | None = None
+    path: str | Path,
+    *,
+    image_column: str = "image",
+    caption_column: str = "text",
+    outside: bool = False,
+    index: Path | None = None,
 ) -> PictureSet:
     """Find the pictures and captions at `path` and decode each once, to tell the broken ones apart.
 
@@ -80,6 +104,7 @@ def open_pictures(
         image_column: the pictures' column of a saved dataset.
         caption_column: the captions' column of a saved dataset or of metadata, or their key in a shard's JSON; "" for
             pictures without captions.
+        outside: whether metadata and rows may name picture files that are not below `path`.
         index: a JSON file that keeps what was found: the next time only new and changed pictures are decoded.
 
     Raises:
@@ -87,10 +112,19 @@ def open_pictures(
     """
     path = Path(path)
     before = _read_index(index)
-    listing, shards = _list(path, image_column, caption_column, before["shards"])
+    try:
+        listing, shards = _list(path, image_column, caption_column, outside, before["shards"])
+    except OSError as error:  # a name too long, a disk that fails
+        raise UserError(f"{path} can't be read: {why(error)}") from error
+    if listing.others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(listing.others.items()))
+        listing.notes.append(f"{path}: skipped, as these kinds are not read: {kinds}")
     if not listing.entries:
-        why = "".join(f"; {name}: {why}" for name, why in list(listing.broken.items())[:1])
-        raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)}){why}")
+        more = [
+            *(f"{printable(name)}: {reason}" for name, reason in list(listing.broken.items())[:1]),
+            *listing.notes,
+        ]
+        raise UserError("; ".join([f"{path} holds no pictures ({', '.join(SUFFIXES)})", *more]))
     rows = _examine(listing.entries, before, shards, index)
     broken = dict(listing.broken)
     items: list[Item] = []
@@ -99,11 +133,13 @@ def open_pictures(
         if len(row) == 2:
             broken[entry.name] = row[1]
         else:
-            items.append(Item(entry.name, entry.caption, *row[1:]))
+            items.append(Item(entry.name, entry.captions, *row[1:]))
             contents.append(entry.content)
     if not items:
-        name, why = next(iter(broken.items()))
-        raise UserError(f"none of the {len(rows)} pictures of {path} is whole; the first, {name}: {why}")
+        name, reason = next(iter(broken.items()))
+        raise UserError(
+            f"none of the {len(rows)} pictures of {path} is whole; the first, {printable(name)}: {reason}"
+        )
     bare = sum(not item.caption for item in items)
     if bare and caption_column:
         listing.notes.append(
@@ -113,9 +149,9 @@ def open_pictures(
 
 
 def decode(content: bytes) -> Pixels:
-    """A picture file's bytes as uint8 RGB (H, W, 3): turned as EXIF says, clear parts over white, 16 bits rounded to 8.
+    """A picture file's bytes as uint8 RGB (H, W, 3): turned as EXIF says, clear parts over white, 16 bits as 8.
 
-    Colour profiles are not applied.
+    Of an animation, or of several pages, it is the first. Colour profiles are not applied.
 
     Raises ValueError for what is no whole picture, with the reason.
     """
@@ -124,8 +160,9 @@ def decode(content: bytes) -> Pixels:
     if not content:
         raise ValueError("the file is empty")
     try:
-        with Image.open(io.BytesIO(content)) as file:
-            picture = ImageOps.exif_transpose(file)
+        with open_raster(content) as file:
+            _check_range(file)
+            return _rgb(ImageOps.exif_transpose(file))
     except UnidentifiedImageError:
         raise ValueError("not a picture of a kind that can be read") from None
     except Image.DecompressionBombError as error:
@@ -133,7 +170,21 @@ def decode(content: bytes) -> Pixels:
     except MemoryError:  # says nothing of the picture
         raise
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(why(error)) from error
+
+
+def _check_range(file: "ImageFile") -> None:
+    """Raise ValueError for numbers of which nothing says which of them is white, or which Pillow takes as they are."""
+    if file.mode == "F" or (file.mode == "I" and file.format != "PNG"):
+        raise ValueError("its pixels are not of 8 or 16 bits, so nothing says which is white: convert it")
+    tags = getattr(file, "tag_v2", None)
+    if file.mode.startswith("I;16") and tags and (tags.get(_PHOTOMETRIC), tags.get(_BITS)) != (1, (16,)):
+        raise ValueError("its grey is of 12 bits or inverted: convert it")
+
+
+def _rgb(picture: "Image") -> Pixels:
+    from PIL import Image
+
     if picture.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
         grey = (np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8)
         return np.stack([grey] * 3, -1)
@@ -144,22 +195,30 @@ def decode(content: bytes) -> Pixels:
 
 
 def _list(
-    path: Path, image_column: str, caption_column: str, scans: dict[str, Scan]
+    path: Path, image_column: str, caption_column: str, outside: bool, scans: dict[str, Scan]
 ) -> tuple[Listing, dict[str, Scan]]:
     """What lies at `path`, whichever kind of source it is, and the scans of its shards."""
-    if path.is_file() and path.suffix == ".tar":
+    if path.is_file() and path.suffix.lower() == ".tar":
         return list_shards(path.parent, [path], caption_column, scans)
     if not path.is_dir():
         beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         what = "is no folder and no .tar file" if path.exists() else "is not there"
-        raise UserError(f"{path} {what}{nearest(path.name, beside)}")
+        packed = ": unpack it to a plain .tar" if other_kind(path.name).startswith((".tar.", ".tgz")) else ""
+        raise UserError(f"{path} {what}{packed or nearest(path.name, beside)}")
     if is_saved(path):
-        return list_saved(path, image_column, caption_column), {}
-    shards = sorted(path.rglob("*.tar"))
-    listing = list_folder(path, caption_column)
-    if shards and listing.entries:
+        return list_saved(path, image_column, caption_column, outside), {}
+    shards = [
+        folder / name for folder, names in walk(path, {}) for name in names if name.lower().endswith(".tar")
+    ]
+    listing = list_folder(path, caption_column, outside)
+    if not shards:
+        return listing, {}
+    if listing.entries:
         raise UserError(f"{path} holds pictures and .tar shards: give each a folder of its own")
-    return list_shards(path, shards, caption_column, scans) if shards else (listing, {})
+    found, scans = list_shards(path, sorted(shards), caption_column, scans)
+    found.broken = listing.broken | found.broken
+    found.others += listing.others
+    return found, scans
 
 
 def _examine(
@@ -195,7 +254,9 @@ def _look(entry: Entry) -> Row:
     try:
         content = entry.content()
     except OSError as error:  # no stamp: it may be readable the next time although nothing of it has changed
-        return ["", f"can't be read: {_one_line(error)}"]
+        return ["", f"can't be read: {why(error)}"]
+    except ValueError as error:
+        return [entry.stamp, str(error)]
     try:
         height, width = decode(content).shape[:2]
     except ValueError as error:
@@ -207,18 +268,23 @@ def _key(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _read_index(path: Path | None) -> dict[str, Any]:
-    """What was found before; nothing where the file is missing or of another making."""
+    """What was found before; nothing where the file is missing, damaged or of another making."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError):
-        found = {}
-    current = isinstance(found, dict) and found.get("version") == _VERSION
-    return found if current else {"pictures": {}, "shards": {}}
+        rows, scans = found["pictures"].values(), found["shards"].values()
+        if found["version"] == _VERSION and all(map(_is_row, rows)) and all(map(is_scan, scans)):
+            return found
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass  # it only saves time
+    return {"pictures": {}, "shards": {}}
+
+
+def _is_row(row: Row) -> bool:
+    """Whether a row of an index is one."""
+    reason, whole = [str, str], [str, int, int, str]
+    kinds = [type(each) for each in row] if isinstance(row, list) else []
+    return kinds == reason or (kinds == whole and min(row[1], row[2]) > 0)
 
 
 def _write_index(path: Path, found: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The sprites: one RGBA picture of every thing in every style, cut out of the packages once and kept in one file."""
 
-import io
 import json
 import tarfile
 import zipfile
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from ldm.data.sources import PACKAGES_FOLDER, SOURCES
 from ldm.data.things import choose
 from ldm.errors import UserError, nearest
+from ldm.pictures import open_raster
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,22 +39,27 @@ def _tar(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path)
     except DAMAGED as error:
-        raise UserError(f"cannot open the package {path} ({error}): delete it and fetch it again") from None
+        raise UserError(
+            f"cannot open the package {path} ({error}): delete it, and scripts/prepare_data.py will fetch it again"
+        ) from None
 
 
 def _member(archive: tarfile.TarFile, name: str, path: Path) -> bytes:
     try:
         file = archive.extractfile(name)
     except (KeyError, *DAMAGED) as error:
-        raise UserError(f"{path} holds no readable {name} ({error}): delete it and fetch it again") from None
+        raise UserError(
+            f"{path} holds no readable {name} ({error}): delete it, and scripts/prepare_data.py will fetch it again"
+        ) from None
     if file is None:
-        raise UserError(f"{path}: {name} is not a file: delete it and fetch it again")
+        raise UserError(
+            f"{path}: {name} is not a file: delete it, and scripts/prepare_data.py will fetch it again"
+        )
     return file.read()
 
 
 def _webp_files(path: Path) -> Callable[[str], "Image | None"]:
     """Pictures in files named by code point."""
-    from PIL import Image
 
     with _tar(path) as archive:
         try:
@@ -65,12 +70,12 @@ def _webp_files(path: Path) -> Callable[[str], "Image | None"]:
             }
         except DAMAGED as error:
             raise UserError(
-                f"cannot read the package {path} ({error}): delete it and fetch it again"
+                f"cannot read the package {path} ({error}): delete it, and scripts/prepare_data.py will fetch it again"
             ) from None
 
     def find(code: str) -> "Image | None":
         content = contents.get(code.removesuffix("-fe0f"))
-        return None if content is None else Image.open(io.BytesIO(content)).convert("RGBA")
+        return None if content is None else open_raster(content, ["WEBP"]).convert("RGBA")
 
     return find
 
@@ -82,7 +87,9 @@ def _iconify(path: Path) -> Callable[[str], "Image | None"]:
             icons = json.loads(_member(archive, "package/icons.json", path))
             chars = json.loads(_member(archive, "package/chars.json", path))
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): delete it and fetch it again") from None
+            raise UserError(
+                f"{path} is damaged ({error}): delete it, and scripts/prepare_data.py will fetch it again"
+            ) from None
     bodies, aliases = icons["icons"], icons.get("aliases", {})
     side = (icons.get("width", 16), icons.get("height", 16))
 
@@ -100,14 +107,13 @@ def _iconify(path: Path) -> Callable[[str], "Image | None"]:
 
 
 def _render(svg: str) -> "Image":
-    from PIL import Image
 
     try:
         import resvg_py
     except ImportError:
         raise UserError("drawing the flat sprites needs resvg_py: pip install resvg_py") from None
     png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER, height=RENDER, skip_system_fonts=True)
-    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    return open_raster(bytes(png), ["PNG"]).convert("RGBA")
 
 
 STYLES: dict[str, Style] = {
@@ -128,7 +134,9 @@ def cut(picture: "Image") -> "Image":
     """Return the RGBA picture without its clear margin. Raises UserError when all of it is clear."""
     box = picture.getchannel("A").point([0] * 8 + [255] * 248).getbbox()
     if box is None:
-        raise UserError("a sprite's picture is empty: delete the packages and fetch them again")
+        raise UserError(
+            "a sprite's picture is empty: delete the packages, and scripts/prepare_data.py will fetch them again"
+        )
     return picture.crop(box)
 
 
@@ -176,10 +184,10 @@ def load_sprites(path: str | Path = SPRITES_FILE) -> SpriteSet:
         with np.load(path) as file:
             pixels, things, styles = file["pixels"], file["things"], file["styles"]
     except FileNotFoundError:
-        raise UserError(f"there are no sprites at {path}: build them first, with build_sprites") from None
+        raise UserError(f"there are no sprites at {path}: run scripts/prepare_data.py first") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} is not a file of sprites ({error}): build it again, with build_sprites"
+            f"{path} is not a file of sprites ({error}): delete it and build it again, with scripts/prepare_data.py"
         ) from None
     keys = zip(things.tolist(), styles.tolist(), strict=True)
     return SpriteSet(dict(zip(keys, pixels, strict=True)), pixels.shape[1])
@@ -205,7 +213,7 @@ def build_sprites(
         source = SOURCES[STYLES[style].package]
         package = Path(packages) / source.filename
         if not package.exists():
-            raise UserError(f"the package {package} is missing: fetch it first, with ldm.data.sources.fetch")
+            raise UserError(f"the package {package} is missing: fetch it first, with scripts/prepare_data.py")
         find = STYLES[style].open(package)
         pictures = ((thing, find(thing.code)) for thing in chosen)
         pixels.update({(thing.name, style): fit(picture, size) for thing, picture in pictures if picture})

@@ -20,7 +20,7 @@ class Conditions:
     """The conditions that captions become: all of one length, so that none depends on its batch.
 
     windows: of the text encoder, that every caption is padded to, and cut to.
-    cache: a folder that keeps the states of frozen encoders by caption, for those that `prepare` was told of.
+    cache: a folder that keeps the states of frozen encoders by tokens, for captions that `prepare` was told of.
     """
 
     def __init__(self, text: TextEncoder, windows: int = 1, cache: Path | None = None):
@@ -102,4 +102,6 @@ class Conditions:
         return " ".join(fingerprint(module.state_dict()) for module in self.text.modules.values())
 
     def _key(self, caption: str) -> str:
-        return hashlib.sha256(f"{self._made_from} {self.windows} {caption}".encode()).hexdigest()[:24]
+        """By the tokens, not the caption: how a text is cleaned and split may change, in a new version too."""
+        tokens = [each.tokenize(caption) for each in parts_of(self.text)]
+        return hashlib.sha256(f"{self._made_from} {self.windows} {tokens}".encode()).hexdigest()[:24]

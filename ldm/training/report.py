@@ -2,12 +2,15 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoints.files import read_text, write_text
+from ldm.errors import printable
+from ldm.pictures import open_raster
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,14 +73,14 @@ class Report:
 
     def pictures_of(self, seen: int, before: set[Path]) -> None:
         """Show the trackers the pictures that a validation added to the folder."""
-        from PIL import Image
-
         added = sorted(set(self.folder.glob("*.png")) - before)
         for tracker in self.accelerator.trackers if added else []:
             if hasattr(tracker, "log_images"):
                 import numpy as np
 
-                shown = {path.stem.rpartition("-")[0]: np.asarray(Image.open(path))[None] for path in added}
+                opened = [np.asarray(open_raster(path.read_bytes(), ["PNG"])) for path in added]
+                names = [path.stem.rpartition("-")[0] for path in added]
+                shown = {name: picture[None] for name, picture in zip(names, opened, strict=True)}
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images(shown, step=seen, **layout)
 
@@ -86,7 +89,7 @@ class Report:
         if self.accelerator.is_main_process:
             from tqdm.auto import tqdm
 
-            tqdm.write(text)
+            tqdm.write(printable(text, sys.stdout.encoding))
 
     def tell(self, notes: Collection[str]) -> None:
         """Lines on the console, each once in a run."""

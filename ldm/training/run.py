@@ -49,8 +49,9 @@ def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
     """Read a config file, with overrides ("loop.pictures=1000"). Raises UserError."""
     mapping = load_mapping(path)
     known = objective_names()
-    sections = [key for key in mapping if key not in ("output", "loop")]
-    if unknown := [key for key in sections if key not in known]:
+    sections = [key for key in mapping if key in known]
+    unknown = [key for key in mapping if key not in ("output", "loop", *known)]
+    if unknown and not sections:
         raise UserError(f"{path}: unknown key {unknown[0]!r}{nearest(str(unknown[0]), known)}")
     if len(sections) != 1:
         raise UserError(

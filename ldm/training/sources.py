@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from ldm.data.listing import SUFFIXES
 from ldm.data.pictures import PictureSet, open_pictures
 from ldm.data.recipe import Recipe, RecipeConfig
 from ldm.data.sprites import SPRITES_FILE, load_sprites
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.pictures import png
 from ldm.system import System
@@ -48,7 +49,9 @@ class CompositionsConfig:
 class PicturesConfig:
     """Pictures and captions from disk (see `ldm.data.pictures.open_pictures`).
 
-    captions: in place of the pictures' own, one of these each time, at random.
+    captions: in place of the pictures' own, one of these each time, at random, as of a picture's own where it has
+        several.
+    outside: metadata, and rows of a dataset, may name picture files that are not below `path`.
     resolution, max_ratio: of the aspect-ratio buckets, in pixels; a max_ratio of 1 cuts squares.
     crop, flip: how pictures are cut, and whether they are mirrored half of the time.
     cache: a folder that keeps latents and text states, and which pictures are broken; without one all of it is found
@@ -63,6 +66,7 @@ class PicturesConfig:
     captions: tuple[str, ...] = ()
     image_column: str = "image"
     caption_column: str = "text"
+    outside: bool = False
     max_ratio: float = 1.0
     crop: Literal["center", "random"] = "center"
     flip: bool = False
@@ -75,6 +79,13 @@ class PicturesConfig:
         """Raises UserError for values that can't be. where: the section, for the error."""
         refuse_outside(where, self, ("resolution",), 1)
         refuse_outside(where, self, ("seed",), 0)
+        for each in self.captions:
+            try:
+                each.encode()
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{where}.captions: {each!r} holds half of a surrogate pair: write it anew"
+                ) from None
 
 
 @dataclass(frozen=True)
@@ -106,17 +117,19 @@ def listed(config: PicturesConfig, where: str, captioned: bool = True) -> Pictur
             config.path,
             image_column=config.image_column,
             caption_column=config.caption_column if captioned and not config.captions else "",
+            outside=config.outside,
             index=Path(config.cache) / "pictures.json" if config.cache else None,
         )
     except UserError as error:
-        place = where if Path(config.path).exists() else f"{where}.path"
+        place = where if os.path.exists(config.path) else f"{where}.path"
         raise UserError(f"{place}: {error}") from error
 
 
 def told(notes: Sequence[str], broken: Mapping[str, str]) -> list[str]:
-    """What the user should know of pictures, a line each; `broken`: the reason by name."""
+    """What the user should know of pictures, a line each, fit to print; `broken`: the reason by name."""
     skipped = [f"skipped {name}: {why}" for name, why in broken.items()]
-    return [*notes, *skipped, *([f"{len(broken)} broken pictures were skipped"] if broken else [])]
+    lines = [*notes, *skipped, *([f"{len(broken)} broken pictures were skipped"] if broken else [])]
+    return [printable(each) for each in lines]
 
 
 def check_size(config: PicturesConfig, system: System) -> None:

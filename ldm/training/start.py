@@ -18,6 +18,10 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.system import System
 
 BUNDLED = "bundled"
+_TRAIN_FIRST = (
+    "train a first stage with scripts/train.py, such as configs/autoencoder-kl.yaml, and give its export"
+)
+_PREPARE_FIRST = "run scripts/prepare_data.py first, or give a model's folder"
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,19 @@ def new_system(config: NewConfig) -> System:
     }
     system = System(
         UNet(config.unet),
-        load_autoencoder(Path(config.autoencoder)),
-        load_text_encoder(Path(config.text_encoder)),
+        load_autoencoder(_there("autoencoder", config.autoencoder, _TRAIN_FIRST)),
+        load_text_encoder(_there("text_encoder", config.text_encoder, _PREPARE_FIRST)),
         SchedulerConfig("DDIMScheduler", values),
         options={"num_inference_steps": config.steps, "guidance_scale": config.guidance},
     )
     system.check("text_to_image.new")
     return system
+
+
+def _there(key: str, folder: str, otherwise: str) -> Path:
+    if not Path(folder).is_dir():
+        raise UserError(f"text_to_image.new.{key}: there is no folder {folder}: {otherwise}")
+    return Path(folder)
 
 
 def base_system(

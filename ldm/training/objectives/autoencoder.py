@@ -57,7 +57,8 @@ class Config:
         pictures: the recipe's, or squares of pictures.resolution, cut as pictures.crop says.
     noise: standard deviation of what is added to the pictures before encoding, on their scale of [-1, 1]; the target
         stays clean (Vincent et al. 2008). Validation is of clean pictures.
-    perceptual: weight of the distance in EfficientNet-Lite0's features. kl: weight of the KL divergence a latent
+    perceptual: weight of the distance in EfficientNet-Lite0's features, whose package is fetched; with 0 it is only
+        measured in validation, and left out where they can't be had. kl: weight of the KL divergence a latent
         element. commitment: beta of van den Oord et al. 2017. A decoder alone is trained without the last two.
     adversarial: None trains without a discriminator.
     """
@@ -118,6 +119,7 @@ class Objective:
         self.config = config
         self.examples = _examples(config)
         self.labels = self.examples.labels
+        _check_init(config)
         _check_labels(config, self.labels)
         settings = config.vq_model if config.quantizer == "vq" else config.model
         network = build_autoencoder(config.quantizer, settings, config.init, len(self.labels) or None)
@@ -135,14 +137,15 @@ class Objective:
         self.stage = FirstStage(network, _discriminator(config, config.crop or self.examples.side))
         self.model: nn.Module = self.stage
         self.watched = config.pixel  # the whole rises when the adversary begins
-        self.distance = PerceptualDistance(load_critic(config.packages))
+        self.distance, self._without = _distance(config)
 
     def prepare(self, device: torch.device, batch_size: int) -> None:
-        self.distance.to(device)
+        if self.distance:
+            self.distance.to(device)
 
     def helpers(self) -> Mapping[str, nn.Module]:
-        """The frozen network beside `model`."""
-        return {"perceptual": self.distance}
+        """The frozen network beside `model`, if there is one."""
+        return {"perceptual": self.distance} if self.distance else {}
 
     def batch(self, start: int, size: int, rows: slice) -> Batch:
         """Crops of `crop` pixels a side."""
@@ -174,7 +177,7 @@ class Objective:
     def _reconstruction(self, decoded: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         error = decoded - target
         pixel = error.abs().mean() if self.config.pixel == "l1" else error.square().mean()
-        if not self.config.perceptual:
+        if not self.config.perceptual or self.distance is None:
             return pixel, {self.config.pixel: pixel}
         perceptual = self.distance(decoded, target).mean()
         logs = {self.config.pixel: pixel, "perceptual": perceptual}
@@ -222,12 +225,15 @@ class Objective:
                 pairs = torch.cat([row for pair in zip(*rows, strict=True) for row in pair])
                 grid(to_pil(to_unit_range(pairs)), columns).save(folder / f"decoded-{seen:08d}.png")
             errors += ((decoded - originals) / 2).square().mean((1, 2, 3)).tolist()
-            distances += self.distance(decoded, originals).tolist()
+            if self.distance:
+                distances += self.distance(decoded, originals).tolist()
             if isinstance(latent, Quantized):
                 counts.append(self._counts(latent))
         psnr = sum(-10 * math.log10(max(e, 1e-10)) for e in errors) / len(errors)
         use = codebook_use(torch.stack(counts).sum(0)) if counts else {}
-        figures = {"psnr": psnr, "perceptual_distance": sum(distances) / len(distances)}
+        figures = {"psnr": psnr}
+        if distances:
+            figures["perceptual_distance"] = sum(distances) / len(distances)
         return figures | {name: each.item() for name, each in use.items()}
 
     def _whole(self, model: nn.Module, pictures: int) -> Iterator[Batch]:
@@ -237,7 +243,7 @@ class Objective:
             yield self.examples.whole(start, min(_CHUNK, pictures - start)).to(device)
 
     def notes(self) -> list[str]:
-        return self.examples.notes()
+        return [*self.examples.notes(), *self._without]
 
     @torch.no_grad()
     def export(self, model: nn.Module, folder: Path, config: str = "") -> None:
@@ -267,6 +273,15 @@ def _examples(config: Config) -> Examples:
     found = listed(cut, "autoencoder.pictures", captioned=False)
     kept = config.validation_pictures
     return Photographs(found, cut.resolution, config.crop, cut.crop, cut.flip, cut.seed, kept)
+
+
+def _check_init(config: Config) -> None:
+    """Raise UserError where the folder to start from is not there."""
+    if config.init and not Path(config.init).is_dir():
+        raise UserError(
+            f"autoencoder.init: there is no folder {config.init}: train a first stage with scripts/train.py and "
+            "give its export"
+        )
 
 
 def _check_labels(config: Config, names: list[str]) -> None:
@@ -301,6 +316,16 @@ def _discriminator(config: Config, side: int) -> PatchDiscriminator | None:
             "raise autoencoder.crop"
         )
     return discriminator
+
+
+def _distance(config: Config) -> tuple[PerceptualDistance | None, list[str]]:
+    """The perceptual distance; or, where it has no weight in the loss and can't be had, a note in its place."""
+    try:
+        return PerceptualDistance(load_critic(config.packages)), []
+    except UserError as error:
+        if config.perceptual:
+            raise UserError(f"{error}; or train without it: --set autoencoder.perceptual=0") from error
+        return None, [f"validation goes without the perceptual distance: {error}"]
 
 
 def load_critic(packages: str | Path) -> EfficientNetLite0:

@@ -5,7 +5,7 @@ DreamBooth's prior preservation (Ruiz et al. 2023), go with any of them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +133,8 @@ class Objective:
                 config.base or "", config.variant, config.scheduler, getattr(torch, config.frozen)
             )
         )
+        if config.loss.variance:  # so that ddpm draws with it
+            system = replace(system, scheduler=system.scheduler.with_values(variance_type="learned_range"))
         self.system = for_inpainting(system) if config.inpainting else system
         self.schedule = system.scheduler.noise_schedule()
         self.prediction_type: str = system.scheduler.get("prediction_type")
@@ -163,7 +165,8 @@ class Objective:
             self.source = sources.compositions(config.compositions, autoencoder, config.inpainting)
             return
         assert config.pictures and self.found
-        captions = list(config.pictures.captions or [item.caption for item in self.found.items])
+        own = [each for item in self.found.items for each in item.captions]
+        captions = list(config.pictures.captions or own)
         share, inpainting = batch_size // (2 if config.prior else 1), config.inpainting
         self.source = sources.on_disk(config.pictures, self.found, self.system, share, inpainting)
         if config.prior:

@@ -1,0 +1,128 @@
+"""What a single file says of itself beside its tensors' shapes: ModelSpec metadata, marks, and a config beside it.
+
+The words in use: `modelspec.*` in the header of a safetensors file (Stability AI's ModelSpec, as sd-scripts writes it;
+ComfyUI writes `modelspec.predict_key`), empty tensors named `v_pred` and `ztsnr` (NoobAI, ComfyUI, AUTOMATIC1111), and
+the config of LDM or sgm under the checkpoint's own name, `model.yaml` beside `model.safetensors` (AUTOMATIC1111).
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.config import load_mapping
+
+_PREDICTIONS = {
+    "epsilon": ("epsilon", "eps", "noise", "epsscaling"),
+    "v_prediction": ("v", "v_prediction", "v-prediction", "v_pred", "vpred", "velocity", "vscaling"),
+    "sample": ("sample", "x0", "x_0"),
+}
+_ZERO_SNR = ("rescale_betas_zero_snr", "zero_terminal_snr", "zero_snr", "ztsnr", "zsnr")
+# Numbers of an LDM config, and what diffusers calls them.
+_NUMBERS = {"linear_start": "beta_start", "linear_end": "beta_end", "timesteps": "num_train_timesteps"}
+
+
+@dataclass
+class Stated:
+    """What a file says; what it leaves open is missing.
+
+    Attributes:
+        scheduler: keys of diffusers' scheduler_config.json: "prediction_type", "rescale_betas_zero_snr" and the like.
+        vae: keys of its vae/config.json.
+        architecture: ModelSpec's name of the model, such as "stable-diffusion-xl-v1-base"; "" for none.
+        side: pixels along each side of a square picture, by ModelSpec; None where it is not square, or not said.
+        notes: contradictions, and what could not be understood.
+    """
+
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+    architecture: str = ""
+    side: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def stated(tensors: Collection[str], metadata: Mapping[str, str], path: str | Path) -> Stated:
+    """Return what is said of a single file by its tensors' names, its metadata, and a `.yaml` beside it.
+
+    Where they contradict each other, the `.yaml` that somebody put there counts before the marks, and those before the
+    metadata; a note says so. Raises UserError for a `.yaml` that can't be read.
+    """
+    found = Stated(architecture=metadata.get("modelspec.architecture", "").strip().lower())
+    sides = metadata.get("modelspec.resolution", "").lower().replace(" ", "").split("x")
+    if sides[0].isascii() and sides[0].isdigit() and sides[0] == sides[-1]:
+        found.side = int(sides[0][:6])
+    beside = next((each for each in map(Path(path).with_suffix, (".yaml", ".yml")) if each.is_file()), None)
+    sources = {
+        "its metadata": _of_metadata(metadata, found),
+        "a tensor of that name": _of_marks(tensors),
+        str(beside): _of_config(beside, found) if beside else {},
+    }
+    for source, scheduler in sources.items():
+        for key, value in scheduler.items():
+            other = found.scheduler.get(key, value)
+            if other != value:
+                found.notes.append(f"{source} gives {key} as {value}, which counts; elsewhere it is {other}")
+        found.scheduler |= scheduler
+    return found
+
+
+def _of_metadata(metadata: Mapping[str, str], found: Stated) -> dict[str, Any]:
+    """The prediction type, said outright or by the name of an SD 2."""
+    for key in ("modelspec.prediction_type", "modelspec.predict_key"):
+        if said := metadata.get(key, "").strip():
+            return _prediction(said, f"its metadata ({key})", found)
+    if found.architecture.startswith("stable-diffusion-v2"):
+        if "768-v" in found.architecture:
+            return {"prediction_type": "v_prediction"}
+        if "512" in found.architecture or "inpainting" in found.architecture:
+            return {"prediction_type": "epsilon"}
+    return {}
+
+
+def _prediction(said: object, where: str, found: Stated) -> dict[str, Any]:
+    word = str(said).strip().lower()
+    known = next((name for name, words in _PREDICTIONS.items() if word in words), None)
+    if known is None:
+        found.notes.append(
+            f"{where} says that it predicts {word[:40]!r}, which is not known and was passed over"
+        )
+    return {} if known is None else {"prediction_type": known}
+
+
+def _of_marks(names: Collection[str]) -> dict[str, Any]:
+    said: dict[str, Any] = {"prediction_type": "v_prediction"} if "v_pred" in names else {}
+    return said | ({"rescale_betas_zero_snr": True} if "ztsnr" in names else {})
+
+
+def _of_config(path: Path, found: Stated) -> dict[str, Any]:
+    """What a config of LDM, or of sgm for SDXL, says of the schedule, the prediction and the latents' scale."""
+    settings = _inside(load_mapping(path), "model", "params")
+    if not settings:
+        found.notes.append(f"{path} is no config of LDM or sgm (it has no model.params) and was passed over")
+        return {}
+    denoiser = _inside(settings, "denoiser_config", "params")
+    discretization = _inside(denoiser, "discretization_config", "params")
+    said: dict[str, Any] = {}
+    scaling = _inside(denoiser, "scaling_config").get("target")
+    if "parameterization" in settings:
+        said = _prediction(settings["parameterization"], str(path), found)
+    elif scaling:
+        said = _prediction(str(scaling).rpartition(".")[2], str(path), found)
+    for name, ours in _NUMBERS.items():
+        for place in (settings, discretization):
+            value = place.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                said[ours] = value
+    if any(place.get(name) for place in (settings, denoiser, discretization) for name in _ZERO_SNR):
+        said["rescale_betas_zero_snr"] = True
+    scale = settings.get("scale_factor")
+    if isinstance(scale, int | float) and not isinstance(scale, bool):
+        found.vae["scaling_factor"] = float(scale)
+    return said
+
+
+def _inside(mapping: Any, *keys: str) -> dict[str, Any]:
+    """The mapping at the end of a path through mappings, {} where the path leads elsewhere."""
+    for key in keys:
+        mapping = mapping.get(key) if isinstance(mapping, dict) else None
+    return mapping if isinstance(mapping, dict) else {}
