@@ -54,6 +54,7 @@ class System:
         options: the entries of model_index.json that are no components.
         fingerprint: of all weights as they lie on disk and of the scheduler; it changes with any training.
         notes: what the reader of the files should be told.
+        precision: of each part's weights as they lie on disk, where all of a part's have one.
     """
 
     unet: UNet
@@ -64,6 +65,7 @@ class System:
     options: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
+    precision: dict[str, torch.dtype] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -114,6 +116,7 @@ class System:
             options=checkpoint.options,
             fingerprint=_identity(checkpoint, scheduler),
             notes=checkpoint.notes,
+            precision=_precisions(checkpoint.tensors),
         )
         system.check(path)
         return system.to(device, torch_dtype)
@@ -188,7 +191,11 @@ class System:
         return network
 
     def checkpoint(self) -> Checkpoint:
-        """Configs and tensors as files hold them."""
+        """Configs and tensors as files hold them.
+
+        A part that came from a file of less precision than it is held in goes back into that precision where nothing is
+        lost by it: what is only loaded in float32, or held there so as not to overflow, stays as small as it was.
+        """
         parts = {
             "unet": (self.unet.config.to_diffusers(), self.unet.state_dict()),
             "vae": (self.autoencoder.config.to_diffusers(), self.autoencoder.state_dict()),
@@ -197,9 +204,8 @@ class System:
         configs = {name: config for name, (config, _) in parts.items()} | {
             "scheduler": self.scheduler.to_dict()
         }
-        return Checkpoint(
-            self.pipeline, configs, {name: t for name, (_, t) in parts.items()}, dict(self.options)
-        )
+        tensors = {name: _in_precision(each, self.precision.get(name)) for name, (_, each) in parts.items()}
+        return Checkpoint(self.pipeline, configs, tensors, dict(self.options))
 
     def save(self, folder: str | Path) -> None:
         """Write a diffusers folder, whole or not at all."""
@@ -239,6 +245,30 @@ def _identity(checkpoint: Checkpoint, scheduler: SchedulerConfig) -> str:
         else:
             digest.update(fingerprint(tensors).encode())
     return digest.hexdigest()[:10]
+
+
+def _precisions(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, torch.dtype]:
+    """The precision of each part's weights, where all of them have one."""
+    found = {
+        part: {each.dtype for each in own.values() if each.is_floating_point()}
+        for part, own in tensors.items()
+    }
+    return {part: dtypes.pop() for part, dtypes in found.items() if len(dtypes) == 1}
+
+
+def _in_precision(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors in a precision of fewer bytes, if every one of them is exactly the same in it; else as they are."""
+    kept = dict(tensors)
+    if dtype is None:
+        return kept
+    wide = {
+        name: each
+        for name, each in kept.items()
+        if each.is_floating_point() and each.element_size() > dtype.itemsize
+    }
+    narrow = {name: each.to(dtype) for name, each in wide.items()}
+    exact = all(torch.equal(each.to(wide[name].dtype), wide[name]) for name, each in narrow.items())
+    return kept | narrow if exact else kept
 
 
 def _check_options(options: Mapping[str, Any], path: Path) -> None:

@@ -1,9 +1,10 @@
 """The diffusers folder: `model_index.json` and one subfolder for each component."""
 
 import json
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ldm.checkpoints.files import (
 )
 from ldm.checkpoints.layouts import canonical_clip, canonical_vae, is_clip
 from ldm.checkpoints.paths import nearby, readable
+from ldm.checkpoints.repairs import repair
 from ldm.errors import UserError
 
 MODEL_INDEX = "model_index.json"
@@ -31,6 +33,7 @@ OPEN_CLIP = "open_clip_config.json"
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
 _NOT_READ = ("image_encoder", "feature_extractor")
 _NO_COMPONENT = [None, None]
+_VARIANT = re.compile(r"\.([A-Za-z]\w*)\.(?:safetensors|bin)$|\.index\.(\w+)\.json$")
 
 
 # Reading
@@ -90,17 +93,29 @@ def component_file(folder: str | Path, component: str, variant: str | None = Non
         UserError: no weights, or not in that variant (says which there are).
     """
     place = component_folder(folder, component)
-    word = f".{variant}" if variant else ""
+    there = _names_in(place)
+    if name := _weights_among(there, variant):
+        return place / name
+    weights = sorted(name for name in there if name.endswith((".safetensors", ".bin")))
+    wanted = f"weights of variant {variant!r}" if variant else "weights without a variant"
+    found = sorted({each[1] or each[2] for name in there if (each := _VARIANT.search(name))})
+    hint = f": give variant={found[0]!r} (--variant {found[0]})" if found and not variant else ""
+    raise UserError(f"{place} has no {wanted} (it has {a_few(weights) or 'no weights at all'}){hint}")
+
+
+def _names_in(place: Path) -> set[str]:
     with readable(place):
-        there = {each.name for each in place.iterdir() if each.is_file()}
+        return {each.name for each in place.iterdir() if each.is_file()}
+
+
+def _weights_among(names: Collection[str], variant: str | None) -> str | None:
+    word = f".{variant}" if variant else ""
     for ending in (".safetensors", ".bin"):
         for stem in _STEMS:
             for name in (f"{stem}{word}{ending}", f"{stem}{ending}{INDEX.removesuffix('.json')}{word}.json"):
-                if name in there:
-                    return place / name
-    weights = sorted(name for name in there if name.endswith((".safetensors", ".bin")))
-    wanted = f"weights of variant {variant!r}" if variant else "weights without a variant"
-    raise UserError(f"{place} has no {wanted} (it has {a_few(weights) or 'no weights at all'})")
+                if name in names:
+                    return name
+    return None
 
 
 def read_component(
@@ -130,10 +145,12 @@ def read_component(
 def read_folder(folder: str | Path, variant: str | None = None) -> Checkpoint:
     """Return the system in a diffusers folder: the networks' configs and tensors, the scheduler's config.
 
-    Tokenizers stay where they are. A safety checker and image encoders are not read.
+    Tokenizers stay where they are. A safety checker and image encoders are not read. Components without weights in
+    the `variant` are read without it, and old configs are mended, both as diffusers does and with a note.
 
     Raises:
-        UserError: the folder or a component that it promises is missing or can't be read.
+        UserError: the folder or a component that it promises is missing or can't be read, or nothing in it has weights
+            in the variant.
     """
     folder = Path(folder)
     index = read_index(folder)
@@ -142,6 +159,7 @@ def read_folder(folder: str | Path, variant: str | None = None) -> Checkpoint:
     found.options = {
         name: each for name, each in index.items() if name[0] != "_" and not isinstance(each, list)
     }
+    plain: list[str] = []  # the components that are there without the variant only
     for component in named:
         if component == "safety_checker":
             found.notes.append("not used: the folder's safety checker")
@@ -152,7 +170,18 @@ def read_folder(folder: str | Path, variant: str | None = None) -> Checkpoint:
                 component_folder(folder, component) / "scheduler_config.json"
             )
         elif not component.startswith("tokenizer"):
-            found.configs[component], found.tensors[component] = read_component(folder, component, variant)
+            there = _names_in(component_folder(folder, component)) if variant else set[str]()
+            other = bool(there) and not _weights_among(there, variant) and _weights_among(there, None)
+            plain += [component] if other else []
+            own = None if other else variant
+            found.configs[component], found.tensors[component] = read_component(folder, component, own)
+    if variant and plain:
+        if len(plain) == len(found.tensors):
+            raise UserError(
+                f"{folder} has no weights of variant {variant!r} in any part: leave the variant out"
+            )
+        found.notes.append(f"not of variant {variant!r}, which they don't have: {', '.join(plain)}")
+    repair(found, named)
     return found
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ldm.checkpoints.folder import MODEL_INDEX, read_folder
+from ldm.checkpoints.folder import MODEL_INDEX, components, read_folder, read_index
 from ldm.checkpoints.paths import nearby, readable
 from ldm.errors import UserError
 
@@ -65,7 +65,11 @@ def _from_hub(name: str, variant: str | None) -> Path:
     except (LocalEntryNotFoundError, HFValidationError):
         pass  # not in the cache: ask the hub, which has its own words for a bad name
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=skip))
+        fetched = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=skip))
+        if variant and (missing := _without_weights(fetched)):  # parts that have no such variant
+            more = [f"{part}/*.safetensors" for part in missing]
+            return Path(snapshot_download(name, allow_patterns=more, ignore_patterns=_NOT_WANTED + _VARIANTS))
+        return fetched
     except GatedRepoError as error:
         raise UserError(
             f"{name}: its owners want their terms accepted; do so on its page, then `hf auth login`"
@@ -77,6 +81,17 @@ def _from_hub(name: str, variant: str | None) -> Path:
             f"{name}: not on this disk, and the hub can't be reached: where it can, run `hf download {name} "
             "--local-dir FOLDER`, then give that folder's path; or set HF_HOME to a cache that has it"
         ) from error
+
+
+def _without_weights(folder: Path) -> list[str]:
+    """The networks that a fetched system promises, and of which no weights have come."""
+    if not (folder / MODEL_INDEX).is_file():
+        return []
+    return [
+        name
+        for name in components(read_index(folder))
+        if (folder / name / "config.json").is_file() and not any((folder / name).glob("*.safetensors"))
+    ]
 
 
 def _is_whole(folder: Path, variant: str | None) -> bool:
