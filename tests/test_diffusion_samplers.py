@@ -440,22 +440,35 @@ NEARLY_NOISE = {
 }
 
 
+def ending(config, sampler, n, schedule):
+    """Where a sampler ends from a fixed start, among the spots."""
+    steps = plan(config, n, sampler, schedule)
+    x = Noise([1, 2, 3, 4], (3, 4, 4))().double() * steps.initial_scale
+    return sample(spots, steps.steps(x, quiet)) * steps.final_scale
+
+
 @pytest.mark.parametrize(
     "schedule", ["trailing", "linspace", "leading", "sgm_uniform", "karras", "exponential"]
 )
 @pytest.mark.parametrize("model", NEARLY_NOISE)
 def test_heun_takes_long_steps_no_worse_than_euler(model, schedule):
     config = SchedulerConfig.from_dict(NEARLY_NOISE[model])
-
-    def drawn(sampler, n, schedule):
-        steps = plan(config, n, sampler, schedule)
-        x = Noise([1, 2, 3, 4], (3, 4, 4))().double() * steps.initial_scale
-        return sample(spots, steps.steps(x, quiet)) * steps.final_scale
-
-    best = drawn("dpmpp_2m", 900, "linspace")
+    best = ending(config, "dpmpp_2m", 900, "linspace")
     for n in (2, 3, 4, 6, 9, 12, 20, 40):
-        euler, heun = ((drawn(name, n, schedule) - best).norm() / best.norm() for name in ("euler", "heun"))
+        errors = [ending(config, name, n, schedule) - best for name in ("euler", "heun")]
+        euler, heun = (error.norm() / best.norm() for error in errors)
         assert heun < 2 * euler + 0.01, (n, float(heun), float(euler))
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+def test_pndm_begins_anew_where_steps_change_their_length(schedule):
+    """Weights of even steps carry an error of many times the picture through a step of many times the length."""
+    config = SchedulerConfig.from_dict(ZERO_SNR)
+    best = ending(config, "dpmpp_2m", 900, "linspace")
+    for n in (8, 12, 20):
+        errors = [ending(config, name, n, schedule) - best for name in ("pndm", "euler")]
+        pndm, euler = (error.norm() / best.norm() for error in errors)
+        assert pndm < 3 * euler + 0.1, (n, float(pndm), float(euler))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -243,7 +243,8 @@ def _options(
         return {"lower_order_final": lower_order_final}
     if name == "pndm":
         midpoints = () if config.get("skip_prk_steps") else _prk_midpoints(schedule, sigmas)
-        return {"prediction_type": config.get("prediction_type"), "midpoints": midpoints}
+        uneven = _uneven_steps(schedule, sigmas)
+        return {"prediction_type": config.get("prediction_type"), "midpoints": midpoints, "uneven": uneven}
     return {}
 
 
@@ -261,3 +262,10 @@ def _prk_midpoints(schedule: NoiseSchedule, sigmas: list[float]) -> list[float]:
     timesteps = schedule.timestep(torch.tensor(sigmas[:-1][:4], dtype=torch.float64)).tolist()
     middles = [end + (start - end) // 2 for start, end in pairwise(timesteps)]
     return schedule.sigma(torch.tensor(middles, dtype=torch.float64)).tolist()
+
+
+def _uneven_steps(schedule: NoiseSchedule, sigmas: list[float]) -> frozenset[int]:
+    """The steps, but for the last, that are more than twice as long in timesteps as the one before, or half as long."""
+    timesteps = schedule.timestep(torch.tensor(sigmas[:-1], dtype=torch.float64)).tolist()
+    lengths = [start - end for start, end in pairwise(timesteps)]
+    return frozenset(i for i, (a, b) in enumerate(pairwise(lengths), 1) if not a / 2 <= b <= 2 * a)

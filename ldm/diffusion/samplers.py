@@ -11,7 +11,7 @@ moves x towards an estimate d of x0 by exactly the line of `_step`; the methods 
 """
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -285,11 +285,14 @@ def pndm(
     noise: NoiseSource,
     prediction_type: str = "epsilon",
     midpoints: Sequence[float] = (),
+    uneven: Collection[int] = (),
 ) -> Steps:
     """PNDM (Liu et al. 2022, arXiv:2202.09778): linear multistep on the network's output, DDIM as transfer.
 
     midpoints: a sigma inside each of the first steps, which Runge-Kutta (PRK) then takes; without them
     the first step is a two-stage one (PLMS, as Stable Diffusion is sampled).
+    uneven: the steps that are of quite another length, in timesteps, than the one before. The multistep weights are
+    those of even steps: there it begins anew.
     """
 
     def output(x0: Tensor, x: Tensor, sigma: float) -> Tensor:
@@ -304,7 +307,7 @@ def pndm(
 
     history: list[Tensor] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        history = [output((yield x, sigma), x, sigma), *history[:3]]
+        history = [output((yield x, sigma), x, sigma), *([] if i in uneven else history[:3])]
         if i < len(midpoints):
             first, middle = history[0], midpoints[i]
             trial = move(x, sigma, middle, first)
