@@ -124,7 +124,8 @@ class Bench:
         origin = json.dumps(
             [system.fingerprint, system.options, str(self.pipe.dtype), asdict(settings), words]
         )
-        if folder.exists() and read_text(folder / "origin.json") != origin:
+        # A folder without pictures is of nothing: a kill may come between the two.
+        if any(folder.glob("*.png")) and _read_origin(folder) != origin:
             raise UserError(
                 f"{folder} holds pictures of another evaluation: delete it, or give another --output"
             )
@@ -136,6 +137,12 @@ class Bench:
             return made
 
         return quality.draw_all(draw, asked, folder)
+
+
+def _read_origin(folder: Path) -> str:
+    """What the pictures of a folder were drawn from; nothing where it doesn't say."""
+    path = folder / "origin.json"
+    return read_text(path) if path.exists() else ""
 
 
 def evaluate(bench: Bench, prompts: int, settings: Settings) -> str:

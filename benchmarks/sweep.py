@@ -39,7 +39,9 @@ def sweep(bench: Bench, prompts: int, asked_for: Settings) -> str:
     path = bench.output / "sweep.json"
     origin = [bench.pipe.system.fingerprint, str(bench.pipe.dtype), bench.identity, prompts, machine()]
     found: dict[str, Any] = read_json(path) if path.exists() else {"origin": origin, "points": {}}
-    if found.get("origin") != origin or "points" not in found:
+    points = found.get("points")
+    whole = isinstance(points, dict) and all(map(_is_point, points.values()))
+    if found.get("origin") != origin or not whole:
         raise UserError(
             f"{path} is of another model, recipe, machine or number of prompts: delete it, or give another --output"
         )
@@ -73,6 +75,27 @@ def sweep(bench: Bench, prompts: int, asked_for: Settings) -> str:
     write_text(bench.output / "sweep.md", text)
     plot(found["points"], bench.output / "sweep.png")
     return text
+
+
+def _is_point(point: Any) -> bool:
+    """Whether an entry of sweep.json has the figures that the table shows."""
+    if not isinstance(point, dict):
+        return False
+    shares = [point.get(part) for part in ("seen", "held-out")]
+    numbers = [point.get("seconds"), *(n for each in shares if isinstance(each, list) for n in each)]
+    return len(numbers) == 5 and all(isinstance(each, int | float) for each in numbers)
+
+
+def _are_points(found: Any) -> bool:
+    """Whether what a file holds is what `sweep` wrote into it."""
+    parts = ("seen", "held-out")
+    return isinstance(found, dict) and all(
+        isinstance(each, dict)
+        and isinstance(each.get("seconds"), float)
+        and all(isinstance(each.get(part), list) and len(each[part]) == 2 for part in parts)
+        and all(isinstance(share, int | float) for part in parts for share in each[part])
+        for each in found.values()
+    )
 
 
 def plot(points: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ and JSON have no tuples); nothing else is converted.
 
 import copy
 import re
+import reprlib
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -17,16 +18,59 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, nearest, printable
+from ldm.foreign import DEEPEST, LONGEST_NUMBER, foreign, one_line, read_plain
 
 T = TypeVar("T")
 UNIONS = (Union, types.UnionType)
 _KINDS = (".yaml", ".yml", ".json")  # of files that hold a configuration
 _CONFIGS = "configs"  # where a checkout has its own
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+_LARGEST = 2**18  # bytes of a configuration; PyYAML takes seconds for more
+_MOST = 100_000  # values in one, those that aliases repeat counted as often as they stand there
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 1e-4 as a number: YAML 1.1, and so PyYAML, takes it for a string."""
+    """Safe YAML that also reads 1e-4 as a number: YAML 1.1, and so PyYAML, takes it for a string.
+
+    A few lines of aliases to aliases unfold to more values than any memory holds, and an alias to what it stands in
+    never ends: so what is composed is counted before anything is made of it.
+    """
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level > DEEPEST:  # PyYAML looks through all open brackets at every token
+            raise ValueError("it is nested too deeply")
+        super().fetch_flow_collection_start(TokenClass)
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node)
+        return self.construct_document(node)
+
+
+def _check_nodes(root: yaml.Node) -> None:
+    """Raise ValueError for too many or too deeply nested values, and for numbers that no float holds."""
+    level, count = [root], 0
+    for _ in range(DEEPEST):
+        inner: list[yaml.Node] = []
+        for node in level:
+            if isinstance(node, yaml.MappingNode):
+                inner.extend(each for pair in node.value for each in pair)
+            elif isinstance(node, yaml.SequenceNode):
+                inner.extend(node.value)
+            elif node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
+                raise ValueError(f"it holds a number of {len(node.value)} digits")
+            if count + len(inner) > _MOST:
+                raise ValueError(f"with its aliases unfolded it holds more than {_MOST:,} values")
+        count += len(inner)
+        level = inner
+        if not level:
+            return
+    raise ValueError("it is nested too deeply, or an alias in it stands for what it is a part of")
 
 
 _Loader.add_implicit_resolver(
@@ -59,17 +103,30 @@ def load_mapping(path: str | Path) -> dict[str, Any]:
     Raises UserError, which for a file that is not there names those of about that name.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        text = read_plain(path, _LARGEST).decode()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no configuration {path}{_files_like(Path(path))}") from None
-    except IsADirectoryError:
-        inside = ", ".join(map(str, _configurations([Path(path)]))) or "it holds none"
-        raise UserError(f"{path} is a folder, not a configuration: give a file of it ({inside})") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        if Path(path).is_dir():
+            inside = ", ".join(map(str, _configurations([Path(path)]))) or "it holds none"
+            raise UserError(
+                f"{path} is a folder, not a configuration: give a file of it ({inside})"
+            ) from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot read the configuration {path}: {reason}") from None
+    content = _yaml(text, f"the configuration {path}")
     if not isinstance(content, dict | None):
         raise _wrong(dict, content, _Place(f"{path}: "))
     return content or {}
+
+
+def _yaml(text: str, where: str) -> Any:
+    """What a YAML text holds. Raises UserError that names `where`, whatever PyYAML raises about it."""
+    with foreign(where, "is not valid YAML", advice="; quote what is text"):
+        try:
+            return yaml.load(text, _Loader)
+        except yaml.YAMLError as error:  # of several lines
+            raise ValueError(" ".join(str(error).split())) from error
 
 
 def load_yaml(path: str | Path, cls: type[T], overrides: Iterable[str] = ()) -> T:
@@ -90,10 +147,8 @@ def override(mapping: Mapping[str, Any], assignments: Iterable[str], cls: Any = 
             raise UserError(
                 f"'{assignment}' is not an override, write key=value without spaces: loop.pictures=1000"
             )
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            raise UserError(f"the value in '{assignment}' is not valid YAML: quote it") from None
+        shown = printable(assignment if len(assignment) < 100 else f"{assignment[:100]}...")
+        value = _yaml(text, f"the value in '{shown}'")
         _assign(result, path.strip(), value, cls)
     return result
 
@@ -154,6 +209,8 @@ def _value(hint: Any, value: Any, at: _Place) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any or (origin is Literal and (type(value), value) in [(type(a), a) for a in args]):
         return value
+    if type(value) is int and value.bit_length() > 64 and {int, float} & {hint, *args}:
+        raise UserError(f"{at.where}'{at.path}' is a number of more than 64 bits: give a smaller one")
     if origin in UNIONS:
         return _union(hint, value, at)
     if is_dataclass(hint):
@@ -187,7 +244,7 @@ def _union(hint: Any, value: Any, at: _Place) -> Any:
 
 def _wrong(hint: Any, value: Any, at: _Place) -> UserError:
     close = nearest(value, map(str, _choices(hint))) if isinstance(value, str) else ""
-    shown = f"{repr(value)[:60]} ({type(value).__name__})"
+    shown = f"{reprlib.repr(value)[:60]} ({type(value).__name__})"
     place = f"'{at.path}'" if at.path else "the configuration"
     return UserError(f"{at.where}{place} is {shown}, expected {_named(hint)}{close}")
 

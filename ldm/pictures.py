@@ -1,16 +1,15 @@
 """Picture files opened, pictures to tensors and back, and sheets of several."""
 
 import io
-import os
-import stat
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 # Raster formats by Pillow's names. Left to choose, Pillow also hands PostScript to Ghostscript, which runs it.
 RASTERS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
-LARGEST = 2**30  # bytes of a file that is read into memory
+LARGEST_SHEET = 178_956_970  # pixels: of more, Pillow refuses to open a file (twice its MAX_IMAGE_PIXELS)
 
 
 def open_raster(content: bytes, formats: Sequence[str] = RASTERS) -> "ImageFile":
@@ -40,32 +39,6 @@ def _decoders() -> frozenset[str]:
     Image.init()
     lacking = {each for each in ("WEBP", "AVIF") if each in Image.OPEN and not features.check(each.lower())}
     return frozenset(Image.OPEN) - lacking
-
-
-def plain_status(path: str | Path) -> os.stat_result:
-    """What the system says of a regular file. Raises OSError for what is none: a pipe, a device, a link to nothing."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        if os.path.islink(path):
-            raise FileNotFoundError("it is a link to what is not there") from None
-        raise
-    except ValueError as error:  # a NUL, or half a surrogate pair, is in no file's name
-        raise OSError(f"there is no file of such a name ({error})") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError("it is no regular file")
-    return status
-
-
-def read_plain(path: str | Path, most: int = LARGEST) -> bytes:
-    """The bytes of a regular file. Raises OSError for what is none, or for more than `most` bytes."""
-    size = plain_status(path).st_size
-    if size > most:
-        raise OSError(f"its {size:,} bytes are more than the {most:,} that are read")
-    if not size:  # so say files of /proc, some of which are waited for without end
-        return b""
-    with open(path, "rb") as file:
-        return file.read(size)
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
@@ -97,12 +70,23 @@ def png(picture: "Image", metadata: "PngInfo | None" = None) -> bytes:
     return buffer.getvalue()
 
 
+def grid_size(count: int, columns: int, width: int, height: int) -> tuple[int, int]:
+    """The (width, height) of a `grid` of `count` pictures. Raises UserError for one that no program would open."""
+    size = columns * width, -(-count // columns) * height
+    if max(size) >= 2**31 or size[0] * size[1] > LARGEST_SHEET:
+        raise UserError(
+            f"a grid of {count:,} pictures in {columns:,} columns would have {size[0]:,} x {size[1]:,} pixels, where "
+            f"{LARGEST_SHEET:,} in all are the most: draw fewer on one, or in fewer columns"
+        )
+    return size
+
+
 def grid(pictures: "Sequence[Image]", columns: int) -> "Image":
-    """Pictures of one size, row by row; a last row that is not full ends in white."""
+    """Pictures of one size, row by row; a last row that is not full ends in white. Raises UserError, as `grid_size`."""
     from PIL import Image
 
     width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    sheet = Image.new("RGB", grid_size(len(pictures), columns, width, height), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     return sheet

@@ -24,6 +24,7 @@ from ldm.diffusion.denoiser import Network
 from ldm.diffusion.scheduler_config import SchedulerConfig
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.diffusers_config import check_layers
 from ldm.models.unet import UNet, UNetConfig
 
 _PIPELINES = (
@@ -91,7 +92,7 @@ class System:
                 f"{' or '.join(_PIPELINES[:2])}"
             )
         for part in ("unet", "vae", "scheduler"):
-            if part not in checkpoint.configs:
+            if part not in checkpoint.configs or (part != "scheduler" and part not in checkpoint.tensors):
                 raise UserError(f"{path} has no {part} in its model_index.json")
         scheduler = SchedulerConfig.from_dict(checkpoint.configs["scheduler"], f"{path}: scheduler")
         if "XL" not in checkpoint.pipeline:  # as diffusers' pipeline insists, whatever the file says
@@ -280,6 +281,7 @@ def _check_options(options: Mapping[str, Any], path: Path) -> None:
 
 def _filled(kind: type[M], config: Any, checkpoint: Checkpoint, part: str, path: Path) -> M:
     """The network of a component, on the checkpoint's own tensors."""
+    check_layers(config.layers, f"{path}: {part}", len(checkpoint.tensors[part]))
     with torch.device("meta"):
         module = kind(config)
     load_strict(module, checkpoint.tensors[part], f"{path}: {part}")

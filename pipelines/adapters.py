@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import lora as lora_files
 from ldm.checkpoints.files import file_hash, file_in
+from ldm.checkpoints.paths import readable
 from ldm.conditioning import inversion
 from ldm.conditioning.sdxl import parts_of
 from ldm.errors import UserError, nearest
@@ -74,8 +75,15 @@ class Adapters:
         found = lora_files.read_lora_file(path, networks, self.system.unet.config.to_diffusers())
         if not found.adapters:
             raise UserError(f"{path} holds no LoRA")
-        parts = {part: LoRA.from_weights(networks[part], each) for part, each in found.adapters.items()}
-        self._place(parts)
+        parts: dict[str, LoRA] = {}
+        try:
+            for part, each in found.adapters.items():
+                parts[part] = LoRA.from_weights(networks[part], each)
+            self._place(parts)
+        except BaseException:  # a half of it would change pictures whose recipes don't name it
+            for each in parts.values():
+                each.detach()
+            raise
         words = self._load_bundled(found, notes := list(found.notes))
         self._loras[name] = _Loaded(whole_path(path), _hash(found.files), parts, words)
         self._weigh(name, weight)
@@ -160,30 +168,30 @@ class Adapters:
 
     def _add_words(self, words: Mapping[str, Mapping[str, Tensor]], path: str | Path) -> None:
         """Teach the encoders words, all of them or none. Raises UserError."""
-        for word, vectors in words.items():
+        for vectors in words.values():
             if set(vectors) != set(self._words):
                 raise UserError(
                     f"{path} has vectors for {' and '.join(sorted(vectors))}, where this model reads prompts with "
                     f"{' and '.join(sorted(self._words))}: it is for another model"
                 )
-            for encoder, each in vectors.items():
-                self._words[encoder].check(word, each)
-        for word, vectors in words.items():
-            for encoder, each in vectors.items():
-                self._words[encoder].add(word, each)
+        known = {
+            encoder: {word: vectors[encoder] for word, vectors in words.items()} for encoder in self._words
+        }
+        for encoder, each in known.items():
+            self._words[encoder].check_all(each)
+        for encoder, each in known.items():
+            self._words[encoder].add_all(each)
 
     def _forget(self, words: Iterable[str]) -> None:
-        for word in words:
-            for each in self._words.values():
-                if word in each.words:
-                    each.remove(word)
+        gone = set(words)
+        for each in self._words.values():
+            each.remove_all(gone & set(each.words))
 
     def unload_words(self) -> None:
         """See `TextToImagePipeline.unload_textual_inversion`."""
         self._embeddings.clear()
         for each in self._words.values():
-            for word in each.words:
-                each.remove(word)
+            each.remove_all(each.words)
 
     # What is told of them
 
@@ -215,10 +223,11 @@ class Adapters:
         """
         uses = [*loras, *embeddings]
         for use in uses:
-            if use.hash and not Path(use.path).exists():
-                raise UserError(
-                    f"the picture was drawn with {use.path}, which is not there: put it back first"
-                )
+            with readable(use.path):
+                if use.hash and not Path(use.path).exists():
+                    raise UserError(
+                        f"the picture was drawn with {use.path}, which is not there: put it back first"
+                    )
         notes: list[str] = []
         for place, use in enumerate(uses):
             if isinstance(use, LoRAUse):

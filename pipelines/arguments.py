@@ -21,6 +21,8 @@ def texts(value: Any, name: str, most: int | None = None, gaps: bool = False) ->
         them.
     """
     found = _members(value, name, _TEXT, most)
+    if gaps:
+        found = [None if _is_gap(each) else each for each in found]
     for place, each in enumerate(found):
         if not isinstance(each, str) and not (gaps and each is None):
             alone = _TEXT if is_single(value) else "give a string there, or leave it out"
@@ -58,6 +60,8 @@ def plain(value: Any) -> Any:
 def _members(value: Any, name: str, wanted: str, most: int | None) -> Sequence[Any]:
     if isinstance(value, Mapping | set | frozenset):
         raise UserError(f"{name} is a {type(value).__name__}: give a list, in the order that is meant")
+    if getattr(value, "is_meta", False):
+        raise UserError(f"{name} is a tensor of the device meta, which holds no numbers")
     if len(shape := tuple(getattr(value, "shape", ()))) > 1:
         raise UserError(
             f"{name} is a {type(value).__name__} of {' x '.join(map(str, shape))}: give one dimension, such as a "
@@ -71,6 +75,11 @@ def _members(value: Any, name: str, wanted: str, most: int | None) -> Sequence[A
     if most is not None and not hasattr(listed, "__len__"):
         listed = islice(listed, most + 1)
     return [_own(each) for each in listed]
+
+
+def _is_gap(member: Any) -> bool:
+    """Whether a cell of a table is empty: tables write NaN, or pandas' NA, for what is not there."""
+    return type(member).__name__ in ("NAType", "NaTType") or (isinstance(member, float) and member != member)
 
 
 def _own(member: Any) -> Any:

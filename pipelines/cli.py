@@ -1,7 +1,6 @@
 """Draw pictures from prompts on the command line: `ldm-generate "a raccoon astronaut"`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import __version__
+from ldm.console import Parser, command, line, note, say
 from ldm.errors import UserError
 
 _EXAMPLES = """\
@@ -41,9 +41,9 @@ _SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Build the argument parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ldm-generate",
         description=__doc__,
         epilog=_EXAMPLES,
@@ -55,6 +55,14 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--from-image", type=Path, metavar="PNG", help="draw a picture of this program's again"
+    )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="load what the picture of --from-image names where it lies in this folder (alone: anywhere on this disk)",
     )
     parser.add_argument(
         "--model", help="a diffusers folder, a single file or a hub id (default: the bundled model)"
@@ -100,24 +108,17 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command(memory="draw smaller pictures, or fewer at once (--batch-size), or --low-memory")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 2 with one line on standard error."""
-    arguments = parser().parse_args(argv)
-    try:
-        _generate(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what is written is whole", file=sys.stderr)
-        return 130
+    """Run the command; 0, or 2 with one line on standard error, or 130 where Ctrl-C stopped it."""
+    _generate(parser().parse_args(argv))
     return 0
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from pipelines import jobs
+    from pipelines import jobs, trust
     from pipelines.files import check_target
-    from pipelines.recipe import EmbeddingUse, LoRAUse, Recipe, read_recipe
+    from pipelines.recipe import MOST, EmbeddingUse, LoRAUse, Recipe, read_recipe, shown
 
     settings = {
         name: getattr(arguments, name) for _, name, _, _ in _SETTINGS if getattr(arguments, name) is not None
@@ -131,18 +132,28 @@ def _generate(arguments: argparse.Namespace) -> None:
     expected = None
     loras = tuple(LoRAUse(*_weighed(each)) for each in arguments.lora or ())
     embeddings = tuple(EmbeddingUse(each) for each in arguments.embedding or ())
+    if arguments.trust and not arguments.from_image:
+        raise UserError("--trust is of what a picture names: give it with --from-image")
     if arguments.from_image:
         old = read_recipe(arguments.from_image)
         expected = old.model_hash
+        mine = {"model": arguments.model, "loras": loras, "embeddings": embeddings}
+        named = {"model": None, "loras": (), "embeddings": ()}  # by the user: not the picture's any more
+        left = replace(old, **{name: none for name, none in named.items() if mine[name]})
+        loaded = trust.check(left, arguments.from_image, arguments.trust or ())
+        if loaded:
+            say(f"{arguments.from_image} has loaded: {loaded}")
         loras, embeddings = loras or old.loras, embeddings or old.embeddings
         for name in ("model", "variant", "prediction_type", "dtype"):
             setattr(arguments, name, getattr(arguments, name) or getattr(old, name))
         wanted.append(jobs.Job(replace(old, **settings)))
     if not wanted:
         raise UserError("there is no prompt: give one or more, a --file, or --from-image (see --help)")
-    wanted = jobs.several(wanted, arguments.num_images)
+    total = len(wanted) * arguments.num_images
+    if total > MOST:
+        raise UserError(f"{shown(total)} pictures are more than the {MOST:,} of one run")
     out = arguments.out or Path("outputs")
-    check_target(out, len(wanted))
+    check_target(out, total)
     if arguments.grid:
         check_target(arguments.grid, 1, folder=False)
         if arguments.grid.resolve() == out.resolve():
@@ -150,29 +161,23 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     pipe = _load(arguments)
     if expected and expected != pipe.system.fingerprint:
-        print(f"note: {arguments.from_image} was drawn by other weights ({expected})", file=sys.stderr)
-    for note in pipe.load_adapters_of(Recipe("", loras=loras, embeddings=embeddings)):
-        print(f"note: {note}", file=sys.stderr)
+        note(f"{arguments.from_image} was drawn by other weights ({expected})")
+    for each in pipe.load_adapters_of(Recipe("", loras=loras, embeddings=embeddings)):
+        note(each)
     columns = arguments.columns or (arguments.num_images if arguments.num_images > 1 else None)
-    quiet, batch_size = arguments.quiet, arguments.batch_size
-    try:
-        notes = jobs.run(pipe, wanted, out, batch_size, arguments.grid, columns, not quiet, _say)
-    except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
-            raise
-        raise UserError(
-            "out of memory: draw smaller pictures, or fewer at once (--batch-size), or --low-memory"
-        ) from error
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-
-
-def _say(path: Path) -> None:
-    """Name a file that is written; where nobody reads on (`| head`), draw on in silence."""
-    try:
-        print(path, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    notes = jobs.run(
+        pipe,
+        wanted,
+        out,
+        arguments.batch_size,
+        arguments.grid,
+        columns,
+        not arguments.quiet,
+        lambda path: line(str(path)),
+        arguments.num_images,
+    )
+    for each in notes:
+        note(each)
 
 
 def _weighed(text: str) -> tuple[str, float]:
@@ -197,14 +202,6 @@ def _load(arguments: argparse.Namespace) -> Any:
         prediction_type=arguments.prediction_type,
         low_memory=arguments.low_memory,
     )
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class of its own for it; the CPU's allocator has only words."""
-    import torch
-
-    named = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-    return named or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

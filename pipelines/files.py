@@ -6,12 +6,11 @@ In a folder no present file is overwritten; a `.png` that is named is replaced.
 import os
 import re
 import tempfile
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.checkpoints.files import flush_to_disk, unwritable, write_bytes
 from ldm.errors import UserError
+from ldm.files import flush_to_disk, unwritable, workshop, write_bytes, writing
 from ldm.pictures import png
 from pipelines.recipe import Recipe
 
@@ -64,17 +63,14 @@ def save_picture(picture: "Image", recipe: Recipe, path: Path) -> Path:
     slug = re.sub(r"[\W_]+", "-", recipe.prompt.lower()).strip("-")[:48].strip("-") or "picture"
     taken = [int(found[1]) for each in path.glob("*.png") if (found := re.match(r"(\d+)-", each.name))]
     number = max(taken, default=-1) + 1
-    temporary = path / f".{slug}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
+    with writing(path), workshop(path / slug) as folder:
+        temporary = folder / "picture.png"
         temporary.write_bytes(data)
         flush_to_disk(temporary)
         while not _named(temporary, target := path / f"{number:04d}-{slug}.png"):
             number += 1  # another run writes into the same folder
+        flush_to_disk(path)
         return target
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _named(temporary: Path, target: Path) -> bool:

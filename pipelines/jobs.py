@@ -1,17 +1,17 @@
 """Batch generation: recipes from prompts, files and rows; every picture into its file as soon as it is drawn."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoints.files import write_bytes
 from ldm.errors import UserError
-from ldm.pictures import grid, png
+from ldm.foreign import parse_json, read_plain
+from ldm.pictures import grid, grid_size, png
 from pipelines.files import save_picture
-from pipelines.recipe import Recipe
+from pipelines.recipe import MOST, Recipe, check_seed
 from pipelines.text_to_image import TextToImagePipeline
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read_prompts(path: str | Path, settings: Mapping[str, Any]) -> list[Job]:
             f"{path}: prompts come one a line, or as .jsonl with an object a line, not as one .json"
         )
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = read_plain(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
     rows = [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
@@ -62,10 +62,7 @@ def read_prompts(path: str | Path, settings: Mapping[str, Any]) -> list[Job]:
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
+    row = parse_json(line, where)
     if not isinstance(row, dict):
         raise UserError(f'{where}: expected an object such as {{"prompt": "a fox", "seed": 1}}')
     if "steps" in row:
@@ -75,21 +72,18 @@ def _object(where: str, line: str) -> dict[str, Any]:
     return row
 
 
-def several(jobs: Iterable[Job], count: int) -> list[Job]:
-    """`count` pictures of each job, with seeds that follow its own (drawn at random where it has none)."""
-    return [
-        job if job.recipe.seed is None else replace(job, recipe=replace(job.recipe, seed=job.recipe.seed + k))
-        for job in jobs
-        for k in range(count)
-    ]
+def several(recipes: Iterable[Recipe], count: int) -> Iterator[Recipe]:
+    """`count` recipes of each, with seeds that follow its own (drawn at random where it has none), one by one."""
+    for recipe in recipes:
+        for k in range(count):
+            yield recipe if recipe.seed is None else replace(recipe, seed=recipe.seed + k)
 
 
-def batches(recipes: Sequence[Recipe], size: int) -> Iterator[list[Recipe]]:
+def batches(recipes: Iterable[Recipe], size: int) -> Iterator[list[Recipe]]:
     """The recipes in runs that can be drawn together, of at most `size`; their order is kept."""
     for _, run in groupby(recipes, key=Recipe.shared):
-        members = list(run)
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
+        while members := list(islice(run, min(size, MOST))):
+            yield members
 
 
 def run(
@@ -101,20 +95,27 @@ def run(
     columns: int | None = None,
     progress: bool = True,
     saved: Callable[[Path], None] = lambda path: None,
+    count: int = 1,
 ) -> list[str]:
-    """Draw every job's recipe into `out` as soon as its batch is done, then a grid of all of them; returns the notes.
+    """Draw `count` pictures of each job into `out`, each batch as soon as it is done, then a grid of all of them.
+
+    Returns the notes.
 
     Every recipe is checked before the first is drawn, so that a mistake in the last row costs nothing. `saved` is
     called with every file that is written. Raises UserError.
     """
-    recipes = [_complete(pipe, job) for job in jobs]
-    if grid_path and len({(recipe.width, recipe.height) for recipe in recipes}) > 1:
-        raise UserError(
-            "a grid needs pictures of one size: leave --grid out, or give all rows one height and width"
-        )
+    recipes = [_complete(pipe, job, count) for job in jobs]
+    total = len(recipes) * count
+    columns = columns or max(1, round(total**0.5))
+    if grid_path:
+        if len({(recipe.width, recipe.height) for recipe in recipes}) > 1:
+            raise UserError(
+                "a grid needs pictures of one size: leave --grid out, or give all rows one height and width"
+            )
+        grid_size(total, columns, recipes[0].width or 1, recipes[0].height or 1)
     notes: dict[str, None] = {}
     pictures: list[Image] = []
-    for batch in batches(recipes, batch_size):
+    for batch in batches(several(recipes, count), batch_size):
         output = pipe.draw(batch, progress=progress)
         notes |= dict.fromkeys(output.notes)
         for picture, recipe in zip(output.images, output.recipes, strict=True):
@@ -122,14 +123,18 @@ def run(
         if grid_path:
             pictures += output.images
     if grid_path:
-        write_bytes(grid_path, png(grid(pictures, columns or max(1, round(len(pictures) ** 0.5)))))
+        write_bytes(grid_path, png(grid(pictures, columns)))
         saved(grid_path)
     return list(notes)
 
 
-def _complete(pipe: TextToImagePipeline, job: Job) -> Recipe:
+def _complete(pipe: TextToImagePipeline, job: Job, count: int) -> Recipe:
+    """The job's recipe, complete but for a seed that is to be drawn at random for each picture."""
+    seed = job.recipe.seed
     try:
-        return pipe.complete(job.recipe)
+        if seed is not None:
+            check_seed(seed + count - 1)  # of the last picture
+        return replace(pipe.complete(job.recipe), seed=seed)
     except UserError as error:
         if not job.where:
             raise

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 from ldm import __version__
 from ldm.config import from_dict
 from ldm.errors import UserError
-from ldm.pictures import open_raster, read_plain
+from ldm.foreign import parse_json, read_plain
+from ldm.pictures import open_raster
 from pipelines import arguments
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 KEYWORD = "ldm-recipe"  # of the PNG's text chunk
 _LARGEST = 16_384  # pixels along a side
+_FARTHEST = 1_000_000  # pixels of what SDXL is told
+_LONGEST = 20_000  # characters of a prompt
+MOST = 1_000_000  # pictures of one call or command
 PER_IMAGE = ("prompt", "negative_prompt", "seed")  # what may differ between the images of one call
 
 
@@ -106,8 +110,10 @@ def recipes_for(
         raise UserError("there is no prompt: give a string, or a list of at least one")
     each_prompt = arguments.whole_number(images_per_prompt, "num_images_per_prompt")
     if each_prompt < 1:
-        raise UserError(f"num_images_per_prompt is {each_prompt}: it must be 1 or more")
+        raise UserError(f"num_images_per_prompt is {shown(each_prompt)}: it must be 1 or more")
     count = len(prompts) * each_prompt
+    if count > MOST:
+        raise UserError(f"{shown(count)} pictures are more than the {MOST:,} of one call")
     negatives = _negatives(negative_prompt, len(prompts))
     seeds = _seeds(seed, count)
     stated = {name: arguments.plain(value) for name, value in settings.items() if value is not None}
@@ -160,7 +166,7 @@ def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
             low = min(max(int(size or 0) // factor, 1) * factor, _LARGEST - factor)
             near = f"use {low} or {low + factor}"
             raise UserError(
-                f"{name} {size} is not a multiple of {factor} from {factor} to {_LARGEST}: {near}"
+                f"{name} {shown(size)} is not a multiple of {factor} from {factor} to {_LARGEST}: {near}"
             )
     assert (
         recipe.guidance_scale is not None
@@ -168,7 +174,7 @@ def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
         and recipe.seed is not None
     )
     if recipe.num_inference_steps < 1:
-        raise UserError(f"num_inference_steps is {recipe.num_inference_steps}: it must be 1 or more")
+        raise UserError(f"num_inference_steps is {shown(recipe.num_inference_steps)}: it must be 1 or more")
     if not math.isfinite(recipe.guidance_scale):
         raise UserError(f"guidance_scale is {recipe.guidance_scale}: give a number, commonly 1 to 15")
     for name, value in (("eta", recipe.eta), ("guidance_rescale", recipe.guidance_rescale)):
@@ -179,18 +185,52 @@ def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
     low, high = recipe.guidance_interval or (0.0, math.inf)
     if not low < high:
         raise UserError(f"guidance_interval is ({low}, {high}): give the lower noise level first")
+    if not 0 <= recipe.clip_skip <= 1000:
+        raise UserError(
+            f"clip_skip is {shown(recipe.clip_skip)}: give 0, or how many more layers to leave out"
+        )
+    check_seed(recipe.seed)
+    _check_told(recipe, is_xl)
+    _check_texts(recipe)
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that no generator takes."""
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"the seed {shown(seed)} does not fit in 64 bits")
+
+
+def _check_told(recipe: Recipe, is_xl: bool) -> None:
+    """The sizes that SDXL is told."""
     told = (recipe.original_size, recipe.target_size, recipe.crops_coords_top_left != (0, 0))
     if any(told) and not is_xl:
         raise UserError("original_size, target_size and crops_coords_top_left are for SDXL alone")
-    if not -(2**63) <= recipe.seed < 2**64:
-        raise UserError(f"the seed {recipe.seed} does not fit in 64 bits")
+    for name in ("original_size", "target_size", "crops_coords_top_left"):
+        for pixels in getattr(recipe, name) or ():
+            if not 0 <= pixels <= _FARTHEST:
+                raise UserError(f"{name} has {shown(pixels)} pixels: give 0 to {_FARTHEST:,}")
+
+
+def _check_texts(recipe: Recipe) -> None:
     for text in (recipe.prompt, recipe.negative_prompt or ""):
+        if len(text) > _LONGEST:  # before anything else reads it
+            raise UserError(
+                f"the prompt {text[:24].strip()!r}... has {len(text):,} characters, where {_LONGEST:,} are the most: "
+                "shorten it"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the prompt {text!r} is not valid Unicode: is it in another encoding?"
+                f"the prompt {text[:100]!r} is not valid Unicode: is it in another encoding?"
             ) from error
+
+
+def shown(number: float | None) -> str:
+    """A number in a message; of one of very many digits, how many those are (Python writes no 5,000 of them)."""
+    if not isinstance(number, int) or abs(number) < 10**30:
+        return str(number)
+    return f"of about {round(number.bit_length() * math.log10(2)):,} digits"
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -198,10 +238,7 @@ def read_recipe(path: str | Path) -> Recipe:
     text = open_picture(path).info.get(KEYWORD)
     if text is None:
         raise UserError(f"{path} carries no recipe: only a PNG that this program saved can be drawn again")
-    try:
-        mapping = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: its recipe can't be read ({error})") from error
+    mapping = parse_json(text, f"{path}: its recipe")
     try:
         return Recipe.parse(mapping, str(path))
     except UserError as error:

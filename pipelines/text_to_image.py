@@ -5,31 +5,29 @@ pipe("a raccoon astronaut").save("raccoon.png")
 """
 
 import math
-import secrets
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, SupportsFloat, SupportsIndex, get_args
+from typing import Any, NoReturn, SupportsFloat, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
 
-from ldm import __version__
 from ldm.diffusion.driver import Noise
 from ldm.diffusion.guidance import classifier_free
-from ldm.diffusion.plan import Plan, plan
+from ldm.diffusion.plan import Plan
 from ldm.errors import UserError, nearest
 from ldm.system import System
 from pipelines.adapters import Adapters
+from pipelines.completion import batches_of, completed, plan_of
 from pipelines.condition import bound, condition_of
 from pipelines.files import whole_path
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import Offload, choose_device, offload_where_needed
 from pipelines.preview import LatentPreview
 from pipelines.progress import Progress, StepCallback, Watch
-from pipelines.recipe import Recipe, check, recipes_for
+from pipelines.recipe import Recipe, recipes_for
+from pipelines.turns import Turns
 
 
 class TextToImagePipeline:
@@ -58,7 +56,7 @@ class TextToImagePipeline:
         self._identity: dict[str, Any] = identity or {}
         self._preview: LatentPreview | None = None
         self._adapters = Adapters(system, self.device)
-        self._lock, self._holder = threading.Lock(), 0
+        self._turns = Turns()
 
     @classmethod
     def from_pretrained(
@@ -116,17 +114,14 @@ class TextToImagePipeline:
             self._adapters.to(self.device)
         return self
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Threads take turns. Raises UserError where the thread would wait for itself."""
-        if self._holder == threading.get_ident():
-            raise UserError("a callback can't use the pipeline that called it: it is busy with that call")
-        with self._lock:
-            self._holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._holder = 0
+    def _turn(self) -> AbstractContextManager[None]:
+        return self._turns.turn(self.device)
+
+    def __getstate__(self) -> NoReturn:
+        """Copies and pickles come here: the lock and the adapters' hooks belong to this very object."""
+        raise TypeError(
+            "a pipeline can't be copied or pickled: load it where it is needed, with from_pretrained of the same name"
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,6 +175,7 @@ class TextToImagePipeline:
     def load_adapters_of(self, recipe: Recipe) -> list[str]:
         """Load the LoRAs and embeddings that a recipe names; returns notes: of changes since, of what is passed over.
 
+        It loads from anywhere: of a stranger's recipe look at the paths first, as `pipelines.trust` does.
         Raises UserError, also where a file is gone.
         """
         with self._turn():
@@ -187,13 +183,15 @@ class TextToImagePipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that diffusers loads too. Of adapters it holds what is merged; a warning says so."""
-        self._adapters.warn_of_saving()
-        self.system.save(folder)
+        with self._turn():
+            self._adapters.warn_of_saving()
+            self.system.save(folder)
 
     def save_single_file(self, path: str | Path) -> None:
         """Write one `.safetensors` in the LDM layout. Of adapters it holds what is merged; a warning says so."""
-        self._adapters.warn_of_saving()
-        self.system.save_single_file(path)
+        with self._turn():
+            self._adapters.warn_of_saving()
+            self.system.save_single_file(path)
 
     def __call__(
         self,
@@ -273,12 +271,26 @@ class TextToImagePipeline:
             raise UserError(
                 f"output_type {output_type!r} is unknown{nearest(str(output_type), get_args(OutputType))}"
             )
-        recipes = [self.complete(recipe) for recipe in recipes]
-        if len({recipe.shared() for recipe in recipes}) != 1:
-            raise ValueError("the recipes of one call may differ in prompt, negative_prompt and seed only")
-        batches, how = self._batches(recipes), self.plan(recipes[0])
+        # All within one turn: the recipes name the adapters that draw, whatever other threads load meanwhile.
+        with self._turn():
+            recipes = [self._completed(recipe) for recipe in recipes]
+            if len({recipe.shared() for recipe in recipes}) != 1:
+                raise ValueError(
+                    "the recipes of one call may differ in prompt, negative_prompt and seed only"
+                )
+            return self._drawn(recipes, output_type, callback_on_step_end, progress)
+
+    def _drawn(
+        self,
+        recipes: Sequence[Recipe],
+        output_type: OutputType,
+        callback: StepCallback | None,
+        progress: bool,
+    ) -> TextToImageOutput:
+        """Draw complete recipes that differ in prompt, negative prompt and seed only, within the turn."""
+        batches, how = batches_of(self.system.text, recipes), plan_of(self.system, recipes[0])
         notes, drawn = list(self.system.notes), dict[int, Tensor]()
-        with self._turn(), Progress(self, how, len(batches), callback_on_step_end, progress) as watch:
+        with Progress(self, how, len(batches), callback, progress) as watch:
             try:
                 for places in batches:
                     latents, more = self._draw([recipes[k] for k in places], how, watch.of(places))
@@ -293,15 +305,6 @@ class TextToImagePipeline:
                 if self._offload:
                     self._offload.rest()
         return TextToImageOutput(images, [recipes[k] for k in places], notes)
-
-    def _batches(self, recipes: Sequence[Recipe]) -> list[list[int]]:
-        """The places of complete recipes whose conditions are the same together as alone."""
-        text, batches = self.system.text, dict[tuple[int, bool], list[int]]()
-        for place, recipe in enumerate(recipes):
-            length = text.length([recipe.prompt, recipe.negative_prompt or ""])
-            zeros = text.zeros_without_negative and recipe.negative_prompt is None
-            batches.setdefault((length, zeros), []).append(place)
-        return list(batches.values())
 
     def _draw(self, recipes: Sequence[Recipe], how: Plan, watch: Watch) -> tuple[Tensor, list[str]]:
         """The latents (B, C, h, w) of complete recipes, in one batch, and the notes on their prompts."""
@@ -320,49 +323,11 @@ class TextToImagePipeline:
 
     def complete(self, recipe: Recipe) -> Recipe:
         """The recipe with the model's defaults in place of every None. Raises UserError for impossible values."""
-        system = self.system
-        height = system.default_size if recipe.height is None else recipe.height
-        width = system.default_size if recipe.width is None else recipe.width
-        defaults = {
-            "num_inference_steps": 50,
-            "guidance_scale": 5.0 if system.is_xl else 7.5,
-            **system.options,
-        }
-        sizes = {"original_size": (height, width), "target_size": (height, width)} if system.is_xl else {}
-        complete = replace(
-            recipe,
-            seed=secrets.randbelow(2**32) if recipe.seed is None else recipe.seed,
-            sampler=system.scheduler.sampler if recipe.sampler is None else recipe.sampler,
-            height=height,
-            width=width,
-            **{
-                name: defaults[name] if getattr(recipe, name) is None else getattr(recipe, name)
-                for name in ("num_inference_steps", "guidance_scale")
-            },
-            **{name: getattr(recipe, name) or value for name, value in sizes.items()},
-            dtype=str(self.dtype).removeprefix("torch."),
-            **self._identity,
-            **self._adapters.recipe(),
-            model_hash=system.fingerprint,
-            version=__version__,
-        )
-        check(complete, system.autoencoder.config.factor, system.is_xl)
-        self.plan(complete)
-        if complete.clip_skip:
-            system.text.encode([""], clip_skip=complete.clip_skip)  # it alone knows how many layers there are
-        return complete
+        with self._turns.look(self.device):
+            return self._completed(recipe)
 
-    def plan(self, recipe: Recipe) -> Plan:
-        """How a complete recipe is sampled. Raises UserError for unknown samplers and schedules."""
-        assert recipe.num_inference_steps
-        return plan(
-            self.system.scheduler,
-            recipe.num_inference_steps,
-            recipe.sampler,
-            recipe.schedule,
-            recipe.eta,
-            is_xl=self.system.is_xl,
-        )
+    def _completed(self, recipe: Recipe) -> Recipe:
+        return completed(self.system, recipe, {**self._identity, **self._adapters.recipe()})
 
     def _shape(self, recipe: Recipe) -> tuple[int, int, int]:
         """(C, h, w) of one image's latents."""

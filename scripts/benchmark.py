@@ -11,15 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
 
-from ldm.errors import UserError
-from ldm.evaluation.timing import compare, machine, table
-from ldm.system import bundled_model
+from ldm.console import Parser, command
+from ldm.errors import UserError, printable
+
+_MOST = 10_000  # pictures at once, or rounds
 
 
+@command(memory="give fewer --pictures")
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("sampling", "training"))
     parser.add_argument("--model", type=Path, help="a diffusers folder (default: the bundled model)")
     parser.add_argument("--data", type=Path, help="of training: a folder of pictures with metadata.jsonl")
@@ -28,30 +28,32 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", default="a raccoon astronaut", help="of sampling")
     arguments = parser.parse_args()
-    try:
-        model = arguments.model or bundled_model()
-        print(f"{arguments.what}, {model.name}, precision {arguments.precision}; {machine()}\n")
-        if arguments.what == "sampling":
-            from benchmarks.sampling import contenders
+    for name in ("pictures", "rounds"):
+        value = getattr(arguments, name)
+        if value is not None and not 1 <= value <= _MOST:
+            raise UserError(f"--{name} must be 1 to {_MOST:,}")
+    if arguments.what == "training" and not arguments.data:
+        raise UserError("training needs --data: a folder of pictures with metadata.jsonl")
 
-            prompts = [arguments.prompt] * (arguments.pictures or 1)
-            works, psnr = contenders(model, prompts, arguments.precision)
-            print(table(compare(works, arguments.rounds), "diffusers", "pictures"))
-            print(f"\nPSNR between the two: {psnr:.1f} dB")
-            return 0
-        from benchmarks.training import contenders
+    from ldm.evaluation.timing import compare, machine, table
+    from ldm.system import bundled_model
 
-        if not arguments.data:
-            raise UserError("training needs --data: a folder of pictures with metadata.jsonl")
-        with tempfile.TemporaryDirectory() as folder:
-            works = contenders(
-                Path(folder), model, arguments.data, arguments.pictures or 16, arguments.precision
-            )
-            print(table(compare(works, arguments.rounds), "diffusers", "pictures"))
+    model = arguments.model or bundled_model()
+    print(f"{arguments.what}, {printable(model.name)}, precision {arguments.precision}; {machine()}\n")
+    if arguments.what == "sampling":
+        from benchmarks.sampling import contenders
+
+        prompts = [arguments.prompt] * (arguments.pictures or 1)
+        works, psnr = contenders(model, prompts, arguments.precision)
+        print(table(compare(works, arguments.rounds), "diffusers", "pictures"))
+        print(f"\nPSNR between the two: {psnr:.1f} dB")
         return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from benchmarks.training import contenders
+
+    with tempfile.TemporaryDirectory() as folder:
+        works = contenders(Path(folder), model, arguments.data, arguments.pictures or 16, arguments.precision)
+        print(table(compare(works, arguments.rounds), "diffusers", "pictures"))
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
 
-from benchmarks.quality import Bench, Settings, evaluate, grid
-from benchmarks.sweep import sweep
+from ldm.console import Parser, command, line
 from ldm.errors import UserError
 
+_MOST = 100_000  # prompts
 
+
+@command(stopped="stopped: the same command goes on")
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a diffusers folder (default: the bundled model)")
     parser.add_argument("--config", type=Path, default="configs/bundled-unet.yaml", help="of its training")
     parser.add_argument("--prompts", type=int, default=512, help="half held out (default: %(default)s)")
@@ -34,23 +34,20 @@ def main() -> int:
     parser.add_argument("--sampler")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     chosen = parser.parse_args()
-    try:
-        if chosen.prompts < 16:
-            raise UserError(f"--prompts is {chosen.prompts}: give 16 or more")
-        bench = Bench.open(chosen.model, chosen.config, chosen.output, chosen.precision)
-        settings = Settings(chosen.steps, chosen.guidance, chosen.rescale, chosen.sampler)
-        if chosen.sweep:
-            print(sweep(bench, chosen.prompts, settings))
-        elif chosen.grid:
-            print(grid(bench, chosen.grid, settings))
-        else:
-            print(evaluate(bench, chosen.prompts, settings))
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-        return 130
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 16 <= chosen.prompts <= _MOST:
+        raise UserError(f"--prompts must be 16 to {_MOST:,}")
+
+    from benchmarks.quality import Bench, Settings, evaluate, grid
+    from benchmarks.sweep import sweep
+
+    bench = Bench.open(chosen.model, chosen.config, chosen.output, chosen.precision)
+    settings = Settings(chosen.steps, chosen.guidance, chosen.rescale, chosen.sampler)
+    if chosen.sweep:
+        print(sweep(bench, chosen.prompts, settings))
+    elif chosen.grid:
+        line(grid(bench, chosen.grid, settings))
+    else:
+        print(evaluate(bench, chosen.prompts, settings))
     return 0
 
 

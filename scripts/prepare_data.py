@@ -10,16 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
 
-from ldm.config import from_dict, override
-from ldm.data.recipe import RecipeConfig
+from ldm.console import Parser, command
 from ldm.errors import UserError
-from ldm.training.prepare import compose, prepare
+
+_MOST = 10_000_000  # pictures
 
 
+@command()
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", default="configs/bundled-unet.yaml", help="the run to prepare (default: %(default)s)"
     )
@@ -29,14 +28,17 @@ def main() -> int:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of their recipe"
     )
     arguments = parser.parse_args()
-    try:
-        prepare(arguments.config)
-        if arguments.compose:
-            recipe = from_dict(RecipeConfig, override({}, arguments.set, RecipeConfig), "--set")
-            compose(arguments.compose, recipe, arguments.pictures)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 1 <= arguments.pictures <= _MOST:
+        raise UserError(f"--pictures must be 1 to {_MOST:,}")
+
+    from ldm.config import from_dict, override
+    from ldm.data.recipe import RecipeConfig
+    from ldm.training.prepare import compose, prepare
+
+    prepare(arguments.config)
+    if arguments.compose:
+        recipe = from_dict(RecipeConfig, override({}, arguments.set, RecipeConfig), "--set")
+        compose(arguments.compose, recipe, arguments.pictures)
     return 0
 
 

@@ -353,14 +353,16 @@ def test_later_xl_models_say_what_they_predict() -> None:
     assert scheduler["prediction_type"] == "v_prediction" and scheduler["rescale_betas_zero_snr"]
 
 
-@pytest.mark.parametrize("around", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "model.module.{}"])
+@pytest.mark.parametrize(
+    "around", ["module.{}", "pipe.{}", "_orig_mod.{}", "module._orig_mod.{}", "model.{}", "model.module.{}"]
+)
 def test_wrappers_of_training_are_taken_off_where_a_file_is_loaded(
     tmp_path: Path, system, around: str
 ) -> None:
     _, given = system
     write_single_file(tmp_path / "x.safetensors", given)
     metadata = read_metadata(tmp_path / "x.safetensors")
-    inside = around.startswith("model.")
+    inside = around == "model.module.{}"
     wrapped = {
         f"model.module.{name[6:]}"
         if inside and name.startswith("model.")

@@ -32,6 +32,9 @@ def named(family: str) -> dict[str, torch.Tensor]:
         ("sdxl", {"prediction_type": "epsilon"}, "epsilon", 128),
         ("sdxl", {"predict_key": "v"}, "v_prediction", 128),
         ("sd1", {"prediction_type": "v"}, "v_prediction", 64),
+        ("sdxl", {"prediction_type": "v prediction"}, "v_prediction", 128),
+        ("sdxl", {"prediction_type": "Noise-Prediction"}, "epsilon", 128),
+        ("sdxl", {"architecture": "stable-diffusion-xl-v1-base-v-pred"}, "v_prediction", 128),
         ("sd2", {"prediction_type": "epsilon"}, "epsilon", 64),
         ("sd2", {"architecture": "stable-diffusion-v2-512"}, "epsilon", 64),
         ("sd2", {"architecture": "stable-diffusion-v2-768-v"}, "v_prediction", 96),
@@ -51,9 +54,13 @@ def test_a_file_is_what_its_metadata_says(family: str, metadata: dict, predictio
 
 
 def test_what_metadata_says_and_nobody_understands_is_told() -> None:
-    found = from_tensors(named("sdxl"), {"modelspec.prediction_type": "flow"}, "x")
+    found = from_tensors(named("sdxl"), {"modelspec.prediction_type": "wavelets"}, "x")
     assert found.configs["scheduler"]["prediction_type"] == "epsilon"
-    assert "predicts 'flow', which is not known" in found.notes[0]
+    assert "predicts 'wavelets', which is not known" in found.notes[0]
+    for other in ("flow", "EDM", "rectified flow"):
+        with pytest.raises(UserError, match=r"another way of denoising .*--prediction-type"):
+            from_tensors(named("sdxl"), {"modelspec.prediction_type": other}, "x")
+        from_tensors(named("sdxl"), {"modelspec.prediction_type": other}, "x", prediction_type="epsilon")
     with pytest.raises(UserError, match="this is 'Flux-1-dev', by its own metadata"):
         from_tensors({"a.b": torch.zeros(1)}, {"modelspec.architecture": "Flux-1-dev"}, "x")
 
@@ -102,9 +109,23 @@ def test_a_config_beside_the_file_is_read(tmp_path: Path, family: str, text: str
     assert "which counts; elsewhere it is epsilon" in told.notes[0]
     path.with_suffix(ending).write_text("train: {lr: 1}")
     assert "is no config of LDM or sgm" in from_tensors(named(family), {}, path).notes[0]
-    path.with_suffix(ending).write_text("model: [")
-    with pytest.raises(UserError, match="cannot read the configuration"):
-        from_tensors(named(family), {}, path)
+    for text in ("model: [", "- a list"):
+        path.with_suffix(ending).write_text(text)
+        assert "passed over" in from_tensors(named(family), {}, path).notes[0]
+
+
+def test_numbers_and_answers_of_a_config_beside_are_taken_at_their_word(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    lines = "linear_start: '0.001', linear_end: .nan, timesteps: 500.0, scale_factor: abc, zero_snr: 'no'"
+    path.with_suffix(".yaml").write_text(f"model: {{params: {{{lines}, beta_schedule: cosine}}}}")
+    found = from_tensors(named("sd1"), {}, path)
+    scheduler = found.configs["scheduler"]
+    assert scheduler["beta_start"] == 0.001 and scheduler["beta_end"] == 0.012
+    assert scheduler["num_train_timesteps"] == 500 and isinstance(scheduler["num_train_timesteps"], int)
+    assert scheduler["beta_schedule"] == "squaredcos_cap_v2" and not scheduler.get("rescale_betas_zero_snr")
+    assert [
+        note for note in found.notes if "linear_end is 'nan'" in note or "scale_factor is 'abc'" in note
+    ] == found.notes
 
 
 PASSENGERS = {
@@ -115,6 +136,17 @@ PASSENGERS = {
         "cond_stage_model.transformer.text_projection.weight",
         "cond_stage_model.transformer.logit_scale",
         "cond_stage_model.logit_scale",
+        "cond_stage_model.text_projection",
+        "cond_stage_model.transformer.text_model.text_projection.weight",
+        "cond_stage_model.transformer.text_model.embeddings.token_type_ids",
+        "cond_stage_model.attn_mask",
+        "cond_stage_model.tokenizer.x",
+        "safety_checker.concept_embeds",
+        "sigmas",
+        "state.0.exp_avg",
+        "opt_state.x",
+        "train_step",
+        "rng_state",
         "embedding_manager.embedder.transformer.text_model.embeddings.position_ids",
         "embedding_manager.string_to_param_dict.*",
         "optimizer_states.0.state.12.exp_avg",
@@ -177,6 +209,9 @@ def test_parts_of_a_model_are_told_by_what_they_hold() -> None:
     ):
         with pytest.raises(UserError, match=said):
             from_tensors({name: each for name, each in whole.items() if not name.startswith(lacks)}, {}, "x")
+    for before in ("state_dict.", "model.", "pipe.", "_forward_module.", "ddp.unet."):
+        with pytest.raises(UserError, match="in a wrapper of training"):
+            from_tensors({before + name: each for name, each in whole.items()}, {}, "x")
     bare = {name.removeprefix("model.diffusion_model."): each for name, each in whole.items()}
     with pytest.raises(UserError, match="a U-Net without an autoencoder and a text encoder"):
         from_tensors({name: each for name, each in bare.items() if name.startswith("input_blocks.")}, {}, "x")

@@ -82,9 +82,14 @@ def test_the_text_encoder_is_that_of_the_index(tmp_path: Path) -> None:
     assert same_picture(drawn(folder), theirs(folder))
 
 
-def test_inpainting_takes_no_runge_kutta(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stated", [False, None])
+def test_inpainting_takes_no_runge_kutta(tmp_path: Path, stated: bool | None) -> None:
     folder = tiny_pipeline_folder(tmp_path, "inpaint", {"_class_name": "PNDMScheduler"})
-    edit(folder / "scheduler/scheduler_config.json", skip_prk_steps=False)
+    path = folder / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text()) | {"skip_prk_steps": stated}
+    if stated is None:
+        del config["skip_prk_steps"]
+    path.write_text(json.dumps(config))
     reference = diffusers.StableDiffusionInpaintPipeline.from_pretrained(str(folder)).scheduler
     assert System.load(folder).scheduler.get("skip_prk_steps") is reference.config.skip_prk_steps is True
 

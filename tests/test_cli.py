@@ -92,7 +92,7 @@ def test_a_picture_is_drawn_again_from_its_recipe(model: Path, tmp_path: Path) -
         "dog",
     ]
     assert main(["a cat", "--model", str(model), "--out", str(tmp_path / "old.png"), *settings, *FAST]) == 0
-    old = ["--from-image", str(tmp_path / "old.png"), "--quiet"]
+    old = ["--from-image", str(tmp_path / "old.png"), "--trust", str(model), "--quiet"]
     assert main([*old, "--out", str(tmp_path / "again.png")]) == 0
     assert np.abs(pixels(tmp_path / "old.png") - pixels(tmp_path / "again.png")).max() <= 1
     assert read_recipe(tmp_path / "again.png") == read_recipe(tmp_path / "old.png")
@@ -215,7 +215,7 @@ def test_a_mistake_in_the_last_row_costs_no_drawing(
         ('{"prompt": "dog", "steps": 9}', "line 2: 'steps' is called num_inference_steps"),
         ('{"prompt": "dog", "model": "another"}', "line 2: 'model' holds for the whole run"),
         ('{"prompt": 5}', "line 2"),
-        ("{not json", "line 2: not valid JSON"),
+        ("{not json", "line 2 is not valid JSON"),
     ):
         (tmp_path / "rows.jsonl").write_text('{"prompt": "cat"}\n' + last)
         arguments = [

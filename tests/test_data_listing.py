@@ -15,7 +15,8 @@ from PIL import Image
 from ldm.data.listing import captions_of, other_kind
 from ldm.data.pictures import PictureSet, decode, open_pictures
 from ldm.errors import UserError, printable
-from ldm.pictures import RASTERS, open_raster, read_plain
+from ldm.foreign import read_plain
+from ldm.pictures import RASTERS, open_raster
 from ldm.training.report import Report
 from ldm.training.sources import told
 from pipelines.recipe import open_picture
@@ -376,7 +377,13 @@ def test_an_empty_metadata_file_beside_pictures_is_said(tmp_path: Path) -> None:
 def test_links_that_lead_nowhere_are_named_and_the_others_followed(tmp_path: Path) -> None:
     folder_of(tmp_path, {"data/a.png": PNG, "data/in/b.png": PNG, "elsewhere/c.png": PNG})
     links = {"gone.png": "none.png", "loop.png": "loop.png", "null.png": "/dev/null", "d.png": "in/b.png"}
-    links |= {"folder": "../none", "back": ".", "linked": "../elsewhere", "notes.md": "none.md"}
+    links |= {
+        "folder": "../none",
+        "my.photos": "../none",
+        "back": ".",
+        "linked": "../elsewhere",
+        "notes.md": "none.md",
+    }
     for name, target in links.items():
         (tmp_path / "data" / name).symlink_to(target)
     os.mkfifo(tmp_path / "data" / "pipe.png")
@@ -392,6 +399,7 @@ def test_links_that_lead_nowhere_are_named_and_the_others_followed(tmp_path: Pat
         "pipe.png": "can't be read: it is no regular file",
         "sparse.png": "can't be read: its 42,949,672,960 bytes are more than the 1,073,741,824 that are read",
         "folder": "it is a link to what is not there",
+        "my.photos": "it is a link to what is not there",
         "back": "it is a link to a folder that is listed already",
     }.items():
         assert broken.pop(name).startswith(reason), name

@@ -198,6 +198,6 @@ def test_offloaded_and_on_the_command_line(folder: Callable[[str], Path], tmp_pa
     out = tmp_path / "old.png"
     arguments = ["<x>", "--model", str(folder("sd1")), "--embedding", str(file), "--steps", "1", "--quiet"]
     assert main([*arguments, "--out", str(out)]) == 0
-    assert main(["--from-image", str(out), "--out", str(tmp_path / "again.png"), "--quiet"]) == 0
+    assert main(["--from-image", str(out), "--trust", "--out", str(tmp_path / "again.png"), "--quiet"]) == 0
     (use,) = read_recipe(tmp_path / "again.png").embeddings
     assert use == EmbeddingUse(str(file), None, use.hash) and use.hash

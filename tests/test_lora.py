@@ -226,12 +226,12 @@ def test_the_command_line_draws_it_again(
     settings = ["--model", str(folder("sd1")), "--seed", "1", "--steps", "2", "--quiet"]
     assert main(["cat", *settings, "--lora", f"{file}:0.5", "--out", str(old)]) == 0
     assert [each.weight for each in read_recipe(old).loras] == [0.5]
-    assert main(["--from-image", str(old), "--out", str(again), "--quiet"]) == 0
+    assert main(["--from-image", str(old), "--trust", "--out", str(again), "--quiet"]) == 0
     assert read_recipe(again) == read_recipe(old)
     assert "note" not in capsys.readouterr().err
     write_lora(file, {"unet": weights["unet"]})
-    assert main(["--from-image", str(old), "--out", str(again), "--quiet"]) == 0
+    assert main(["--from-image", str(old), "--trust", "--out", str(again), "--quiet"]) == 0
     assert "has changed since the picture was drawn" in capsys.readouterr().err
     file.unlink()
-    assert main(["--from-image", str(old), "--out", str(again), "--quiet"]) == 2
+    assert main(["--from-image", str(old), "--trust", "--out", str(again), "--quiet"]) == 2
     assert "which is not there" in capsys.readouterr().err

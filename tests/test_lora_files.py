@@ -139,7 +139,9 @@ def test_alphas_that_cannot_be_read(folder: Callable[[str], Path], tmp_path: Pat
     tensors = load_file(tmp_path / "a.safetensors")
     for said in ("no JSON", "[1]", '{"unet.lora_alpha": "much"}', '{"unet.alpha_pattern": {"(": 1}}'):
         save_file(tensors, tmp_path / "b.safetensors", {files.METADATA: said})
-        with pytest.raises(UserError, match="metadata lora_adapter_metadata can't be read"):
+        with pytest.raises(
+            UserError, match=r"metadata lora_adapter_metadata (can't be read|is not valid JSON|holds a list)"
+        ):
             read_lora(tmp_path / "b.safetensors", networks(pipe))
 
 

@@ -244,6 +244,8 @@ def test_seeds_of_ranges_and_tensors() -> None:
 def test_none_among_negatives_is_no_negative() -> None:
     made = recipes_for(["a", "b"], ["x", None], 0, 1, {})
     assert [each.negative_prompt for each in made] == ["x", None]
+    empty = recipes_for(["a", "b"], Column("x", float("nan")), None, 1, {})  # a table's empty cell
+    assert [each.negative_prompt for each in empty] == ["x", None]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_none_among_negatives_is_no_negative() -> None:
         ({"prompt": np.array([["a"], ["b"]])}, "of 2 x 1: give one dimension"),
         ({"prompt": Column("a", wide=True)}, "Column of 1 x 1: give one dimension"),
         ({"prompt": np.array([])}, "there is no prompt"),
-        ({"negative_prompt": Column("x", float("nan"))}, r"negative_prompt\[1\] is nan"),
+        ({"negative_prompt": Column("x", 1.5)}, r"negative_prompt\[1\] is 1.5"),
         ({"negative_prompt": itertools.repeat("x")}, "more than 2 negative prompts for 2 prompts"),
         ({"negative_prompt": np.array(["x"])}, "1 negative prompts for 2 prompts"),
         ({"seed": itertools.count(5)}, "more than 2 seeds for 2 images"),

@@ -1,7 +1,6 @@
 """What is computed once: the cache of tensors, the pool of compositions, the latents of pictures from disk."""
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,6 +20,7 @@ from ldm.data.pictures import PictureSet, open_pictures
 from ldm.data.recipe import Recipe, RecipeConfig
 from ldm.data.sprites import SpriteSet, load_sprites
 from ldm.errors import UserError
+from ldm.files import try_lock
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.pictures import to_tensor
 from ldm.training.cache import Entry, TensorCache
@@ -99,8 +99,10 @@ def test_what_a_killed_build_left_is_swept_unless_it_may_be_going_on(tmp_path: P
     old, new = (tmp_path / f".shard-{name}.safetensors.0123abcd.tmp" for name in ("old", "new"))
     for path in (old, new):
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - 7200,) * 2)
+    lock = try_lock(new)  # as its writer holds it
+    assert lock is not None
     TensorCache(tmp_path).fill(["1"], maker([]))
+    os.close(lock)
     assert not old.exists() and new.exists()
 
 

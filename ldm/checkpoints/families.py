@@ -14,7 +14,7 @@ from ldm.checkpoints.stated import Stated, stated
 from ldm.errors import UserError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-_FIRST = UNET + "input_blocks.0.0.weight"  # (C, in_channels, 3, 3)
+FIRST = UNET + "input_blocks.0.0.weight"  # (C, in_channels, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ FAMILIES = {
 
 def detect_family(tensors: Collection[str]) -> str | None:
     """Return "sd1", "sd2" or "sdxl" for a single file's tensors, by the names of its networks; None for any other."""
-    if _FIRST not in tensors:
+    if FIRST not in tensors:
         return None
     for family, layout in FAMILIES.items():
         prefixes = [
@@ -209,7 +209,7 @@ def family_configs(
     """
     said = said or stated(tensors, {}, str(where))
     layout = FAMILIES[family]
-    width, channels = tensors[_FIRST].shape[:2]
+    width, channels = tensors[FIRST].shape[:2]
     unet: dict[str, Any] = _UNET | layout.unet | {"in_channels": channels}
     if channels not in (4, 9):
         what = {8: "an instruct-pix2pix model", 5: "a depth-to-image model", 7: "an upscaler"}.get(

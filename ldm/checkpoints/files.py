@@ -1,9 +1,7 @@
-"""Tensors and text on disk: read without running foreign code, written whole or not at all."""
+"""Tensors and text on disk: read without running foreign code, written whole or not at all (see `ldm.files`)."""
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.kinds import weights_kind
-from ldm.checkpoints.paths import must_be_file, one_line, readable
+from ldm.checkpoints.paths import must_be_file, readable
 from ldm.checkpoints.pickles import read_pickle
 from ldm.errors import UserError
+from ldm.files import flush_to_disk as flush_to_disk  # these are known by this module's name too
+from ldm.files import unwritable as unwritable
+from ldm.files import whole_file as whole_file
+from ldm.files import write_bytes as write_bytes
+from ldm.files import write_text as write_text
+from ldm.foreign import LARGEST_TEXT, foreign, json_object, one_line, read_plain
 
 INDEX = ".index.json"
 # What trainers put around the weights: Lightning, DeepSpeed, BasicSR, timm and plain habit.
@@ -60,14 +64,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def read_text(path: str | Path) -> str:
-    """Return a UTF-8 text file; UserError if it is not there or not text."""
+def read_text(path: str | Path, most: int = LARGEST_TEXT) -> str:
+    """Return a UTF-8 text file; UserError if it is not there, not text, or of more than `most` bytes."""
     path = Path(path)
     must_be_file(path)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read as text: {error}") from error
+    with foreign(path, "can't be read as text"):
+        return read_plain(path, most).decode()
 
 
 def file_in(path: str | Path, name: str) -> Path:
@@ -86,20 +88,19 @@ def file_hash(path: str | Path) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError) as error:
-        size = path.stat().st_size
-        what = f"{path} is not a whole safetensors file ({size} bytes; {one_line(error)})"
-        raise UserError(f"{what}: it is cut short or corrupt, get it again") from error
+    size = path.stat().st_size
+    broken = f"is not a whole safetensors file ({size} bytes): it is cut short or corrupt, get it again"
+    with foreign(path, broken), safe_open(path, framework="pt", device="cpu") as file:
+        yield file
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    check_plain(tensors, path)
+    return tensors
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -115,18 +116,18 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     tensors = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors (its entries: {a_few(list(map(str, found))) or 'none'})")
+    check_plain(tensors, path)
     return tensors
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    try:
-        placed: dict[str, str] = json.loads(read_text(index))["weight_map"]
-        if not all(isinstance(each, str) for each in placed.values()):
-            raise TypeError("a shard is named by text")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    placed = json_object(read_text(index), index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(each, str) for each in placed.values()):
         raise UserError(
             f'{index} is no index of a sharded checkpoint: "weight_map" must give each tensor its file\'s name'
-        ) from error
+        )
+    for shard in placed.values():
+        _must_lie_beside(index, shard)
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(placed.values())):
         tensors |= read_tensors(index.parent / shard)
@@ -135,7 +136,36 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _must_lie_beside(index: Path, shard: str) -> None:
+    """Raise UserError for a shard outside of its index's folder, and for another index."""
+    parts = shard.replace("\\", "/").split("/")  # Windows reads both as ends of folders' names
+    if ".." in parts or parts[0] == "" or ":" in shard or "\0" in shard or shard.endswith(".json"):
+        raise UserError(
+            f"{index} names the shard {shard[:100]!r}: a shard is a file of weights in its folder"
+        )
+
+
 # Checking and loading
+
+
+def check_plain(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise a UserError naming the first tensors that are no plain array of real numbers in memory."""
+    odd = {name: what for name, each in tensors.items() if (what := _oddity(each))}
+    if odd:
+        kinds = ", ".join(sorted(set(odd.values())))
+        raise UserError(f"{where}: {len(odd)} of {len(tensors)} tensors are {kinds} ({a_few(list(odd))})")
+
+
+def _oddity(tensor: Tensor) -> str:
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_complex():
+        return "complex"
+    return "without numbers" if tensor.is_meta else ""
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
@@ -203,55 +233,6 @@ def load_strict(
 
 
 # Writing
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; it takes the place of `path` once the block ends well.
-
-    Whatever goes wrong before that, the old file stays as it was and the temporary one is removed.
-
-    Raises:
-        UserError: the place can't be written to.
-    """
-    path = Path(path)
-    temporary = path.parent / f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise UserError(f"can't write {path}: it is a folder")
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask allows; some writers leave a file to its owner alone
-        yield temporary
-        temporary.chmod(mode)
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
-
-
-def unwritable(path: Path, error: OSError) -> UserError:
-    """Return the error for a place that can't be written to."""
-    return UserError(f"can't write {path}: {error.strerror or error}; give a place that can be written to")
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file's bytes are on the disk, so that a rename after this never shows half of them."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file whole or not at all; UserError if the place can't be written to."""
-    with whole_file(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all; UserError if the place can't be written to."""
-    write_bytes(path, text.encode("utf-8"))
 
 
 def write_tensors(

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +14,16 @@ from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.files import (
     INDEX,
     a_few,
-    flush_to_disk,
     read_tensors,
     read_text,
-    unwritable,
     write_tensors,
-    write_text,
 )
 from ldm.checkpoints.layouts import canonical_clip, canonical_vae, is_clip
 from ldm.checkpoints.paths import nearby, readable
 from ldm.checkpoints.repairs import repair
 from ldm.errors import UserError
+from ldm.files import replaced_folder, write_text, writing
+from ldm.foreign import json_object
 
 MODEL_INDEX = "model_index.json"
 OPEN_CLIP = "open_clip_config.json"
@@ -33,6 +31,8 @@ OPEN_CLIP = "open_clip_config.json"
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
 _NOT_READ = ("image_encoder", "feature_extractor")
 _NO_COMPONENT = [None, None]
+_LARGEST = 2**22  # bytes of a config
+_COMPONENT = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)  # a plain name, that leads out of no folder
 _VARIANT = re.compile(r"\.([A-Za-z]\w*)\.(?:safetensors|bin)$|\.index\.(\w+)\.json$")
 
 
@@ -41,15 +41,7 @@ _VARIANT = re.compile(r"\.([A-Za-z]\w*)\.(?:safetensors|bin)$|\.index\.(\w+)\.js
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file; UserError if it isn't there or isn't one."""
-    try:
-        found = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{path} holds a {type(found).__name__}, where an object with named entries was expected"
-        )
-    return found
+    return json_object(read_text(path, _LARGEST), path)
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -65,7 +57,12 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 
 def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the components that a model_index.json names, each with its library and its class."""
+    """Return the components that a model_index.json names, each with its library and its class.
+
+    Raises UserError for a name that is not that of a folder beside it.
+    """
+    if odd := [name for name in index if not _COMPONENT.fullmatch(name)]:
+        raise UserError(f"{MODEL_INDEX} names a component {odd[0][:60]!r}, and no folder can be called so")
     return {
         name: (str(value[0]), str(value[1]))
         for name, value in index.items()
@@ -252,30 +249,15 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         UserError: the place can't be written to, or `target` holds something that isn't a saved system.
     """
     target = Path(target).resolve()
-    mark = uuid.uuid4().hex[:8]
-    new, old = (target.parent / f".{target.name}.{mark}.{word}" for word in ("new", "old"))
-    if target.exists() and not _may_replace(target):
-        raise UserError(
-            f"can't write {target}: it is there already and is no saved system; choose another folder"
-        )
-    try:
-        new.mkdir(parents=True)
+    with writing(target):
+        if target.exists() and not _may_replace(target):
+            raise UserError(
+                f"can't write {target}: it is there already and is no saved system; choose another folder"
+            )
+    with replaced_folder(target) as new:
         yield new
         if target.exists():
             _keep_the_rest(target, new)
-        for file in new.rglob("*"):
-            if file.is_file():
-                flush_to_disk(file)
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise unwritable(target, error) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _may_replace(target: Path) -> bool:

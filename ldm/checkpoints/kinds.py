@@ -6,6 +6,7 @@ from typing import Literal
 
 from ldm.checkpoints.paths import must_be_file, readable
 from ldm.errors import UserError
+from ldm.foreign import foreign
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _LARGEST_HEADER = 100_000_000  # bytes, of a safetensors file: the library's own bound
@@ -74,10 +75,11 @@ def _named(head: bytes) -> str:
 
 def _must_hold_a_pickle(path: Path) -> None:
     """Raise UserError for a whole zip archive that torch did not write; one that is cut short is torch's to judge."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    with foreign(path, "is cut short or corrupt, get it again"):
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
     if not any(name.endswith("data.pkl") for name in names):
         some = ", ".join(names[:3]) or "nothing"
         raise UserError(

@@ -5,30 +5,32 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
-from ldm.checkpoints.families import FAMILIES, UNET, VAE
+from ldm.checkpoints.families import FAMILIES, FIRST, UNET, VAE
 from ldm.errors import UserError
 
 _TEXT = r"(cond_stage_model|conditioner\.embedders\.[01])"
 # What no network needs. Anything else unknown is an error.
 _PASSED_OVER = {
     "a second copy of the weights, averaged (EMA)": r"(model_ema|ema_model|ema)\..*|first_stage_model\.model_ema\..*",
-    "the noise schedule's tables": r"(model\.)?(betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
+    "the noise schedule's tables": r"((model|diffusion|denoiser)\."
+    r")?(betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
     r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|lvlb_weights|logvar"
-    r"|ddim_\w+|alphas_prev)|denoiser\.(log_)?sigmas",
+    r"|ddim_\w+|alphas_prev|(log_)?sigmas)",
     "marks of the prediction type": r"v_pred|ztsnr",
-    "training counters": r"(global_)?step|epoch|scale_factor|num_updates",
-    "the state of a training": r"(optimizers?(_states?)?|lr_schedulers?|schedulers?|callbacks|loops|hyper_parameters"
-    r"|amp_scaling_state|grad_scaler|scaler)(\..*)?",
+    "training counters": r"((global|train)_)?steps?|epoch|iterations?|scale_factor|num_updates",
+    "the state of a training": r"(opt(im(izers?)?)?(_states?)?|state|lr_schedulers?|schedulers?|callbacks|loops"
+    r"|hyper_parameters|hparams|amp_scaling_state|grad_scaler|scaler|rng_states?|random_states?)(\..*)?",
+    "what lies beside a model elsewhere": rf"safety_checker\..*|{_TEXT}\.tokenizer(\..*)?",
     "the autoencoder's training loss": r"first_stage_model\.loss\..*|loss\..*",
     "CLIP's scale for comparing with images": rf"{_TEXT}\.((model|transformer)\.)?logit_scale",
-    "the causal mask": rf"{_TEXT}\.model\.attn_mask",
+    "the causal mask": rf"{_TEXT}\.((model|transformer)\.)*attn_mask",
     "CLIP's vision tower": rf"{_TEXT}\.(model\.|transformer\.)*(vision_model|visual|visual_projection)\..*",
     "learned embeddings of a training (textual inversion)": r"embedding_manager\..*|string_to_(param|token)(\..*)?",
     "the projection of CLIP's text, of which this family has no use": r"(cond_stage_model|conditioner\.embedders\.0)"
-    r"\.(model\.transformer\.|transformer\.)text_projection(\.weight)?",
+    r"\.((model\.)?transformer\.(text_model\.)?)?text_projection(\.weight)?",
 }
 # Position ids count 0, 1, 2, ...: those of the encoders that are used travel with them, as old folders have them.
-_POSITIONS = "position ids, which count 0, 1, 2 and so on"
+_POSITIONS = "position ids, which count 0, 1, 2 and so on, and the like"
 _OWN_POSITIONS = rf"{_TEXT}\.(transformer\.(text_model\.)?embeddings\.|(model\.)?)position_ids"
 
 # Signs, anywhere in the names, of models with the names of a Stable Diffusion and something else beside.
@@ -55,20 +57,16 @@ _OTHERS = {
     "down_blocks.": "one network of a diffusers folder (give the folder with model_index.json instead)",
 }
 _ALONE = {"encoder.down.": "an autoencoder alone", "text_model.": "a text encoder alone"}
-WRAPPERS = {
-    "module": "DistributedDataParallel",
-    "_orig_mod": "torch.compile",
-    "_fsdp_wrapped_module": "FSDP",
-}
+# What DistributedDataParallel, torch.compile, FSDP and Lightning put into names, at any place.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")
 
 
 def other_model(names: Collection[str], architecture: str = "") -> str:
     """Return what a file is that is no whole Stable Diffusion, by its names, and by what it says of itself; or ""."""
     if found := next((title for sign, title in _OTHERS.items() if any(sign in name for name in names)), ""):
         return found
-    if wrapped := {piece for name in names for piece in name.split(".")} & WRAPPERS.keys():
-        around = ", ".join(sorted(wrapped))
-        return f"a model in a wrapper of training ({around}.), which is taken off where a file is loaded"
+    if wrapped := _wrappers(names):
+        return f"a model in a wrapper of training ({', '.join(wrapped)}), which is taken off where a file is loaded"
     has = {
         "a U-Net": any(name.startswith(UNET) for name in names),
         "an autoencoder": any(name.startswith(VAE) for name in names),
@@ -82,7 +80,9 @@ def other_model(names: Collection[str], architecture: str = "") -> str:
         return f"{' and '.join(there)}{lacks}"
     if any(name.startswith(("input_blocks.0.0.", "diffusion_model.input_blocks.")) for name in names):
         return "a U-Net without an autoencoder and a text encoder"
-    alone = next((title for sign, title in _ALONE.items() if any(sign in name for name in names)), "")
+    alone = next(
+        (title for sign, title in _ALONE.items() if any(name.startswith(sign) for name in names)), ""
+    )
     return alone or (f"{architecture!r}, by its own metadata" if architecture else "")
 
 
@@ -95,18 +95,31 @@ def refuse_relatives(names: Iterable[str], where: object) -> None:
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return tensors without what wrappers of training put into their names, and a note where they did.
+    """Return tensors without what training put around their names, and a note where it did.
 
     Where a file holds a name with and without, nothing is taken off.
     """
-    bare = {
-        ".".join(piece for piece in name.split(".") if piece not in WRAPPERS): tensor
-        for name, tensor in tensors.items()
-    }
-    found = [f"{each}." for each in WRAPPERS if any(each in name.split(".") for name in tensors)]
-    if not found or len(bare) != len(tensors):
+    around = _wrappers(tensors)
+    before = tuple(each for each in around if each[:-1] not in _WRAPPERS)
+    bare: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name.removeprefix(before[0]) if before else name
+        bare[".".join(piece for piece in short.split(".") if piece not in _WRAPPERS)] = tensor
+    if not around or len(bare) != len(tensors):
         return dict(tensors), []
-    return bare, [f"taken off from names: {' and '.join(found)}, which a wrapper of training puts there"]
+    return bare, [f"taken off from names: {' and '.join(around)}, which training puts there"]
+
+
+def _wrappers(names: Collection[str]) -> list[str]:
+    """What stands around a model's own names: the pieces that wrappers put there, and what is before all of them."""
+    pieces = {piece for name in names for piece in name.split(".")}
+    found = [f"{each}." for each in _WRAPPERS if each in pieces]
+    plain = [".".join(piece for piece in name.split(".") if piece not in _WRAPPERS) for name in names]
+    first = next((name for name in plain if name.endswith(f".{FIRST}")), "")
+    before = first.removesuffix(FIRST)
+    return found + (
+        [before] if before and sum(name.startswith(before) for name in plain) > len(plain) / 2 else []
+    )
 
 
 def set_aside(
@@ -132,7 +145,9 @@ def set_aside(
     positions = [
         name
         for name in tensors
-        if name.endswith("position_ids") and not own.fullmatch(name) and name not in unused
+        if name.endswith(("position_ids", "token_type_ids"))
+        and not own.fullmatch(name)
+        and name not in unused
     ]
     unused |= {name: tensors[name] for name in positions}
     notes += [f"not used: {_POSITIONS} ({len(positions)} tensors)"] if positions else []

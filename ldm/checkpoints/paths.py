@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ldm.errors import UserError, nearest
+from ldm.foreign import one_line, plain_status
 
 
 def nearby(path: Path) -> str:
@@ -40,12 +41,8 @@ def must_be_file(path: Path) -> None:
             if path.exists():
                 raise UserError(f"{path} is no regular file, but a pipe or a device, which is not read")
             raise UserError(f"{path}: no such file{nearby(path)}")
+        plain_status(path)
         with path.open("rb") as file:
             pointer = file.read(40).startswith(b"version https://git-lfs")
     if pointer:
         raise UserError(f"{path} is only a Git LFS pointer to the weights; run `git lfs pull` for them")
-
-
-def one_line(error: Exception) -> str:
-    """Return the first line of an error's message, "" where it has none."""
-    return (str(error).strip().splitlines() or [""])[0][:200]

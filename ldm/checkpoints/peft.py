@@ -4,7 +4,6 @@ Both give the alpha and the rank of layers by patterns, which are regular expres
 (peft's `get_pattern_key`). A file may say any, and some take for ever: only those are tried that are done soon.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from ldm.checkpoints.files import read_metadata, read_text
 from ldm.errors import UserError
+from ldm.foreign import json_object
 
 CONFIG = "adapter_config.json"  # beside peft's own files
 METADATA = (
@@ -143,7 +143,7 @@ def settings_of(path: Path, components: Iterable[str]) -> dict[str, Settings]:
     """Return what an adapter's file says by component, from its metadata. Raises UserError."""
     where = f"{path}: its metadata {METADATA}"
     text = read_metadata(path).get(METADATA)
-    settings = _json_object(text, where) if text else {}
+    settings = json_object(text, where) if text else {}
     bare = {key: value for key, value in settings.items() if "." not in key}  # a U-Net's, saved alone
     said = {"unet": Settings(where, bare)} if bare else {}
     for component in components:
@@ -161,7 +161,7 @@ def config_beside(path: Path) -> Settings | None:
     file = path.parent / CONFIG
     if not file.is_file():
         return None
-    values = _json_object(read_text(file), str(file))
+    values = json_object(read_text(file), str(file))
     settings = Settings(str(file), values, complete=True)
     if settings.kind not in KINDS:
         raise UserError(
@@ -182,13 +182,3 @@ def config_beside(path: Path) -> Settings | None:
     if odd:
         raise UserError(f"{file}: it says {', '.join(odd)[:200]}, which can't be done here")
     return settings
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} can't be read: {str(error)[:200]}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{where} can't be read: it is no mapping of settings")
-    return found

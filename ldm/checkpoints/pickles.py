@@ -12,18 +12,28 @@ from typing import IO, Any
 
 import torch
 
-from ldm.checkpoints.paths import must_be_file, one_line
+from ldm.checkpoints.paths import must_be_file
+from ldm.checkpoints.pickle_sizes import check_pickle, check_tensors
 from ldm.errors import UserError
+from ldm.foreign import foreign
 
 
 def read_pickle(path: str | Path) -> Any:
     """Return what a `.pt` or the like holds, unpickled with `weights_only=True`, which runs no code of the file.
 
     Raises:
-        UserError: no such file, cut short, corrupt, or it asks to run code.
+        UserError: no such file, cut short, corrupt, it asks to run code, or it would unpack to far more than it is.
     """
     path = Path(path)
     must_be_file(path)
+    with foreign(path, "is cut short or corrupt, get it again"):
+        check_pickle(path)
+        found = _unpickled(path)
+        check_tensors(found, path)
+    return found
+
+
+def _unpickled(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of pickle protocols that it then refuses
@@ -31,19 +41,18 @@ def read_pickle(path: str | Path) -> Any:
                 with path.open("rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except EOFError as error:
+        raise ValueError("it ends too soon") from error
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if wanted := named[1] if named else _called_for(path):
             raise UserError(
-                f"{path} is a pickle with code in it (it calls for {wanted}), which was not run: get the "
+                f"{path} is a pickle with code in it (it calls for {wanted[:100]}), which was not run: get the "
                 "model as .safetensors, or, if you trust who made it, load it once elsewhere with "
                 "torch.load(..., weights_only=False) and write its state dict with "
                 "safetensors.torch.save_file"
             ) from error
         raise UserError(f"{path} is corrupt or no PyTorch checkpoint; get it again") from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-        reason = one_line(error) or "it ends too soon"
-        raise UserError(f"{path} is cut short or corrupt, get it again ({reason})") from error
 
 
 def _called_for(path: Path) -> str:

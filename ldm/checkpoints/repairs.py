@@ -28,7 +28,10 @@ def repair(system: Checkpoint, named: Mapping[str, tuple[str, str]]) -> None:
         system.notes.append(
             f"the U-Net's sample_size is taken to be 64, not {side}: diffusers before 0.9 wrote a wrong one"
         )
-    if "Inpaint" in system.pipeline and scheduler.get("skip_prk_steps") is False:
+    runge_kutta = scheduler.get("_class_name") == "PNDMScheduler" and not scheduler.get(
+        "skip_prk_steps", False
+    )
+    if "Inpaint" in system.pipeline and runge_kutta:
         scheduler["skip_prk_steps"] = True
         system.notes.append("skip_prk_steps is taken to be true, as diffusers' inpainting has it")
 

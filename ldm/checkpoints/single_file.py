@@ -23,6 +23,7 @@ from ldm.checkpoints.layouts import canonical_clip, clip_rows, open_clip_rows, u
 from ldm.checkpoints.passengers import other_model, refuse_relatives, set_aside, unwrapped
 from ldm.checkpoints.stated import stated
 from ldm.errors import UserError
+from ldm.foreign import json_object
 
 CONFIGS = "ldm.configs"  # the metadata entry in which our own single files carry what tensors can't say
 
@@ -62,7 +63,9 @@ def from_tensors(
         )
         raise UserError(f"{path}: {what}; single files of {known} can be read")
     refuse_relatives(tensors, path)
-    found = _said_in(metadata, path) or _by_family(family, tensors, metadata, path, prediction_type)
+    found = _said_in(metadata, path, family, tensors) or _by_family(
+        family, tensors, metadata, path, prediction_type
+    )
     if prediction_type:
         found.configs["scheduler"]["prediction_type"] = prediction_type
     found.unused, notes = set_aside(tensors, family, found.configs["text_encoder"])
@@ -129,18 +132,44 @@ def _rows(family: str, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, li
     return {component: below(_prefix(family, component), each) for component, each in rows.items()}
 
 
-def _said_in(metadata: Mapping[str, str], path: str | Path) -> Checkpoint | None:
+def _said_in(
+    metadata: Mapping[str, str], path: str | Path, family: str, tensors: Mapping[str, Tensor]
+) -> Checkpoint | None:
     """Return what the metadata of our own single files says of their system; None for anybody else's."""
     if CONFIGS not in metadata:
         return None
-    try:
-        said = json.loads(metadata[CONFIGS])
-        configs = {str(component): dict(config) for component, config in said["configs"].items()}
-        return Checkpoint(str(said["pipeline"]), configs, {}, dict(said["options"]))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(
-            f"{path}: the configs in its metadata ({CONFIGS}) can't be read: {error!r}"
-        ) from error
+    where = f"{path}: the configs in its metadata ({CONFIGS})"
+    said = json_object(metadata[CONFIGS], where)
+    configs, options = said.get("configs"), said.get("options", {})
+    needed = ("unet", "vae", "scheduler", *FAMILIES[family].text)
+    if not isinstance(configs, dict) or not isinstance(options, dict):
+        raise UserError(f"{where} can't be read: configs and options must be mappings")
+    if absent := [name for name in needed if not isinstance(configs.get(name), dict)]:
+        raise UserError(f"{where} can't be read: nothing is said of {' and '.join(absent)}")
+    kept = {name: dict(each) for name, each in configs.items() if isinstance(each, dict)}
+    _check_layout(kept, len(tensors), where)
+    return Checkpoint(str(said.get("pipeline", "")), kept, {}, dict(options))
+
+
+def _check_layout(configs: Mapping[str, Mapping[str, Any]], tensors: int, where: str) -> None:
+    """Raise UserError for settings of which no rows of names can be made; all others the networks check themselves."""
+    listed = {"unet": ("down_block_types", "up_block_types"), "vae": ("block_out_channels",)}
+    for component, keys in listed.items():
+        for key in keys:
+            value = configs[component].get(key)
+            kind = int if component == "vae" else str
+            if not isinstance(value, list) or not value or not all(type(each) is kind for each in value):
+                raise UserError(
+                    f"{where} can't be read: {key} of the {component} is {value!r:.60}, where a list is needed"
+                )
+    counts = [(name, "layers_per_block", 2) for name in listed]
+    counts += [(name, "num_hidden_layers", 12) for name in configs if name.startswith("text_encoder")]
+    for component, key, usual in counts:
+        value = configs[component].get(key, usual)
+        if type(value) is not int or not 1 <= value <= tensors:
+            raise UserError(
+                f"{where} can't be read: {key} of the {component} is {value!r:.60}, for {tensors} tensors"
+            )
 
 
 def _by_family(
@@ -152,6 +181,11 @@ def _by_family(
 ) -> Checkpoint:
     """Return what is known of a published single file: by its family, and from what it says of itself."""
     said = stated(tensors, metadata, path)
+    if said.other and not prediction_type:
+        raise UserError(
+            f"{path}: {said.other}, which is another way of denoising than Stable Diffusion's; where that is wrong, "
+            "say prediction_type (--prediction-type epsilon or v_prediction)"
+        )
     configs = family_configs(family, tensors, path, prediction_type, said)
     found = Checkpoint(pipeline_class(family, configs["unet"]), configs, {}, notes=said.notes)
     if family == "sdxl":

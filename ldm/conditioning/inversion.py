@@ -5,7 +5,7 @@ beside the tokenizer and rows of its own beside the frozen table, so that the en
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import a_few, check_finite, file_in, read_metadata, read_tensors, write_tensors
+from ldm.checkpoints.files import (
+    a_few,
+    check_finite,
+    check_plain,
+    file_in,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 from ldm.checkpoints.kinds import weights_kind
 from ldm.checkpoints.pickles import read_pickle
 from ldm.conditioning.text import WindowedEncoder
@@ -22,6 +30,8 @@ from ldm.errors import UserError
 
 FILE = "learned_embeds.safetensors"  # in a folder, as diffusers names it
 _WORD = "word"  # in our own files' headers
+_MOST_VECTORS = 10_000  # of a file: each is a token
+_LONGEST_WORD = 1000  # characters
 BUNDLED = "bundle_emb."  # before the names of words that came with a LoRA
 # AUTOMATIC1111's name for a text encoder's vectors, and ours.
 _ENCODERS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -77,41 +87,64 @@ class NewWords:
         return self.embedding.rows.detach()[start : start + self._counts[word]]
 
     def add(self, word: str, vectors: Tensor) -> None:
-        """Let `word` stand for vectors (n, D) or (D,).
+        """Let `word` stand for vectors (n, D) or (D,). Raises the UserErrors of `add_all`."""
+        self.add_all({word: vectors})
+
+    def add_all(self, words: Mapping[str, Tensor]) -> None:
+        """Let each word stand for vectors (n, D) or (D,), all of them at once.
 
         Raises:
-            UserError: the word is a token already or none that could be, or the vectors have another width.
+            UserError: a word is a token already or none that could be, or the vectors have another width.
         """
-        self.check(word, vectors)
-        vectors = vectors.reshape(-1, vectors.shape[-1]).to(self._table().weight)
-        rows = vectors if self.embedding is None else torch.cat([self.embedding.rows.detach(), vectors])
-        self._counts[word] = len(vectors)
-        self._put(rows)
+        self.check_all(words)
+        given = [each.reshape(-1, each.shape[-1]).to(self._table().weight) for each in words.values()]
+        before = [] if self.embedding is None else [self.embedding.rows.detach()]
+        self._counts |= dict(zip(words, map(len, given), strict=True))
+        self._put(torch.cat(before + given) if before or given else None)
 
     def check(self, word: str, vectors: Tensor) -> None:
         """Raise the UserErrors of `add`, and change nothing."""
+        self.check_all({word: vectors})
+
+    def check_all(self, words: Mapping[str, Tensor]) -> None:
+        """Raise the UserErrors of `add_all`, and change nothing."""
         name = self.encoder.name
         if not hasattr(self.encoder.module, "get_input_embeddings"):
             raise UserError(
                 f"{name} is run by open_clip, which takes no new words: save the model as a folder, and load that"
             )
-        if len(word.split()) != 1:
-            raise UserError(f"{word!r} can't be a new word: give a token without spaces, such as <cat-toy>")
         known = {*self.encoder.tokenizer.get_vocab(), *self._spelled()}
-        spelled = _spellings(word, len(vectors) if vectors.ndim == 2 else 1)
-        if taken := [each for each in spelled if each in known]:
-            raise UserError(f"{name} knows the word {taken[0]!r} already: give the embedding another token")
         width = self._table().weight.shape[1]
-        if vectors.ndim not in (1, 2) or not vectors.numel() or vectors.shape[-1] != width:
-            raise UserError(
-                f"the embedding of {word!r} is {tuple(vectors.shape)}, where {name} has vectors of {width}: "
-                "it is for another model"
-            )
+        for word, vectors in words.items():
+            if len(word.split()) != 1:
+                raise UserError(
+                    f"{word!r} can't be a new word: give a token without spaces, such as <cat-toy>"
+                )
+            spelled = _spellings(word, len(vectors) if vectors.ndim == 2 else 1)
+            if taken := [each for each in spelled if each in known]:
+                raise UserError(
+                    f"{name} knows the word {taken[0]!r} already: give the embedding another token"
+                )
+            if vectors.ndim not in (1, 2) or not vectors.numel() or vectors.shape[-1] != width:
+                raise UserError(
+                    f"the embedding of {word!r} is {tuple(vectors.shape)}, where {name} has vectors of {width}: "
+                    "it is for another model"
+                )
+            known.update(spelled)
 
     def remove(self, word: str) -> None:
         """Take a word away. Raises KeyError where it was not added."""
-        kept = [self.vectors(each) for each in self.words if each != word]
-        del self._counts[word]
+        self.remove_all([word])
+
+    def remove_all(self, words: Iterable[str]) -> None:
+        """Take words away. Raises KeyError where one was not added."""
+        gone = set(words)
+        if absent := gone - set(self._counts):
+            raise KeyError(min(absent))
+        rows = self.embedding.rows.detach() if self.embedding is not None else torch.zeros(0)
+        pieces = zip(self._counts, rows.split(list(self._counts.values())), strict=True)
+        kept = [piece for word, piece in pieces if word not in gone]
+        self._counts = {word: count for word, count in self._counts.items() if word not in gone}
         self._put(torch.cat(kept) if kept else None)
 
     def _table(self) -> nn.Embedding:
@@ -181,7 +214,9 @@ def read_inversion(path: str | Path, token: str | None = None) -> dict[str, dict
     if any(str(name).startswith(BUNDLED) for name in found):
         words = bundled_words({str(name): each for name, each in found.items()}, path)
     elif isinstance(webui, Mapping):
-        words = {str(found.get("name") or path.stem): {"text_encoder": _only(webui, path)}}
+        name = found.get("name")
+        word = name if isinstance(name, str) and name else path.stem
+        words = {word: {"text_encoder": _only(webui, path)}}
     elif set(found) & set(_ENCODERS):
         word = read_metadata(path).get(_WORD, path.stem)
         words = {word: {_ENCODERS[name]: each for name, each in found.items() if name in _ENCODERS}}
@@ -197,9 +232,19 @@ def read_inversion(path: str | Path, token: str | None = None) -> dict[str, dict
 def checked(words: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, dict[str, Tensor]]:
     """Return vectors as (n, D), where they are that or one vector (D,). Raises UserError, also for NaN."""
     tensors = {f"{word}, {encoder}": each for word, by in words.items() for encoder, each in by.items()}
-    odd = [name for name, each in tensors.items() if not isinstance(each, Tensor) or each.ndim not in (1, 2)]
+    if long := [word for word in words if len(word) > _LONGEST_WORD]:
+        raise UserError(f"{path} holds a word of {len(long[0]):,} characters, and no prompt has such a one")
+    odd = [
+        name
+        for name, each in tensors.items()
+        if not isinstance(each, Tensor) or (each.ndim not in (1, 2) and not each.is_nested)
+    ]
     if odd or not tensors:
         raise UserError(f"{path} is no embedding of textual inversion: {a_few(odd) or 'it is empty'}")
+    count = sum(len(each) if each.ndim == 2 else 1 for each in tensors.values() if not each.is_nested)
+    if count > _MOST_VECTORS:
+        raise UserError(f"{path} holds {count:,} vectors, where {_MOST_VECTORS:,} are the most that are read")
+    check_plain(tensors, path)
     check_finite(tensors, path)
     return {
         word: {encoder: each.detach().reshape(-1, each.shape[-1]) for encoder, each in by.items()}

@@ -14,9 +14,11 @@ from ldm.checkpoints.layouts import canonical_clip, fit_clip, is_clip
 from ldm.conditioning.families import Family, family_of, states_of
 from ldm.conditioning.inversion import ExtendedEmbedding
 from ldm.conditioning.open_clip import as_transformers, build_open_clip, is_open_clip
+from ldm.conditioning.settings import network_settings
 from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.conditioning.tokenizer import check_size, load_tokenizer, quiet, text_ids, window_of
 from ldm.errors import UserError
+from ldm.foreign import foreign
 
 _T5_WINDOW = 512  # the length T5 was trained on (Raffel et al. 2020), where the tokenizer knows none
 
@@ -128,16 +130,26 @@ def _build_module(
         import transformers
 
         kind = getattr(transformers, family.model)
-        settings = config.get("text_config", config)
-        try:
-            with init_empty_weights(include_buffers=False):
-                module = kind(kind.config_class.from_dict(dict(settings)))
-        except Exception as error:  # transformers checks settings in many ways, none of them its own error
-            reason = " ".join(str(error).split())
-            raise UserError(f"{where}: transformers refuses the config: {reason}") from error
+        settings = network_settings(_settings_in(config, where), family.name, len(tensors), where)
+        # transformers checks settings in many ways, none of them its own error
+        with (
+            foreign(f"{where}:", "transformers refuses the config"),
+            init_empty_weights(include_buffers=False),
+        ):
+            # Which attention is ours to say: by a name in a config it would ask the hub for code.
+            attention = "sdpa" if kind._supports_sdpa else "eager"
+            module = kind(kind.config_class(**settings, attn_implementation=attention))
     load_strict(module, _names_of(module, family, tensors), where)
     module.tie_weights()
     return module
+
+
+def _settings_in(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The text network's own part of a config; a CLIP's whole one has it under text_config."""
+    found = config.get("text_config", config)
+    if not isinstance(found, Mapping):
+        raise UserError(f"{where}: text_config is {found!r:.60}, where settings with names are needed")
+    return found
 
 
 def _names_of(module: nn.Module, family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,12 +14,15 @@ from ldm.checkpoints.files import load_strict
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.layouts import open_clip_rows
 from ldm.conditioning.families import check_skip
+from ldm.conditioning.settings import check_size as check_setting
 from ldm.conditioning.text import WindowedEncoder
 from ldm.conditioning.tokenizer import check_size, clip_tokenizer, text_ids, window_of
 from ldm.errors import UserError
+from ldm.foreign import foreign
 
 _TOWER = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
 _SIZES = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+_LONGEST = 4096  # tokens: their causal mask, a number for each two of them, is built and not read
 
 
 def is_open_clip(config: Mapping[str, Any]) -> bool:
@@ -95,19 +98,25 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str)
     from accelerate import init_empty_weights
 
     open_clip = _open_clip(where)
-    try:
+    if not isinstance(config["text_cfg"], Mapping):
+        raise UserError(f"{where}: text_cfg must hold named entries")
+    with foreign(f"{where}:", "open_clip refuses the config"):
         text, plain = dict(config["text_cfg"]), vars(open_clip.CLIPTextCfg())
         odd = [key for key in text if key not in _SIZES and (key not in plain or text[key] != plain[key])]
         if odd:
             raise UserError(
                 f"{where}: only CLIP's own causal text towers are supported, not {odd[0]} = {text[odd[0]]!r}"
             )
+        for key in ("context_length", "vocab_size", "width", "heads", "layers"):
+            if key in text:
+                check_setting(key, text[key], len(tensors), where)
+        check_setting("embed_dim", config.get("embed_dim"), len(tensors), where)
+        if not 0 < float(text.get("mlp_ratio", 4)) <= 64 or text.get("context_length", 77) > _LONGEST:
+            raise UserError(f"{where}: mlp_ratio or context_length is more than any text tower has")
         with init_empty_weights(include_buffers=False):
             tower = open_clip.model._build_text_tower(
                 config["embed_dim"], text, config.get("quick_gelu", False)
             )
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: open_clip refuses the config: {' '.join(str(error).split())}") from error
     # The tower's tensors lie at the top in older models, under `text.` in newer; the image tower's beside.
     inner = {name.removeprefix("text."): each for name, each in tensors.items()}
     load_strict(tower, {name: each for name, each in inner.items() if name.startswith(_TOWER)}, where)

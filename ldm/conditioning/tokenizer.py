@@ -7,8 +7,9 @@ entry a merge, and two special tokens; 49,408 in all.
 import contextlib
 import gzip
 import json
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ldm.checkpoints.paths import readable
 from ldm.conditioning.cleaning import clean
 from ldm.conditioning.text import Window
 from ldm.errors import UserError
+from ldm.foreign import LARGEST_TEXT, foreign, json_object, read_plain
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES = 48_894  # of the list in the file, the first so many
@@ -49,16 +51,40 @@ def load_tokenizer(folder: str | Path, family: str) -> Any:
         raise UserError(f"{path} holds no vocabulary: a {family} tokenizer has tokenizer.json, or {wanted}")
     if _SETTINGS not in there:
         raise UserError(f"{path} holds no {_SETTINGS}, which says how long a prompt may be: get it again")
+    _check_files(path, there)
     import transformers
 
-    try:
-        with quiet():
-            tokenizer = getattr(transformers, _CLASSES[family]).from_pretrained(str(path))
+    with foreign(f"cannot read the {family} tokenizer", f"in {path}"), quiet():
+        kind = getattr(transformers, _CLASSES[family])
+        tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         tokenizer("a \N{SNOWMAN}")  # another family's file may be read well, and fail at an unknown word
-    except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot read the {family} tokenizer in {path}: {reason}") from error
     return tokenizer
+
+
+def _check_files(path: Path, names: Collection[str]) -> None:
+    """Raise UserError for files that transformers would stumble over, or wait for, or spend all time in."""
+    for name in sorted(names):
+        file = path / name
+        if name.endswith((".json", ".txt", ".model", ".jinja")):
+            with foreign(file):
+                content = read_plain(file, LARGEST_TEXT)
+            if not name.endswith(".json"):
+                continue
+            found = json_object(content, file)
+            if name == "tokenizer.json":
+                _check_patterns(found, file)
+
+
+def _check_patterns(rules: Any, file: Path) -> None:
+    """Raise UserError for regular expressions that may take for ever: a group that repeats, or a back reference."""
+    waiting = [rules.get("normalizer"), rules.get("pre_tokenizer"), rules.get("decoder")]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict | list):
+            waiting.extend(each.values() if isinstance(each, dict) else each)
+        pattern = each.get("Regex") if isinstance(each, dict) else None
+        if isinstance(pattern, str) and (len(pattern) > 1000 or re.search(r"\)[*+?{]|\\[1-9]", pattern)):
+            raise UserError(f"{file}: its pattern {pattern[:60]!r} is too involved a regular expression")
 
 
 def check_size(tokenizer: Any, rows: int, where: str) -> None:
@@ -76,8 +102,8 @@ def check_size(tokenizer: Any, rows: int, where: str) -> None:
 def window_of(tokenizer: Any, limit: int) -> Window:
     """The window that the tokenizer pads to: its own limit, and never more than the network's `limit`."""
     size, pad = tokenizer.model_max_length, tokenizer.pad_token_id
-    if not isinstance(size, int | float) or pad is None:
-        raise UserError(f"the tokenizer's {_SETTINGS} needs a pad_token and a model_max_length in numbers")
+    if not isinstance(size, int | float) or size != size or size < 1 or pad is None:
+        raise UserError(f"the tokenizer's {_SETTINGS} needs a pad_token and a model_max_length of 1 or more")
     size = size if size < _NO_LIMIT else limit
     special = tokenizer("").input_ids
     window = Window(int(min(size, limit)), tuple(special[:-1]), tuple(special[-1:]), pad)

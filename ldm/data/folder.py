@@ -6,6 +6,7 @@ The metadata is that of the `datasets` library's imagefolder: a line a picture, 
 
 import os
 from functools import partial
+from mimetypes import guess_type
 from pathlib import Path
 
 from ldm.data.listing import (
@@ -24,7 +25,7 @@ from ldm.data.listing import (
 )
 from ldm.data.metadata import FILES, lines_of
 from ldm.errors import UserError, nearest, printable
-from ldm.pictures import read_plain
+from ldm.foreign import read_plain
 
 
 def list_folder(root: Path, caption_column: str = "text", outside: bool = False) -> Listing:
@@ -73,7 +74,9 @@ def _is_picture(listing: Listing, root: Path, path: Path) -> bool:
     """Whether a file is one by its ending; other kinds of picture are counted, links that lead nowhere named."""
     if kind := other_kind(path.name):
         listing.others[kind] += 1
-    elif not path.suffix and path.is_symlink() and not os.path.exists(path):  # it may have been a folder's
+    elif (
+        path.is_symlink() and not os.path.exists(path) and guess_type(path.name) == (None, None)
+    ):  # a folder's?
         listing.broken[relative(root, path)] = "it is a link to what is not there"
     return path.suffix.lower() in SUFFIXES
 
@@ -103,9 +106,9 @@ def _named(listing: Listing, root: Path, path: Path, caption_column: str, outsid
         columns |= dict.fromkeys(row)
         file_name = row.get("file_name")
         if not isinstance(file_name, str) or not file_name:
-            raise UserError(
-                f"{place} has no file_name{nearest('file_name', row)}: it names the line's picture"
-            )
+            odd = f"has {str(file_name)[:60]!r} for file_name, which is no text"
+            said = odd if file_name else f"has no file_name{nearest('file_name', row)}"
+            raise UserError(f"{place} {printable(said)}: it names the line's picture")
         picture, shown = Path(os.path.normpath(path.parent / file_name)), printable(file_name[:200])
         if not outside and not inside(root, picture):
             raise UserError(

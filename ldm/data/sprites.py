@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from ldm.data.sources import PACKAGES_FOLDER, SOURCES
 from ldm.data.things import choose
 from ldm.errors import UserError, nearest
+from ldm.files import whole_file
+from ldm.foreign import foreign, plain_status
 from ldm.pictures import open_raster
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 SPRITES_FILE = Path("runs/data/sprites/sprites.npz")
 MARGIN = 6 / 128  # free on each side of the long side
+_LARGEST = 2**29  # bytes that a file of sprites may unpack to
 DAMAGED = (OSError, EOFError, tarfile.TarError, zlib.error)
 RENDER = 256  # px; vector pictures are drawn at this size, then reduced like the others
 
@@ -164,33 +167,34 @@ class SpriteSet:
         return list(dict.fromkeys(style for _, style in self.pixels))
 
     def save(self, path: str | Path) -> None:
-        """Write one .npz with the pictures and their index."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part.npz")
+        """Write one .npz with the pictures and their index, whole or not at all. Raises UserError."""
         keys = list(self.pixels)
-        np.savez_compressed(
-            temporary,
-            pixels=np.stack([self.pixels[key] for key in keys]),
-            things=np.array([thing for thing, _ in keys]),
-            styles=np.array([style for _, style in keys]),
-        )
-        temporary.replace(path)
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(
+                file,
+                pixels=np.stack([self.pixels[key] for key in keys]),
+                things=np.array([thing for thing, _ in keys]),
+                styles=np.array([style for _, style in keys]),
+            )
 
 
 def load_sprites(path: str | Path = SPRITES_FILE) -> SpriteSet:
     """Read what `build_sprites` wrote. Raises UserError when it is missing or not such a file."""
-    try:
-        with np.load(path) as file:
+    if not Path(path).exists():
+        raise UserError(f"there are no sprites at {path}: run scripts/prepare_data.py first")
+    advice = ": delete it and build it again, with scripts/prepare_data.py"
+    with foreign(path, "is not a file of sprites", advice):
+        plain_status(path)
+        with zipfile.ZipFile(path) as archive:
+            whole = sum(each.file_size for each in archive.infolist())
+        if whole > _LARGEST:
+            raise ValueError(f"it would unpack to {whole:,} bytes, where {_LARGEST:,} are the most")
+        with np.load(path, allow_pickle=False) as file:
             pixels, things, styles = file["pixels"], file["things"], file["styles"]
-    except FileNotFoundError:
-        raise UserError(f"there are no sprites at {path}: run scripts/prepare_data.py first") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is not a file of sprites ({error}): delete it and build it again, with scripts/prepare_data.py"
-        ) from None
-    keys = zip(things.tolist(), styles.tolist(), strict=True)
-    return SpriteSet(dict(zip(keys, pixels, strict=True)), pixels.shape[1])
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or things.ndim != 1 or styles.ndim != 1:
+            raise ValueError(f"its pixels are {pixels.dtype} of shape {pixels.shape}")
+        keys = zip(map(str, things.tolist()), map(str, styles.tolist()), strict=True)
+        return SpriteSet(dict(zip(keys, pixels, strict=True)), pixels.shape[1])
 
 
 def build_sprites(

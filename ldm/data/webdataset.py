@@ -24,7 +24,7 @@ from ldm.data.listing import (
     why,
 )
 from ldm.data.tar import Members, members_of, read_at
-from ldm.pictures import LARGEST
+from ldm.foreign import LARGEST
 
 Scan = dict[str, Any]  # of one shard, as JSON holds it: stamp, column, and what `_scan` returns
 _TEXTS = ("txt", "json")  # where a caption is looked for, in this order

@@ -13,6 +13,7 @@ from ldm.errors import UserError, nearest
 # What stands for an alpha_bar of 0, whose sigma would be infinite: diffusers' value (the smallest subnormal
 # of float16), which puts sigma_max at about 4096.
 TERMINAL_ALPHA_BAR = 2.0**-24
+MOST_TIMESTEPS = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +44,13 @@ class NoiseSchedule:
         squaredcos_cap_v2, also called cosine (Nichol & Dhariwal 2021); `trained_betas` takes its place.
         rescale_betas_zero_snr: make the last timestep pure noise (Lin et al. 2023, algorithm 1), but for
         `terminal_alpha_bar`.
-        Raises UserError for an unknown schedule or betas outside (0, 1).
+        Raises UserError for an unknown schedule, betas outside (0, 1), and noise levels that do not rise.
         """
+        count = num_train_timesteps if trained_betas is None else len(trained_betas)
+        if count > MOST_TIMESTEPS:
+            raise UserError(f"a noise schedule has at most {MOST_TIMESTEPS:,} timesteps, not {count:,}"[:200])
+        if not all(map(math.isfinite, (beta_start, beta_end, *(trained_betas or ())))):
+            raise UserError("beta_start, beta_end and trained_betas must be finite numbers")
         valid = num_train_timesteps > 1 and min(beta_start, beta_end) > 0
         if trained_betas is not None:
             betas = torch.tensor(trained_betas, dtype=torch.float32)
@@ -60,7 +66,14 @@ class NoiseSchedule:
                 "the betas of a noise schedule (num_train_timesteps of them, from beta_start to beta_end, or "
                 "trained_betas) must be two or more numbers between 0 and 1"
             )
-        return cls.from_betas(betas, rescale_betas_zero_snr, terminal_alpha_bar)
+        schedule = cls.from_betas(betas, rescale_betas_zero_snr, terminal_alpha_bar)
+        sigmas = schedule.sigmas
+        if not (bool(sigmas.isfinite().all()) and sigmas[0] > 0 and bool((sigmas.diff() > 0).all())):
+            raise UserError(
+                "the betas of the noise schedule are too small or too large: float32 tells its timesteps' noise levels "
+                "not apart, or from no noise, or from nothing but noise"
+            )
+        return schedule
 
     @classmethod
     def from_betas(

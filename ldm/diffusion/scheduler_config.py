@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.schedule import TERMINAL_ALPHA_BAR, NoiseSchedule
+from ldm.diffusion.schedule import MOST_TIMESTEPS, TERMINAL_ALPHA_BAR, NoiseSchedule
 from ldm.diffusion.spacing import SPACINGS, TIMESTEP_SPACINGS
 from ldm.errors import UserError, nearest
 
@@ -161,6 +161,20 @@ _CHOICES = {
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
 }
 
+# Where numbers that a sampler computes with must lie; None and text are checked where they are used.
+_RANGES = {
+    "num_train_timesteps": (1, MOST_TIMESTEPS),
+    "steps_offset": (-MOST_TIMESTEPS, MOST_TIMESTEPS),
+    "clip_sample_range": (1e-6, 1e6),
+    "dynamic_thresholding_ratio": (0.0, 1.0),
+    "sample_max_value": (1.0, 1e6),  # below 1, thresholding would clamp to a range turned around
+    "sigma_min": (1e-9, 1e9),
+    "sigma_max": (1e-9, 1e9),
+    "original_inference_steps": (1, MOST_TIMESTEPS),
+    "timestep_scaling": (1e-6, 1e6),
+    "lambda_min_clipped": (-math.inf, 1e6),
+}
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -180,8 +194,8 @@ class SchedulerConfig:
         """Read the file's mapping; raises UserError for a `_class_name` of another kind, and for the model's keys."""
         class_name = mapping.get("_class_name")
         if class_name not in [*CLASSES, *COMPATIBLE]:  # a list: what stands in a file may not be hashable
-            hint = nearest(str(class_name), CLASSES)
-            raise UserError(f"{where}: _class_name {class_name!r} is not supported{hint}")
+            hint = nearest(str(class_name)[:100], CLASSES)
+            raise UserError(f"{where}: _class_name {class_name!r:.60} is not supported{hint}")
         private = ("_class_name", "_use_default_values")
         defaulted = mapping.get("_use_default_values") or ()
         if not isinstance(defaulted, list | tuple):
@@ -189,6 +203,8 @@ class SchedulerConfig:
         values = {key: mapping[key] for key in mapping if key not in private and key not in defaulted}
         for key, default in (_MODEL | _ZERO_SNR).items():
             _check_kind(key, values.get(key, default), default, where)
+        for key, (least, most) in _RANGES.items():
+            _check_range(key, values.get(key), least, most, where)
         return cls(class_name, values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -287,11 +303,25 @@ class SchedulerConfig:
 
 def _check_kind(key: str, value: Any, default: Any, where: str) -> None:
     if key == "trained_betas":
+        if isinstance(value, list | tuple) and len(value) > MOST_TIMESTEPS:
+            raise UserError(
+                f"{where}: trained_betas are {len(value):,}: at most {MOST_TIMESTEPS:,} timesteps can be"
+            )
         numbers = isinstance(value, list | tuple) and all(_same_kind(each, 0.0) for each in value)
         if value is not None and not numbers:
             raise UserError(f"{where}: trained_betas must be a list of numbers, not {value!r:.60}")
     elif not _same_kind(value, default):
         raise UserError(f"{where}: {key} must be like {default!r}, not {value!r:.60}")
+
+
+def _check_range(key: str, value: Any, least: float, most: float, where: str) -> None:
+    """Raise UserError for a number outside of [least, most], NaN among them, and for what is no number and no None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise UserError(
+            f"{where}: {key} is {value!r:.60}, where a number from {least:g} to {most:g} is needed"
+        )
 
 
 def _same_kind(value: Any, default: Any) -> bool:

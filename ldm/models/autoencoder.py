@@ -63,6 +63,7 @@ class AutoencoderConfig:
     def check(self, where: str = "the autoencoder's config") -> None:
         """Raise UserError that names a setting of which no network can be built, or that loses every latent."""
         check_first_stage(self, where)
+        diffusers_config.check_finite(self, where, "shift_factor", "latents_mean", "latents_std")
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.latent_channels:
@@ -74,6 +75,11 @@ class AutoencoderConfig:
 
     def to_diffusers(self) -> dict[str, Any]:
         return diffusers_config.to_diffusers(self, _CLASS, ours=("num_class_embeds",))
+
+    @property
+    def layers(self) -> int:
+        """Residual blocks on the way down: no file has fewer tensors than a network these."""
+        return len(self.block_out_channels) * self.layers_per_block
 
     @property
     def factor(self) -> int:
@@ -162,7 +168,8 @@ class AutoencoderKL(nn.Module):
 def check_first_stage(config: "AutoencoderConfig | VQConfig", where: str) -> None:
     """Raise UserError for sizes that don't go together, and blocks other than one each way for each width."""
     sizes = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block")
-    diffusers_config.check_sizes(config, where, *sizes, "norm_num_groups", "sample_size")
+    diffusers_config.check_sizes(config, where, *sizes, "norm_num_groups", "sample_size", "num_class_embeds")
+    diffusers_config.check_layers(len(config.block_out_channels) * config.layers_per_block, where)
     diffusers_config.check_groups(config.block_out_channels, config.norm_num_groups, where)
     if not (math.isfinite(config.scaling_factor) and config.scaling_factor):
         raise UserError(f"{where}: scaling_factor is {config.scaling_factor}, which would lose every latent")

@@ -4,6 +4,7 @@ A `config.json` of diffusers has many keys that no Stable Diffusion network uses
 accepted with its inert value and refused with any other, so that no setting is ever dropped in silence.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
@@ -12,6 +13,10 @@ from ldm.config import from_dict
 from ldm.errors import UserError
 
 T = TypeVar("T")
+LARGEST = 2**22  # of a width, a picture's side or a count of labels
+MOST_LAYERS = 1000
+MOST_LEVELS = 16
+MOST_VALUES = 1000
 
 
 def parse(
@@ -28,19 +33,21 @@ def parse(
     named = mapping.get("_class_name", class_name)
     if named != class_name:
         raise UserError(
-            f"{where}: _class_name is {named!r}, another network than the {class_name} wanted here"
+            f"{where}: _class_name is {named!r:.60}, another network than the {class_name} wanted here"
         )
     own = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     known: dict[str, Any] = {}
     for key, value in mapping.items():
         if key.startswith("_"):  # _diffusers_version, _name_or_path
             continue
+        if isinstance(value, list | tuple) and len(value) > MOST_VALUES:
+            raise UserError(f"{where}: {key} has {len(value):,} values: at most {MOST_VALUES} are read")
         if key in own:
             known[key] = value
         elif key not in inert:
-            raise UserError(f"{where}: the setting {key!r} is not one this network knows")
+            raise UserError(f"{where}: the setting {key!r:.60} is not one this network knows")
         elif value is not None and value not in inert[key]:
-            raise UserError(f"{where}: {key} = {value!r} is not supported (supported: {inert[key][0]!r})")
+            raise UserError(f"{where}: {key} = {value!r:.60} is not supported (supported: {inert[key][0]!r})")
     return from_dict(cls, known, where=where)
 
 
@@ -58,13 +65,39 @@ def to_diffusers(config: Any, class_name: str, ours: Collection[str] = ()) -> di
 
 
 def check_sizes(config: Any, where: str, *names: str) -> None:
-    """Raise UserError unless these settings are whole numbers (or some, or None) of at least 1, not an empty list."""
+    """Raise UserError unless these settings are whole numbers (or some, or None) from 1 to LARGEST, not an empty list.
+
+    Layers and levels are at most MOST_LAYERS and MOST_LEVELS: networks are built before their weights are looked for.
+    """
     for name in names:
         value = getattr(config, name)
         each = value if isinstance(value, tuple) else () if value is None else (value,)
         if value == () or min(each, default=1) < 1:
             shown = list(value) if isinstance(value, tuple) else value
-            raise UserError(f"{where}: {name} is {shown}, where sizes of at least 1 are needed")
+            raise UserError(f"{where}: {name} is {shown!r:.60}, where sizes of at least 1 are needed")
+        most = MOST_LAYERS if "layers" in name else LARGEST
+        if max(each, default=1) > most or len(each) > MOST_LEVELS:
+            raise UserError(
+                f"{where}: {name} is {max(each)!r:.60} or has {len(each)} values: at most {MOST_LEVELS} values up to "
+                f"{most} are built"
+            )
+
+
+def check_finite(config: Any, where: str, *names: str) -> None:
+    """Raise UserError for numbers (or several, or None) among these settings that are NaN or infinite."""
+    for name in names:
+        value = getattr(config, name)
+        each = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(map(math.isfinite, each)):
+            raise UserError(f"{where}: {name} is {value!r:.60}, where a finite number is needed")
+
+
+def check_layers(layers: int, where: str, tensors: int | None = None) -> None:
+    """Raise UserError for a network of more layers than are built, or than a file of so many `tensors` can fill."""
+    most = MOST_LAYERS if tensors is None else min(tensors, MOST_LAYERS)
+    if layers > most:
+        held = "" if tensors is None else f" (the file has {tensors} tensors)"
+        raise UserError(f"{where}: the settings are those of {layers:,} layers, where {most} can be{held}")
 
 
 def check_groups(widths: tuple[int, ...], groups: int, where: str) -> None:

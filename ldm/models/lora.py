@@ -120,6 +120,8 @@ class LoRA(nn.Module):
             alphas: dict[str, float] = {path: float(each) for path, each in ranks.items()}
         else:
             alphas = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(bases, float(alpha))
+        if (largest := max(ranks.values())) > _LARGEST_RANK:
+            raise UserError(f"a LoRA of rank {largest!r:.30} can't be: the most is {_LARGEST_RANK:,}")
         if min(ranks.values()) < 1 or not 0 <= dropout < 1:
             raise UserError(
                 f"a LoRA of rank {min(ranks.values())} and dropout {dropout} can't be: "
@@ -274,6 +276,9 @@ def select(network: nn.Module, targets: str | Iterable[str]) -> dict[str, Base]:
             f"{', '.join(_PRESETS)}, or a regular expression for whole paths such as {next(iter(layers), 'none')}"
         )
     return chosen
+
+
+_LARGEST_RANK = 2**16  # no layer is as wide
 
 
 @dataclass

@@ -92,7 +92,15 @@ class UNetConfig:
         """Raise UserError that names a setting of which no network can be built."""
         sizes = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
         more = ("attention_head_dim", "cross_attention_dim", "sample_size", *_ADDED)
-        diffusers_config.check_sizes(self, where, *sizes, *more)
+        diffusers_config.check_sizes(self, where, *sizes, "transformer_layers_per_block", *more)
+        diffusers_config.check_layers(self.layers, where)
+        diffusers_config.check_finite(self, where, "norm_eps", "dropout")
+        if self.norm_eps < 0:
+            raise UserError(f"{where}: norm_eps is {self.norm_eps}, where a number of at least 0 is needed")
+        if (
+            not abs(self.freq_shift) < self.block_out_channels[0] // 2
+        ):  # the frequencies are divided by the rest
+            raise UserError(f"{where}: freq_shift is {self.freq_shift!r:.60}: it is 0 or 1 in every network")
         diffusers_config.check_groups(self.block_out_channels, self.norm_num_groups, where)
         down = _levels(self, self.down_block_types, "Down", where)
         up = _levels(self, self.up_block_types, "Up", where)[::-1]
@@ -113,6 +121,13 @@ class UNetConfig:
             )
         if self.addition_embed_type and None in (getattr(self, name) for name in _ADDED):
             raise UserError(f"{where}: addition_embed_type 'text_time' needs {' and '.join(_ADDED)}")
+
+    @property
+    def layers(self) -> int:
+        """Residual blocks and transformers on the way down: no file has fewer tensors than a network these."""
+        depth = self.transformer_layers_per_block
+        deepest = max(depth) if isinstance(depth, tuple) else depth
+        return len(self.block_out_channels) * self.layers_per_block + self.layers_per_block * deepest
 
     def to_diffusers(self) -> dict[str, Any]:
         return diffusers_config.to_diffusers(self, _CLASS)

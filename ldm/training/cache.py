@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ldm.checkpoints.files import check_finite, read_metadata, read_tensors, write_tensors
 from ldm.errors import UserError
-from ldm.training.folders import sweep
+from ldm.files import sweep
+from ldm.foreign import parse_json
 from ldm.training.share import processes
 
 Entry = dict[str, Tensor]  # named tensors of one key, without a batch dimension
-
-_ABANDONED = 3600.0  # seconds without a byte more: another run may be writing to the same folder
 
 
 class TensorCache:
@@ -97,7 +96,7 @@ class TensorCache:
     ) -> None:
         from tqdm import tqdm
 
-        sweep(self.folder, "shard-", _ABANDONED)
+        sweep(self.folder)
         seldom = 0.1 if sys.stderr.isatty() else 30.0  # a log file needs no more
         written = time.monotonic()
         with tqdm(desc=f"filling {self.folder}", total=len(keys), mininterval=seldom) as progress:
@@ -145,8 +144,10 @@ class TensorCache:
 
     def _add(self, path: Path) -> None:
         try:
-            rows = json.loads(read_metadata(path)["rows"])
-        except (UserError, KeyError, ValueError) as error:
+            rows = parse_json(read_metadata(path)["rows"], path)
+            if not isinstance(rows, list) or not all(map(_is_row, rows)):
+                raise UserError("its rows are no rows of a cache")
+        except (UserError, KeyError) as error:
             raise UserError(
                 f"{path} is no whole shard of a cache ({error}): delete it, it is built anew"
             ) from error
@@ -155,6 +156,11 @@ class TensorCache:
             self._places[key] = path, group, row
             if note:
                 self._notes[key] = note
+
+
+def _is_row(row: object) -> bool:
+    """Whether an entry of a shard's list is one: its key, the group of its tensors, its place in them, a note."""
+    return isinstance(row, list) and [type(each) for each in row] == [str, str, int, str] and row[2] >= 0
 
 
 def _parts(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:

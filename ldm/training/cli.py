@@ -1,27 +1,30 @@
 """The command line of training: `scripts/train.py` and `scripts/finetune.py`."""
 
-import argparse
-import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
+from ldm.console import Parser, command
+from ldm.errors import printable
 
-from ldm.errors import UserError
-from ldm.training import state
-from ldm.training.optimization import build_optimizer
-from ldm.training.run import Run, read_run, train
-from ldm.training.settings import accelerator_for
-from ldm.training.share import launch_notes
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ldm.training.run import Run
 
 _GIB = 2**30
 
 
+@command(
+    stopped="stopped; the same command goes on from the last state that was saved",
+    memory="train with a smaller loop.batch_size, with more of loop.accumulate, or with loop.checkpointing=true",
+)
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 finished, 3 stopped before the end with its state saved, 2 something the user should mend.
+    """Exit status: 0 finished, 3 stopped before the end with its state saved, 2 something the user should mend, 130
+    ended by Ctrl-C, SIGTERM or SIGHUP where there was nothing to save.
 
-    Launchers turn the last two into 1.
+    Launchers turn the last three into 1.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train what a config file says. To resume, run the same command again.",
         epilog="Several processes: accelerate launch --multi_gpu --num_processes 2 scripts/train.py ..., or torchrun "
         "--nproc_per_node 2 scripts/train.py ...; on CPUs alike, where accelerate's --cpu would start one only "
@@ -42,20 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="print the whole config, parameters, memory and steps; train nothing",
     )
     chosen = parser.parse_args(arguments)
-    try:
-        if chosen.dry_run:
-            run = read_run(chosen.config, chosen.set)
-            print(run.resolved, flush=True)  # before anything else can fail
-            print(describe(run))
-            return 0
-        return 0 if train(chosen.config, chosen.set) else 3
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from ldm.training.run import read_run, train
+
+    if chosen.dry_run:
+        run = read_run(chosen.config, chosen.set)
+        print(run.resolved, flush=True)  # before anything else can fail
+        print(describe(run))
+        return 0
+    return 0 if train(chosen.config, chosen.set) else 3
 
 
-def describe(run: Run) -> str:
+def describe(run: "Run") -> str:
     """What training takes. Raises UserError where it would not begin: this machine, the objective, the optimizer."""
+    from ldm.training import state
+    from ldm.training.optimization import build_optimizer
+    from ldm.training.settings import accelerator_for
+    from ldm.training.share import launch_notes
+
     accelerator = accelerator_for(run.loop, run.output)
     objective = run.objective()
     build_optimizer(run.loop.optimizer, objective.model.parameters())
@@ -83,12 +89,12 @@ def describe(run: Run) -> str:
             + (", recomputed" if run.loop.checkpointing else ""),
             f"steps        {steps:,} to come, of {run.loop.batch_size} pictures"
             + (f"; {seen:,} of {run.loop.pictures:,} pictures are done" if seen else ""),
-            f"output       {run.output}",
+            f"output       {printable(str(run.output))}",
         ]
     )
 
 
-def _others(module: nn.Module, known: list[nn.Parameter]) -> list[nn.Parameter]:
+def _others(module: "nn.Module", known: "list[nn.Parameter]") -> "list[nn.Parameter]":
     """The parameters of a module that are not among those known, to which they are added."""
     seen = {id(each) for each in known}
     new = [each for each in module.parameters() if id(each) not in seen]
@@ -96,5 +102,5 @@ def _others(module: nn.Module, known: list[nn.Parameter]) -> list[nn.Parameter]:
     return new
 
 
-def _count(parameters: list[nn.Parameter]) -> int:
+def _count(parameters: "list[nn.Parameter]") -> int:
     return sum(each.numel() for each in parameters)

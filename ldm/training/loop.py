@@ -8,20 +8,22 @@ share each batch, and do together what one would do alone.
 import json
 import math
 import time
-from contextlib import nullcontext
+import traceback
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import read_metadata, write_text
+from ldm.console import out_of_memory
 from ldm.errors import UserError
+from ldm.files import sweep, write_text
 from ldm.models.layers import ResnetBlock, TransformerBlock, recompute_activations
 from ldm.system import fingerprint
 from ldm.training import state
 from ldm.training.ema import EMA
-from ldm.training.folders import make_folder, sweep
+from ldm.training.folders import held, make_folder
 from ldm.training.objective import Objective
 from ldm.training.optimization import build_optimizer, learning_rate
 from ldm.training.report import Report
@@ -40,11 +42,32 @@ class Trainer:
         # What can't be honoured is refused here, before anything is computed.
         self.accelerator = accelerator_for(config, folder)
         make_folder(folder)
+        self._held: ExitStack | None = None
+        with self._hold(folder) as stack:  # let go of where this fails
+            self._build(objective, config, folder, resolved)
+            self._held = stack.pop_all()
+
+    def _hold(self, folder: Path) -> ExitStack:
+        """Hold the output for this run: the main process does, for all of its launch. Raises UserError in all."""
+        stack, fault = ExitStack(), ""
+        self._lockless = False
+        if self.accelerator.is_main_process:
+            try:
+                self._lockless = not stack.enter_context(held(folder))
+            except UserError as error:
+                fault = str(error)
+        if self._any(bool(fault)):
+            raise UserError(fault or f"another training writes to {folder}")
+        return stack
+
+    def _build(self, objective: Objective, config: LoopConfig, folder: Path, resolved: str) -> None:
         place = self.accelerator.process_index, self.accelerator.num_processes
         self.rows = rows_of(config.batch_size, *place, config.accumulate)
         self.objective, self.config, self.folder, self.resolved = objective, config, folder, resolved
         self.report = Report(self.accelerator, folder, config.pictures)
         self.report.tell(launch_notes())
+        if self._lockless:
+            self.report.tell([f"{folder} can't be locked: see to it that no other training writes there"])
         objective.prepare(self.accelerator.device, config.batch_size)
         self.report.tell(objective.notes())
         model = objective.model.train()
@@ -70,6 +93,8 @@ class Trainer:
         self.ema.start(self.plain)
         self.learning_rate = learning_rate(config.optimizer, config.pictures)
         self.seen, self.best = 0, math.inf
+        self._unsaved = False  # whether the weights are whole, and of a step that no state holds
+        self._ended = False  # by our own judgement, with what is saved said
 
     @property
     def plain(self) -> nn.Module:
@@ -77,19 +102,53 @@ class Trainer:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def run(self) -> bool:
-        """Train to the end; False where `max_seconds`, SIGTERM or Ctrl-C ended it before, the state saved."""
-        self.resume()
-        self.report.start(self.seen, {"config": self.resolved})
+        """Train to the end; False where `max_seconds` or a signal (see `stop`) ended it before, the state saved."""
+        held, self._held = self._held or self._hold(self.folder), None
+        with held:
+            self.resume()
+            self.report.start(self.seen, {"config": self.resolved})
+            try:
+                finished = self._guarded()
+            finally:  # also where the loss is no number
+                self.report.tell(self.objective.notes())
+                self.report.end()
+            self.accelerator.wait_for_everyone()  # a launcher kills the others once one has ended
+            return finished
+
+    def _guarded(self) -> bool:
+        """Train and export; where the machine fails, what was trained is saved first, if that can still be done."""
         try:
             if finished := self._train():
                 averaged = self.ema.model(self.plain, keep=self.accelerator.is_main_process)
                 if self.accelerator.is_main_process:
                     self.objective.export(averaged, self.folder / "export", self.resolved)
-        finally:  # also where the loss is no number
-            self.report.tell(self.objective.notes())
-            self.report.end()
-        self.accelerator.wait_for_everyone()  # a launcher kills the others once one has ended
-        return finished
+            return finished
+        except Exception as error:
+            if self._ended:
+                raise
+            traceback.clear_frames(error.__traceback__)  # their tensors take the memory that saving needs
+            what, place = self._saved_now(), "after" if self.seen else "before the first step, after"
+            if out_of_memory(error):
+                raise UserError(
+                    f"out of memory {place} {self.seen:,} pictures: make loop.batch_size smaller or loop.accumulate "
+                    f"larger, or set loop.checkpointing{what}"
+                ) from None  # or it would be said in other words
+            if isinstance(error, UserError):
+                raise UserError(f"{error}{what}") from error
+            if isinstance(error, OSError) and error.errno:
+                raise UserError(f"{error.filename or self.folder}: {error.strerror}{what}") from error
+            raise
+
+    def _saved_now(self) -> str:
+        """Save what is whole and not saved; what there is to go on from, as the end of a message."""
+        if self._unsaved and self.accelerator.num_processes == 1:  # several would have to do it together
+            with suppress(
+                UserError, MemoryError, RuntimeError
+            ):  # of the same trouble: the state before is whole
+                self.save()
+                return f"; all {self.seen:,} pictures are saved: run the same command again to go on"
+        newest = state.newest(self.folder)
+        return f"; {newest} is whole: run the same command again to go on from it" if newest else ""
 
     def _train(self) -> bool:
         """Steps to the end, or until the run has to stop; the state is saved."""
@@ -136,10 +195,12 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         figures = self._mean({**sums, "grad_norm": torch.as_tensor(norm)})
         self._refuse_nan(figures)
+        self._unsaved = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.seen += config.batch_size
         self.ema.update(self.plain, config.batch_size, self.seen)
+        self._unsaved = True
         return figures
 
     def validate(self) -> None:
@@ -153,6 +214,7 @@ class Trainer:
     def save(self) -> None:
         """Write the state, whole or not at all, and remove the oldest. Raises UserError where it is not finite."""
         main, scaler = self.accelerator.is_main_process, self.accelerator.scaler
+        self._unsaved = False  # what fails here is not tried once more
         tensors = state.collect(self.plain, self.ema.averages, self.optimizer.optimizer, keep=main)
         fault = state.fault(tensors)
         if self._any(bool(fault)):  # the main process alone has the tensors, and all of them stop
@@ -168,27 +230,38 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # no process ends before the state is written
 
     def resume(self) -> None:
-        """Go on from the newest state, if there is one. Raises UserError where it is of another model."""
+        """Go on from the newest state, if there is one. Raises UserError where it is damaged or of another model."""
         if self.accelerator.is_main_process:
-            sweep(self.folder, "state-")
+            sweep(self.folder)
         if path := state.newest(self.folder):
-            metadata = read_metadata(path)
-            if metadata.get("frozen") != self.frozen:
+            found = self._read_state(path)
+            if found.seen % self.config.batch_size:
                 raise UserError(
-                    f"{path} was trained on top of other frozen weights: give another output, or delete {self.folder}"
-                )
-            if int(metadata["seen"]) % self.config.batch_size:
-                raise UserError(
-                    f"{path} stands at {metadata['seen']} pictures, no multiple of loop.batch_size "
+                    f"{path} stands at {found.seen} pictures, no multiple of loop.batch_size "
                     f"{self.config.batch_size}: give a batch size that divides it"
                 )
-            state.restore(path, self.plain, self.ema.averages, self.optimizer.optimizer)
-            if self.accelerator.scaler and (scaler := json.loads(metadata["scaler"])):
-                self.accelerator.scaler.load_state_dict(scaler)
-            self.seen, self.best = int(metadata["seen"]), float(metadata["best"])
+            state.restore(found, self.plain, self.ema.averages, self.optimizer.optimizer)
+            if self.accelerator.scaler and found.scaler:
+                self.accelerator.scaler.load_state_dict(found.scaler)
+            self.seen, self.best = found.seen, found.best
             self.report.say(f"resumed from {path} at {self.seen:,} pictures")
         if self.accelerator.is_main_process and self.resolved:
             write_text(self.folder / "config.yaml", self.resolved)
+
+    def _read_state(self, path: Path) -> state.Saved:
+        """Read a state. Raises UserError, which names an older one that could be gone on from."""
+        own = self.plain, self.ema.averages, self.optimizer.optimizer, self.frozen
+        try:
+            return state.read(path, *own)
+        except UserError as error:
+            for older in (each for each in state.saved(self.folder) if each < path):
+                with suppress(UserError):
+                    state.read(older, *own)
+                    advice = f"{older.name} beside it is whole: delete {path.name} to go on from that"
+                    break
+            else:
+                raise
+            raise UserError(f"{error}; {advice}") from error
 
     def _due(self, every: int) -> bool:
         """Whether the last step passed a multiple of `every` pictures; 0 is never."""
@@ -221,6 +294,7 @@ class Trainer:
 
     def _stop(self, why: str) -> NoReturn:
         """Raises UserError; a state from which not one step succeeded is named."""
+        self._ended = True
         saved, newest = ":", state.newest(self.folder)
         if newest and newest == state.path_of(self.folder, self.seen):
             saved = f", and nothing came of {newest}: delete that file,"

@@ -1,11 +1,11 @@
 """The optimizer, and the learning rate as a function of the pictures seen."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.training.bounds import refuse_outside
@@ -74,6 +74,48 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
             "loop.optimizer.kind adamw8bit needs bitsandbytes: pip install bitsandbytes, or use adamw"
         ) from error
     return AdamW8bit(trained, **settings)
+
+
+def odd_moments(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor], seen: int
+) -> list[str]:
+    """What can't be of a parameter's moments, as they were saved after `seen` pictures, by name with what is odd.
+
+    The kernels of an optimizer trust names, shapes and dtypes.
+    """
+    wanted = _moments_of(optimizer, parameter)
+    odd = [
+        f"{key} is {'missing' if key in wanted else 'unknown'}"
+        for key in sorted(wanted.keys() ^ state.keys())
+    ]
+    for key, (shape, dtype) in wanted.items():
+        each = state.get(key)
+        if each is None:
+            continue
+        if (each.shape, each.dtype) != (shape, dtype):
+            odd.append(f"{key} is {tuple(each.shape)} {each.dtype} for {tuple(shape)} {dtype}")
+        elif key == "step" and not 1 <= float(each) <= seen:
+            odd.append(f"step is {float(each):g} after {seen} pictures")
+        elif key == "exp_avg_sq" and each.numel() and not float(each.min()) >= 0:
+            odd.append("exp_avg_sq is negative, a mean of squares")
+    return odd
+
+
+def _moments_of(
+    optimizer: torch.optim.Optimizer, parameter: Tensor
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shape and dtype of what the optimizer keeps of a parameter, by name."""
+    made: dict[str, Any]
+    make: Any = getattr(optimizer, "init_state", None)
+    if make:  # bitsandbytes tells by making it, as its version and the size have it
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        index = next(i for i, p in enumerate(group["params"]) if p is parameter)
+        make(group, parameter, optimizer.param_groups.index(group), index)
+        made = optimizer.state.pop(parameter)
+        made = {key: torch.as_tensor(each) for key, each in made.items()}
+        return {key: (each.shape, each.dtype) for key, each in made.items()}
+    own = parameter.shape, parameter.dtype
+    return {"step": (torch.Size(), torch.float32), "exp_avg": own, "exp_avg_sq": own}
 
 
 def warmup_of(config: OptimizerConfig, pictures: int) -> int:

@@ -8,8 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoints.files import read_text, write_text
+from ldm.checkpoints.files import read_text
 from ldm.errors import printable
+from ldm.files import write_text, writing
 from ldm.pictures import open_raster
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Report:
         self.say(f"{seen:>9,}  " + "  ".join(f"{k} {v:.5g}" for k, v in figures.items()))
         self.accelerator.log(figures, step=seen)
         if self.accelerator.is_main_process:
-            with self._log.open("a") as file:
+            with writing(self._log), self._log.open("a") as file:
                 file.write(json.dumps({"seen": seen, **figures}) + "\n")
 
     def pictures_of(self, seen: int, before: set[Path]) -> None:
@@ -104,12 +105,15 @@ class Report:
             self._bar.close()
         # Not accelerate's end_training: it also parts the processes, before all of them are done.
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except OSError as error:  # it must not hide what ended the run
+                self.say(f"{tracker.name} could not write its last: {error.strerror or error}")
 
 
 def _seen(line: str) -> float:
-    """The pictures of a line of the log; infinite where a kill cut the line short."""
+    """The pictures of a line of the log; infinite where a kill cut it short, or it is no such line."""
     try:
-        return json.loads(line)["seen"]
-    except ValueError:
+        return float(json.loads(line)["seen"])
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return math.inf

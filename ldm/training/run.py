@@ -22,6 +22,7 @@ from ldm.training.loop import Trainer
 from ldm.training.objective import Objective
 from ldm.training.settings import LoopConfig
 from ldm.training.share import processes
+from ldm.training.stop import raised_signals
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,14 @@ def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
 def train(path: str | Path, overrides: Iterable[str] = ()) -> bool:
     """Train what the config file says; True when the run is complete.
 
-    The resolved config goes into the run's folder and into its state.
+    The resolved config goes into the run's folder and into its state. Outside of the loop, which saves its state first,
+    SIGTERM and SIGHUP end it as Ctrl-C does, by a KeyboardInterrupt.
     """
-    run = read_run(path, overrides)
-    with processes().main_process_first():  # it fetches what is missing
-        objective = run.objective()
-    return Trainer(objective, run.loop, run.output, run.resolved).run()
+    with raised_signals():
+        run = read_run(path, overrides)
+        with processes().main_process_first():  # it fetches what is missing
+            objective = run.objective()
+        return Trainer(objective, run.loop, run.output, run.resolved).run()
 
 
 def _module(name: str) -> Any:

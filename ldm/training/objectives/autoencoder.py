@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import read_text, write_text
+from ldm.checkpoints.files import read_text, write_bytes, write_text
 from ldm.checkpoints.folder import write_component
 from ldm.data.recipe import Recipe, RecipeConfig
 from ldm.data.sources import CRITIC, PACKAGES_FOLDER, fetch
@@ -20,7 +20,7 @@ from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGau
 from ldm.models.critics import EfficientNetLite0, PerceptualDistance
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.vq import Quantized, VQConfig, codebook_use
-from ldm.pictures import grid, to_pil, to_unit_range
+from ldm.pictures import grid, png, to_pil, to_unit_range
 from ldm.training.adversarial import AdversarialConfig, adversarial_loss
 from ldm.training.bounds import refuse_outside
 from ldm.training.examples import Batch, Compositions, Examples, Labels, Photographs
@@ -223,7 +223,8 @@ class Objective:
                 columns = min(8, len(originals))
                 rows = [each.split(columns)[: len(each) // columns] for each in (originals, decoded)]
                 pairs = torch.cat([row for pair in zip(*rows, strict=True) for row in pair])
-                grid(to_pil(to_unit_range(pairs)), columns).save(folder / f"decoded-{seen:08d}.png")
+                sheet = grid(to_pil(to_unit_range(pairs)), columns)
+                write_bytes(folder / f"decoded-{seen:08d}.png", png(sheet))
             errors += ((decoded - originals) / 2).square().mean((1, 2, 3)).tolist()
             if self.distance:
                 distances += self.distance(decoded, originals).tolist()

@@ -19,7 +19,8 @@ from ldm.diffusion.losses import LossConfig, diffusion_loss, shifted
 from ldm.diffusion.parameterization import check
 from ldm.diffusion.plan import plan
 from ldm.errors import UserError
-from ldm.pictures import grid
+from ldm.files import write_bytes
+from ldm.pictures import grid, png
 from ldm.training import sources
 from ldm.training.bounds import refuse_outside
 from ldm.training.conditions import Conditions
@@ -272,7 +273,7 @@ class Objective:
             factor = self.system.autoencoder.config.factor
             size = (known.shape[2] * factor, known.shape[3] * factor)
         drawn = draw(system, prompts, seeds, shown.steps, shown.guidance, size, known)
-        grid(drawn, len(shown.prompts)).save(folder / f"drawn-{seen:08d}.png")
+        write_bytes(folder / f"drawn-{seen:08d}.png", png(grid(drawn, len(shown.prompts))))
         return {}
 
     def _emptied(self, count: int) -> Tensor:
