@@ -32,7 +32,12 @@ _SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--steps", "num_inference_steps", int, "sampling steps (default: the model's own)"),
     ("--guidance-scale", "guidance_scale", float, "how closely to follow the prompt; 1 is unguided"),
     ("--sampler", "sampler", str, "the solver, in place of the model's own, e.g. dpmpp_2m"),
-    ("--schedule", "schedule", str, "the spacing of noise levels, e.g. karras, trailing"),
+    (
+        "--schedule",
+        "schedule",
+        str,
+        "the spacing of noise levels, e.g. karras (the same range with every sampler), trailing",
+    ),
     ("--height", "height", int, "pixels"),
     ("--width", "width", int, "pixels"),
     ("--guidance-rescale", "guidance_rescale", float, "0 to 1, against over-exposure"),

@@ -225,7 +225,8 @@ class TextToImagePipeline:
         seed: an int (image k gets seed + k), or one an image; None draws them. An image depends on its own seed
             only: not on its neighbours, the batch's size or the device.
         All numbers may be numpy's, or tensors without dimensions.
-        sampler, schedule: in place of the model's own solver and spacing. eta: DDIM's noise, 0 to 1.
+        sampler, schedule: in place of the model's own solver and spacing; karras and exponential have one range with
+            every sampler (docs/compatibility.md). eta: DDIM's noise, 0 to 1.
         guidance_rescale: Lin et al. 2023, in [0, 1]. guidance_interval: guided only where low < sigma <= high.
         callback_on_step_end: called with (pipe, index, timestep, {"latents", "denoised", "preview", "images"}) after
             each prediction; see `pipelines.progress`. Returning False ends the call there.
