@@ -39,7 +39,7 @@ image: $(VENV)/.installed
 	@echo "The picture is in $$IMAGE_OUT"
 
 # One thread a worker: JOBS workers with torch's own thread pools would fight for the cores.
-PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations=10
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=10
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow"

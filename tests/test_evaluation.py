@@ -442,7 +442,7 @@ def test_bad_input_is_one_line(
     config.write_text(json.dumps({"output": "x", "loop": {"pictures": 16}, "autoencoder": {}}))
     monkeypatch.chdir(tmp_path)
     cases = {
-        "16 or more": ["--prompts", "3"],
+        "--prompts must be 16 to 100,000": ["--prompts", "3"],
         "no text_to_image": ["--config", str(config)],
         "too long": ["--config", BUNDLED, "--output", "x" * 300],
         "sprites": ["--config", BUNDLED],

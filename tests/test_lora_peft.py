@@ -107,8 +107,8 @@ def test_pefts_text_encoders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("{", "adapter_config.json can't be read"),
-        ("[1]", "adapter_config.json can't be read"),
+        ("{", "adapter_config.json is not valid JSON"),
+        ("[1]", "adapter_config.json holds a list"),
         ('{"lora_alpha": "x"}', "lora_alpha is 'x'"),
         ('{"lora_alpha": NaN}', "no finite number"),
         ('{"alpha_pattern": [1]}', "alpha_pattern is no mapping"),
