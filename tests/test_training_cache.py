@@ -121,6 +121,21 @@ def test_what_a_cache_cannot_hold_or_read_is_refused(tmp_path: Path) -> None:
         TensorCache(tmp_path)
 
 
+def test_a_shard_that_others_cut_short_or_damage_while_it_is_in_use_is_an_error(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path)
+    cache.fill(["a", "b"], lambda keys: [{"x": torch.full((9, 3), float(ord(key)))} for key in keys])
+    assert cache.read("b")["x"].tolist() == [[98.0] * 3] * 9
+    shard = next(tmp_path.iterdir())
+    whole = shard.read_bytes()
+    os.truncate(shard, len(whole) - 4)
+    assert cache.read("a")["x"].tolist() == [[97.0] * 3] * 9
+    with pytest.raises(UserError, match=r"shard-.* can't be read: it was cut short while it was in use"):
+        cache.read("b")
+    shard.write_bytes(whole.replace(b'\\"0/\\", 1,', b'\\"0/\\", 7,'))
+    with pytest.raises(UserError, match=r"shard-.* has 2 rows of '0/x' and none of number 7"):
+        TensorCache(tmp_path).read("b")
+
+
 def test_one_of_two_processes_fills(tmp_path: Path) -> None:
     said = side_by_side(
         f"""

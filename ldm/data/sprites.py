@@ -85,14 +85,10 @@ def _webp_files(path: Path) -> Callable[[str], "Image | None"]:
 
 def _iconify(path: Path) -> Callable[[str], "Image | None"]:
     """Vector pictures in one JSON file, with a second one that maps code points to names."""
-    with _tar(path) as archive:
-        try:
-            icons = json.loads(_member(archive, "package/icons.json", path))
-            chars = json.loads(_member(archive, "package/chars.json", path))
-        except ValueError as error:
-            raise UserError(
-                f"{path} is damaged ({error}): delete it, and scripts/prepare_data.py will fetch it again"
-            ) from None
+    advice = ": delete it, and scripts/prepare_data.py will fetch it again"
+    with _tar(path) as archive, foreign(path, "is damaged", advice):
+        icons = json.loads(_member(archive, "package/icons.json", path))
+        chars = json.loads(_member(archive, "package/chars.json", path))
     bodies, aliases = icons["icons"], icons.get("aliases", {})
     side = (icons.get("width", 16), icons.get("height", 16))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.checkpoints.files import read_metadata, read_tensors, write_tensors
 from ldm.errors import UserError
 from ldm.evaluation.questions import WHOLE, Place, Question
+from ldm.foreign import foreign, json_object
 from ldm.models.critics import EfficientNetLite0
 
 _MAP = 8  # the map of colours has so many cells along each side
@@ -175,14 +176,12 @@ def save_detectors(path: Path, detectors: Detectors, tested: Mapping[str, tuple[
 def load_detectors(path: Path, features: Features) -> tuple[Detectors, dict[str, tuple[float, int]]]:
     """Read what `save_detectors` wrote. Raises UserError."""
     tensors, metadata = read_tensors(path), read_metadata(path)
-    try:
+    with foreign(path, "holds no detectors", ": delete it, and they are fitted again"):
         found = {
             name: Detector(classes, tensors[f"{name}/project"], tensors[f"{name}/means"])
-            for name, classes in json.loads(metadata["classes"]).items()
+            for name, classes in json_object(metadata["classes"], path).items()
         }
-        tested = {name: (share, count) for name, (share, count) in json.loads(metadata["tested"]).items()}
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"{path} holds no detectors ({error}): delete it, and they are fitted again"
-        ) from None
+        tested = {
+            name: (share, count) for name, (share, count) in json_object(metadata["tested"], path).items()
+        }
     return Detectors(features, found), tested

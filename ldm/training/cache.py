@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.files import check_finite, read_metadata, read_tensors, write_tensors
+from ldm.checkpoints.files import check_finite, read_metadata, write_tensors
+from ldm.checkpoints.rows import StoredRows
 from ldm.errors import UserError
 from ldm.files import sweep
 from ldm.foreign import parse_json
@@ -25,7 +26,7 @@ class TensorCache:
     A key should hold all that decides its entry (a picture's bytes, its cut, the network's weights): then nothing in
     the folder is ever out of date, what was made otherwise merely has other keys, and deleting the folder costs time
     only. Shards are written whole or not at all, and there may be any number of them, from any number of builds.
-    Their tensors are mapped, not loaded.
+    An entry is read from the disk each time; nothing is held, and nothing is mapped.
 
     every: a build writes what it has after so many seconds, which is what an interrupted one loses.
 
@@ -36,7 +37,7 @@ class TensorCache:
         self.folder, self.every = Path(folder), every
         self._places: dict[str, tuple[Path, str, int]] = {}  # by key: shard, group of equal shapes in it, row
         self._notes: dict[str, str] = {}
-        self._shards: dict[Path, dict[str, Tensor] | None] = {}  # None: not read from yet
+        self._shards: dict[Path, StoredRows | None] = {}  # None: not read from yet
         self._scan()
 
     def __contains__(self, key: str) -> bool:
@@ -47,12 +48,13 @@ class TensorCache:
         return self._places.keys()
 
     def read(self, key: str) -> Entry:
-        """The tensors of a key, views of the mapped file. Raises KeyError where it was never filled."""
+        """The tensors of a key. Raises KeyError where it was never filled, UserError where its shard was damaged."""
         path, group, row = self._places[key]
         shard = self._shards[path]
         if shard is None:
-            shard = self._shards[path] = read_tensors(path)
-        return {name.removeprefix(group): each[row] for name, each in shard.items() if name.startswith(group)}
+            shard = self._shards[path] = StoredRows(path)
+        names = [name for name in shard.names if name.startswith(group)]
+        return {name.removeprefix(group): shard.read(name, row) for name in names}
 
     def note(self, key: str) -> str:
         """The text kept with a key, "" if none."""

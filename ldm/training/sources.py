@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from ldm.data.pictures import PictureSet, open_pictures
 from ldm.data.recipe import Recipe, RecipeConfig
 from ldm.data.sprites import SPRITES_FILE, load_sprites
 from ldm.errors import UserError, printable
+from ldm.foreign import json_object
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.pictures import png
 from ldm.system import System
@@ -214,11 +216,9 @@ def _origin(config: PriorConfig, system: System) -> dict[str, Any]:
 def _read_origin(folder: Path) -> dict[str, Any]:
     """What the folder's class pictures were drawn from; nothing where it doesn't say."""
     path = folder / _ORIGIN
-    try:
-        found = json.loads(read_text(path)) if path.exists() else {}
-    except ValueError:
-        found = {}
-    return found if isinstance(found, dict) else {}
+    with suppress(UserError):  # it only saves drawing them
+        return json_object(read_text(path), path)
+    return {}
 
 
 class WithPrior:

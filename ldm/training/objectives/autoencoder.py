@@ -16,6 +16,7 @@ from ldm.data.recipe import Recipe, RecipeConfig
 from ldm.data.sources import CRITIC, PACKAGES_FOLDER, fetch
 from ldm.data.sprites import SPRITES_FILE, load_sprites
 from ldm.errors import UserError
+from ldm.foreign import parse_json
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from ldm.models.critics import EfficientNetLite0, PerceptualDistance
 from ldm.models.discriminator import PatchDiscriminator
@@ -290,7 +291,7 @@ def _check_labels(config: Config, names: list[str]) -> None:
     if not (names and config.init):
         return
     path = Path(config.init) / component(config.quantizer) / _LABELS
-    if json.loads(read_text(path)) != names:
+    if parse_json(read_text(path), path) != names:
         raise UserError(
             f"{path} has other labels, or in another order, than autoencoder.recipe: change the recipe"
         )
