@@ -1,4 +1,4 @@
-"""A whole text-to-image system: text encoder, U-Net, autoencoder and scheduler, from and to what lies on disk."""
+"""A whole text-to-image system: text encoder, denoising network, autoencoder and scheduler, from and to disk."""
 
 import hashlib
 import json
@@ -17,22 +17,20 @@ from ldm.checkpoints.files import load_strict
 from ldm.checkpoints.folder import write_folder
 from ldm.checkpoints.hub import resolve
 from ldm.checkpoints.single_file import write_single_file
+from ldm.condition import Condition
 from ldm.conditioning.load import export, write_tokenizers
 from ldm.conditioning.system import build_conditioning
-from ldm.conditioning.text import TextEmbedding, TextEncoder
+from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.denoiser import Network
 from ldm.diffusion.scheduler_config import SchedulerConfig
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.denoising import DenoisingNetwork
 from ldm.models.diffusers_config import check_layers
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.networks import NETWORKS
 
-_PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLInpaintPipeline",
-)
+# Whose scheduler diffusers changes where a folder is loaded, whatever the folder says.
+_INSISTENT = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -51,6 +49,7 @@ class System:
     """The parts of a text-to-image system, frozen and in evaluation mode.
 
     Attributes:
+        network: what denoises: a U-Net, or another one of `ldm.models.networks`.
         pipeline: diffusers' pipeline class, as model_index.json names it.
         options: the entries of model_index.json that are no components.
         fingerprint: of all weights as they lie on disk and of the scheduler; it changes with any training.
@@ -58,7 +57,7 @@ class System:
         precision: of each part's weights as they lie on disk, where all of a part's have one.
     """
 
-    unet: UNet
+    network: DenoisingNetwork
     autoencoder: AutoencoderKL
     text: TextEncoder
     scheduler: SchedulerConfig
@@ -86,30 +85,24 @@ class System:
         """
         path = bundled_model() if name is None else resolve(name, variant)
         checkpoint = read_checkpoint(path, variant, prediction_type)
-        if checkpoint.pipeline not in _PIPELINES:
-            raise UserError(
-                f"{path} holds a {checkpoint.pipeline or 'system of no name'}: what is drawn with here is a "
-                f"{' or '.join(_PIPELINES[:2])}"
-            )
-        for part in ("unet", "vae", "scheduler"):
+        kind = _network_of(checkpoint, path)
+        for part in (kind.component, "vae", "scheduler"):
             if part not in checkpoint.configs or (part != "scheduler" and part not in checkpoint.tensors):
                 raise UserError(f"{path} has no {part} in its model_index.json")
         scheduler = SchedulerConfig.from_dict(checkpoint.configs["scheduler"], f"{path}: scheduler")
-        if "XL" not in checkpoint.pipeline:  # as diffusers' pipeline insists, whatever the file says
+        if checkpoint.pipeline in _INSISTENT:
             scheduler = scheduler.with_values(steps_offset=1, clip_sample=False)
         _check_options(checkpoint.options, path)
         try:
             scheduler.noise_schedule()  # a schedule that cannot be is refused now, not at the first picture
         except UserError as error:
             raise UserError(f"{path}: scheduler: {error}") from error
-        where = f"{path}: unet"
-        unet = _filled(
-            UNet, UNetConfig.from_diffusers(checkpoint.configs["unet"], where), checkpoint, "unet", path
-        )
+        config = kind.read_config(checkpoint.configs[kind.component], f"{path}: {kind.component}")
+        network = _filled(kind, config, checkpoint, kind.component, path)
         vae_config = AutoencoderConfig.from_diffusers(checkpoint.configs["vae"], f"{path}: vae")
         autoencoder = _filled(AutoencoderKL, vae_config, checkpoint, "vae", path)
         system = cls(
-            unet=unet,
+            network=network,
             autoencoder=autoencoder,
             text=build_conditioning(checkpoint, path if path.is_dir() else None, torch_dtype, device),
             scheduler=scheduler,
@@ -128,42 +121,39 @@ class System:
             raise UserError(
                 f"{path}: the autoencoder is conditioned on labels, which text to image has none of"
             )
-        unet, channels = self.unet.config, self.autoencoder.config.latent_channels
-        if unet.out_channels not in (channels, 2 * channels):  # twice: with a learned variance
+        channels, out = self.autoencoder.config.latent_channels, self.network.config.out_channels
+        if out not in (channels, 2 * channels):  # twice: with a learned variance
             raise UserError(
-                f"{path}: the U-Net gives {unet.out_channels} channels, the autoencoder's latents have {channels}: "
-                "parts of different models"
+                f"{path}: the {self.network.component} gives {out} channels, the autoencoder's latents have "
+                f"{channels}: parts of different models"
             )
-        sample = self.text.encode([""])[0]
-        if sample.hidden.shape[-1] != unet.cross_attention_dim:
-            raise UserError(
-                f"{path}: the U-Net attends to {unet.cross_attention_dim} features, the text encoder gives "
-                f"{sample.hidden.shape[-1]}: parts of different families"
-            )
-        if self.is_xl and (sample.pooled is None or sample.pooled.shape[-1] != self._pooled_width):
-            raise UserError(
-                f"{path}: the U-Net is SDXL's, which wants a pooled text of {self._pooled_width} features"
-            )
+        sample, wants = self.text.encode([""])[0].parts(), self.wants
+        for name, what in (("hidden", "the text"), ("pooled", "a pooled text")):
+            given = sample[name].shape[-1] if name in sample else "none"
+            if name in wants and given != wants[name]:
+                raise UserError(
+                    f"{path}: the {self.network.component} wants {wants[name]} features of {what}, the text encoder "
+                    f"gives {given}: parts of different families"
+                )
 
     @property
-    def _pooled_width(self) -> int:
-        """Features of the pooled text that SDXL's U-Net takes, beside its six sizes."""
-        config = self.unet.config
-        return (config.projection_class_embeddings_input_dim or 0) - 6 * (config.addition_time_embed_dim or 0)
+    def wants(self) -> dict[str, int]:
+        """The parts of a condition that the network wants, and of how many features each is."""
+        return self.network.wants(self.autoencoder.config.latent_channels)
 
     @property
     def is_xl(self) -> bool:
-        """Whether the U-Net wants SDXL's pooled text and sizes."""
-        return self.unet.config.addition_embed_type == "text_time"
+        """Whether the network wants SDXL's sizes."""
+        return "time_ids" in self.wants
 
     @property
     def default_size(self) -> int:
-        """Pixels along each side of the pictures that the U-Net was trained on."""
-        return (self.unet.config.sample_size or 64) * self.autoencoder.config.factor
+        """Pixels along each side of the pictures that the network was trained on."""
+        return (self.network.config.sample_size or 64) * self.autoencoder.config.factor
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks by component name, in the order in which a picture needs them."""
-        return {**self.text.modules, "unet": self.unet, "vae": self.autoencoder}
+        return {**self.text.modules, self.network.component: self.network, "vae": self.autoencoder}
 
     def to(self, device: torch.device | str, torch_dtype: torch.dtype) -> "System":
         """Move every part. SDXL's autoencoder overflows in float16: it stays in float32 where its config says so."""
@@ -173,23 +163,27 @@ class System:
             module.to(device=device, dtype=dtype)
         return self
 
-    def bind(self, condition: TextEmbedding, time_ids: Tensor | None = None) -> Network:
-        """The U-Net under a condition of R rows; a call of fewer rows is under the last of them.
+    def condition(
+        self, text: Condition, time_ids: Tensor | None = None, channels: Tensor | None = None
+    ) -> Condition:
+        """Build the condition that the network wants; all that is trained and drawn gets its condition here.
 
-        condition: on the U-Net's device, in its dtype. time_ids: (R, 6), SDXL's sizes in pixels: original height and
-        width, crop top and left, target height and width.
+        text: the text encoder's. time_ids, channels: see `Condition`. Of the text and the sizes, what is not wanted is
+        left out. Raises UserError where a part is missing, or there are channels that the network does not take.
         """
-        unet, added = self.unet, dict[str, Tensor]()
-        if self.is_xl:
-            assert condition.pooled is not None and time_ids is not None
-            added = {"text_embeds": condition.pooled, "time_ids": time_ids}
+        wants, parts = self.wants, {**text.parts(), "time_ids": time_ids}
+        wanted = {name: part for name, part in parts.items() if name in wants and part is not None}
+        condition = Condition(**wanted, channels=channels)
+        condition.require(wants, f"the {self.network.component}")
+        return condition
 
-        def network(x: Tensor, timestep: Tensor) -> Tensor:
-            last = slice(len(condition.hidden) - len(x), None)
-            rows = {key: value[last] for key, value in added.items()}
-            return unet(x.to(condition.hidden.dtype), timestep, condition.hidden[last], rows or None)
+    def bind(self, condition: Condition) -> Network:
+        """Return the network under a condition of R rows; a call of fewer rows is under the last of them.
 
-        return network
+        condition: on the network's device, in its precision.
+        """
+        network, dtype = self.network, self.network.dtype
+        return lambda x, timestep: network(x.to(dtype), timestep, condition.last(len(x)))
 
     def checkpoint(self) -> Checkpoint:
         """Configs and tensors as files hold them.
@@ -198,7 +192,7 @@ class System:
         lost by it: what is only loaded in float32, or held there so as not to overflow, stays as small as it was.
         """
         parts = {
-            "unet": (self.unet.config.to_diffusers(), self.unet.state_dict()),
+            self.network.component: (self.network.config.to_diffusers(), self.network.state_dict()),
             "vae": (self.autoencoder.config.to_diffusers(), self.autoencoder.state_dict()),
             **export(self.text),
         }
@@ -215,6 +209,19 @@ class System:
     def save_single_file(self, path: str | Path) -> None:
         """Write one `.safetensors` in the LDM layout (SD 1.x, 2.x, XL), whole or not at all."""
         write_single_file(path, self.checkpoint())
+
+
+def _network_of(checkpoint: Checkpoint, path: Path) -> type[DenoisingNetwork]:
+    """The kind of network that a checkpoint's pipeline denoises with. Raises UserError for one that is not known."""
+    found = [each for each in NETWORKS.values() if checkpoint.pipeline in each.pipelines]
+    if not found:
+        known = [name for each in NETWORKS.values() for name in each.pipelines]
+        raise UserError(
+            f"{path} holds a {checkpoint.pipeline or 'system of no name'}: what is drawn with here is a "
+            f"{' or '.join(known[:2])}"
+        )
+    named = {str(checkpoint.configs.get(each.component, {}).get("_class_name")) for each in found}
+    return next((each for name, each in NETWORKS.items() if name in named and each in found), found[0])
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -72,7 +72,7 @@ class Adapters:
             raise UserError(f"a LoRA named {name!r} is loaded already: give another name, or set its weight")
         _check_weight(name, weight)
         networks = self._networks()
-        found = lora_files.read_lora_file(path, networks, self.system.unet.config.to_diffusers())
+        found = lora_files.read_lora_file(path, networks, self.system.network.config.to_diffusers())
         if not found.adapters:
             raise UserError(f"{path} holds no LoRA")
         parts: dict[str, LoRA] = {}
@@ -138,7 +138,7 @@ class Adapters:
             part.unmerge()
 
     def _networks(self) -> dict[str, nn.Module]:
-        return {**self.system.text.modules, "unet": self.system.unet}
+        return {**self.system.text.modules, self.system.network.component: self.system.network}
 
     def _parts(self) -> list[LoRA]:
         return [part for loaded in self._loras.values() for part in loaded.parts.values()]

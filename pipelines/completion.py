@@ -40,7 +40,7 @@ def completed(system: System, recipe: Recipe, stated: Mapping[str, Any]) -> Reci
         },
         **{name: getattr(recipe, name) or value for name, value in sizes.items()},
         **stated,
-        dtype=str(system.unet.conv_in.weight.dtype).removeprefix("torch."),
+        dtype=str(system.network.dtype).removeprefix("torch."),
         model_hash=system.fingerprint,
         version=__version__,
     )

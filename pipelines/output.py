@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.pictures import to_numpy, to_pil, to_unit_range
+from ldm.pictures import to_numpy, to_pil
+from ldm.sampling import decode
 from pipelines.files import check_target, save_picture
-from pipelines.placement import wake
 from pipelines.recipe import Recipe
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -43,9 +43,7 @@ def pictures(autoencoder: AutoencoderKL, latents: Tensor, output_type: OutputTyp
     """The `images` of a TextToImageOutput, of latents (B, C, h, w). Raises UserError where they come out as NaN."""
     if output_type == "latent":
         return latents
-    wake(autoencoder)
-    unscaled = autoencoder.unscale(latents).to(autoencoder.decoder.conv_in.weight.dtype)
-    decoded = to_unit_range(autoencoder.decode(unscaled))
+    decoded = decode(autoencoder, latents)
     if not bool(decoded.isfinite().all()):
         raise UserError(
             "the picture came out as NaN: in float16 some models overflow (take float32 or bfloat16); else the "

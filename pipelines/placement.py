@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from ldm.errors import UserError
 from ldm.system import System
@@ -61,13 +60,6 @@ def offload_where_needed(system: System, device: torch.device, low_memory: bool 
             device.type == "cuda" and _weights(system) * _HEADROOM > torch.cuda.mem_get_info(device)[0]
         )
     return Offload(system, device) if low_memory else None
-
-
-def wake(module: nn.Module) -> None:
-    """Bring an offloaded part to its device before a method other than `forward` is called; else nothing."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(module)
 
 
 def _weights(system: System) -> int:

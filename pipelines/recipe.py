@@ -87,6 +87,12 @@ class Recipe:
         """Equal for recipes that one call can draw."""
         return tuple(getattr(self, each.name) for each in fields(self) if each.name not in PER_IMAGE)
 
+    def sizes(self) -> tuple[int, ...] | None:
+        """The six numbers that SDXL is told (see `Condition.time_ids`), of a complete recipe; None for other models."""
+        if not (self.original_size and self.target_size):
+            return None
+        return (*self.original_size, *self.crops_coords_top_left, *self.target_size)
+
     def png_info(self) -> "PngInfo":
         """The metadata to save a PNG with: `image.save(path, pnginfo=recipe.png_info())`."""
         from PIL.PngImagePlugin import PngInfo

@@ -13,14 +13,12 @@ from typing import Any, NoReturn, SupportsFloat, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
-from ldm.diffusion.driver import Noise
-from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError, nearest
+from ldm.sampling import Guidance, prepare, sample
 from ldm.system import System
 from pipelines.adapters import Adapters
 from pipelines.completion import batches_of, completed, plan_of
-from pipelines.condition import bound, condition_of
 from pipelines.files import whole_path
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import Offload, choose_device, offload_where_needed
@@ -40,16 +38,7 @@ class TextToImagePipeline:
         offload: Offload | None = None,
         identity: dict[str, str | None] | None = None,
     ):
-        """identity: how the system was loaded, for recipes: Recipe's model, variant and prediction_type.
-
-        Raises UserError for a U-Net that wants more than latents.
-        """
-        unet, channels = system.unet.config, system.autoencoder.config.latent_channels
-        if unet.in_channels != channels:
-            raise UserError(
-                f"the U-Net takes {unet.in_channels} channels where latents have {channels}: "
-                "an inpainting model or the like, which can't draw from text alone"
-            )
+        """identity: how the system was loaded, for recipes: Recipe's model, variant and prediction_type."""
         self.system = system
         self.device = torch.device(device)
         self._offload = offload
@@ -126,7 +115,7 @@ class TextToImagePipeline:
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the U-Net; samplers keep their state in float32 all the same."""
-        return self.system.unet.conv_in.weight.dtype
+        return self.system.network.dtype
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA over the networks that it is for, beside those that are there; returns its name.
@@ -311,16 +300,23 @@ class TextToImagePipeline:
         """The latents (B, C, h, w) of complete recipes, in one batch, and the notes on their prompts."""
         shared = recipes[0]
         assert shared.guidance_scale is not None
-        condition, notes = condition_of(self.system.text, recipes, guided=shared.guidance_scale > 1)
-        network = bound(self.system, condition.to(self.device, self.dtype), shared)
-        denoise = classifier_free(
-            how.denoiser(network),
-            shared.guidance_scale,
-            shared.guidance_rescale,
-            shared.guidance_interval or (0.0, math.inf),
+        assert shared.height and shared.width
+        none = all(recipe.negative_prompt is None for recipe in recipes)
+        request = prepare(
+            self.system,
+            how,
+            [recipe.prompt for recipe in recipes],
+            [recipe.seed for recipe in recipes if recipe.seed is not None],
+            negatives=None if none else [recipe.negative_prompt or "" for recipe in recipes],
+            guidance=Guidance(
+                shared.guidance_scale, shared.guidance_rescale, shared.guidance_interval or (0.0, math.inf)
+            ),
+            clip_skip=shared.clip_skip,
+            size=(shared.height, shared.width),
+            sizes=shared.sizes(),
+            device=self.device,
         )
-        seeds = [recipe.seed for recipe in recipes if recipe.seed is not None]
-        return how.sample(denoise, Noise(seeds, self._shape(shared), self.device), watch), notes
+        return sample(self.system, request, watch), list(request.notes)
 
     def complete(self, recipe: Recipe) -> Recipe:
         """The recipe with the model's defaults in place of every None. Raises UserError for impossible values."""
@@ -329,12 +325,6 @@ class TextToImagePipeline:
 
     def _completed(self, recipe: Recipe) -> Recipe:
         return completed(self.system, recipe, {**self._identity, **self._adapters.recipe()})
-
-    def _shape(self, recipe: Recipe) -> tuple[int, int, int]:
-        """(C, h, w) of one image's latents."""
-        config = self.system.autoencoder.config
-        assert recipe.height and recipe.width
-        return config.latent_channels, recipe.height // config.factor, recipe.width // config.factor
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Any:

@@ -209,7 +209,7 @@ class Ground:
         pipe = TextToImagePipeline.from_pretrained(self.model, device="cpu")
         self.networks, self.unet = networks(pipe), unet_config(pipe)
         pipe.save_single_file(folder / "single.safetensors")
-        torch.save({"state_dict": pipe.system.unet.state_dict()}, folder / "net.ckpt")
+        torch.save({"state_dict": pipe.system.network.state_dict()}, folder / "net.ckpt")
         adapters = made(pipe, {"unet": "attention"})
         for layout in ("diffusers", "kohya"):
             write_lora(folder / f"{layout}.safetensors", adapters, layout, self.unet)  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ def networks(pipe: TextToImagePipeline) -> dict[str, nn.Module]:
 
 
 def unet_config(pipe: TextToImagePipeline) -> dict[str, Any]:
-    return pipe.system.unet.config.to_diffusers()
+    return pipe.system.network.config.to_diffusers()
 
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"

@@ -54,7 +54,7 @@ def test_the_sample_size_of_old_folders(sd1: Path, version: str, side: int, want
     edit(sd1 / "unet/config.json", sample_size=side, _diffusers_version=version)
     reference = diffusers.StableDiffusionPipeline.from_pretrained(str(sd1)).unet.config.sample_size
     system = System.load(sd1)
-    assert system.unet.config.sample_size == reference == wanted
+    assert system.network.config.sample_size == reference == wanted
     assert ("sample_size is taken to be 64" in " ".join(system.notes)) == (side != wanted)
 
 
@@ -175,7 +175,7 @@ def test_what_a_smaller_precision_would_lose_is_kept(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder(tmp_path, "sd1")
     diffusers.DiffusionPipeline.from_pretrained(str(folder)).to(torch.float16).save_pretrained(str(folder))
     system = System.load(folder)
-    weight = system.unet.conv_in.weight
+    weight = system.network.conv_in.weight
     weight.data = weight + 1e-5
     system.save(tmp_path / "changed")
     saved = read_folder(tmp_path / "changed").tensors

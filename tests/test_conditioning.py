@@ -17,13 +17,14 @@ from ldm.checkpoints import read_checkpoint, write_single_file
 from ldm.checkpoints.files import read_tensors, write_tensors
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.layouts import canonical_clip, open_clip_rows
+from ldm.condition import Condition, concatenate
 from ldm.conditioning import minilm
 from ldm.conditioning.cleaning import clean
 from ldm.conditioning.inversion import NewWords
 from ldm.conditioning.load import build_text_encoder, export, load_text_encoder, write_tokenizers
 from ldm.conditioning.sdxl import JoinedEncoder, parts_of
 from ldm.conditioning.system import build_conditioning
-from ldm.conditioning.text import TextEmbedding, Window, concatenate, encode_pair
+from ldm.conditioning.text import Window, encode_pair
 from ldm.conditioning.tokenizer import (
     EOS,
     clip_tokenizer,
@@ -281,11 +282,11 @@ def test_windows():
 
 
 def test_embeddings():
-    one = TextEmbedding(torch.arange(6.0).view(2, 1, 3), torch.arange(2.0).view(2, 1))
+    one = Condition(torch.arange(6.0).view(2, 1, 3), torch.arange(2.0).view(2, 1))
     both = concatenate([one, one.zeros()]).to(dtype=torch.float64)
     assert both.hidden.shape == (4, 1, 3) and both.pooled is not None and both.pooled.dtype == torch.float64
     with pytest.raises(ValueError, match="pooled"):
-        concatenate([one, TextEmbedding(one.hidden)])
+        concatenate([one, Condition(one.hidden)])
 
 
 # Loading and saving

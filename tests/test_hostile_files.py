@@ -383,7 +383,7 @@ def test_a_lora_of_complex_numbers_is_refused(models: Path, tmp_path: Path) -> N
         {k: torch.ones(v, dtype=torch.complex64) for k, v in shapes.items()}, tmp_path / "l.safetensors"
     )
     system = System.load(models / "sd1")
-    assert "complex" in refusal(lambda: read_lora(tmp_path / "l.safetensors", {"unet": system.unet}))
+    assert "complex" in refusal(lambda: read_lora(tmp_path / "l.safetensors", {"unet": system.network}))
 
 
 def test_thousands_of_words_are_learnt_in_one_go(models: Path, tmp_path: Path) -> None:

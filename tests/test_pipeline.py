@@ -124,7 +124,7 @@ def test_neighbours_do_not_change_a_picture(folder: Callable[..., Path], family:
 
 def test_guidance_one_runs_no_unconditional_pass(pipe: TextToImagePipeline) -> None:
     rows: list[int] = []
-    hook = pipe.system.unet.register_forward_pre_hook(
+    hook = pipe.system.network.register_forward_pre_hook(
         lambda module, arguments: rows.append(len(arguments[0]))
     )
     pipe("cat", num_inference_steps=2, guidance_scale=1.0, output_type="latent")
@@ -405,7 +405,7 @@ def test_models_that_are_for_something_else(folder: Callable[..., Path], tmp_pat
     shutil.copytree(folder("sd1"), tmp_path / "mixed")
     shutil.rmtree(tmp_path / "mixed" / "unet")
     shutil.copytree(folder("sdxl") / "unet", tmp_path / "mixed" / "unet")
-    with pytest.raises(UserError, match="attends to 64 features, the text encoder gives 32"):
+    with pytest.raises(UserError, match="wants 64 features of the text, the text encoder gives 32"):
         TextToImagePipeline.from_pretrained(tmp_path / "mixed", device="cpu")
 
 

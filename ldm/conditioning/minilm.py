@@ -98,7 +98,7 @@ def standardise(folder: str | Path, prompts: Sequence[str]) -> None:
     encoder = load_text_encoder(folder)
     hidden = encoder.encode(prompts)[
         0
-    ].hidden.double()  # (N, L, D), the padding included: the U-Net sees it too
+    ].text.double()  # (N, L, D), the padding included: the U-Net sees it too
     mean, std = hidden.mean((0, 1)), hidden.std((0, 1))
     std = std.clamp(min=0.1 * std.median().item())
     config, tensors = read_component(folder, "text_encoder")

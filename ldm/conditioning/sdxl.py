@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.conditioning.text import TextEmbedding, TextEncoder, WindowedEncoder
+from ldm.condition import Condition
+from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.errors import UserError
 
 
@@ -38,12 +39,12 @@ class JoinedEncoder:
 
     def encode(
         self, prompts: Sequence[str], *, clip_skip: int = 0, length: int = 0
-    ) -> tuple[TextEmbedding, list[str]]:
+    ) -> tuple[Condition, list[str]]:
         length = max(length, self.length(prompts))
         done = [part.encode(prompts, clip_skip=clip_skip, length=length) for part in self.parts]
-        hidden = torch.cat([embedding.hidden for embedding, _ in done], dim=-1)
+        hidden = torch.cat([embedding.text for embedding, _ in done], dim=-1)
         notes = dict.fromkeys(note for _, notes in done for note in notes)
-        return TextEmbedding(hidden, done[-1][0].pooled), list(notes)
+        return Condition(hidden, done[-1][0].pooled), list(notes)
 
 
 def join(parts: list[WindowedEncoder], zeros_without_negative: bool = True) -> JoinedEncoder:

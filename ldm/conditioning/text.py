@@ -12,40 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ldm.condition import Condition
 from ldm.errors import UserError
 
 
-@dataclass(frozen=True)
-class TextEmbedding:
-    """The condition of B prompts: hidden states (B, L, D) and, where there is one, a vector each (B, P)."""
-
-    hidden: Tensor
-    pooled: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "TextEmbedding":
-        """Apply `function`, which may change the batch, to both parts."""
-        return TextEmbedding(function(self.hidden), None if self.pooled is None else function(self.pooled))
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "TextEmbedding":
-        return self.map(lambda part: part.to(device=device, dtype=dtype))
-
-    def zeros(self) -> "TextEmbedding":
-        return self.map(torch.zeros_like)
-
-
-def concatenate(embeddings: Sequence[TextEmbedding]) -> TextEmbedding:
-    """Join embeddings of one length L along the batch."""
-    pooled = [each.pooled for each in embeddings if each.pooled is not None]
-    if len(pooled) not in (0, len(embeddings)):
-        raise ValueError("either all embeddings have a pooled vector or none has")
-    hidden = torch.cat([each.hidden for each in embeddings])
-    return TextEmbedding(hidden, torch.cat(pooled) if pooled else None)
-
-
 class TextEncoder(Protocol):
-    """Prompts to a TextEmbedding."""
+    """Prompts to a Condition with `hidden` and, where there is one, `pooled`."""
 
     @property
     def zeros_without_negative(self) -> bool:
@@ -68,7 +40,7 @@ class TextEncoder(Protocol):
 
     def encode(
         self, prompts: Sequence[str], *, clip_skip: int = 0, length: int = 0
-    ) -> tuple[TextEmbedding, list[str]]:
+    ) -> tuple[Condition, list[str]]:
         """Embed the prompts, all at one L of at least `length`.
 
         clip_skip: how many more of the last layers to leave out (CLIP only).
@@ -79,7 +51,7 @@ class TextEncoder(Protocol):
 
 def encode_pair(
     encoder: TextEncoder, prompts: Sequence[str], negatives: Sequence[str] | None = None, clip_skip: int = 0
-) -> tuple[TextEmbedding, TextEmbedding, list[str]]:
+) -> tuple[Condition, Condition, list[str]]:
     """The prompts and their negatives at the same L, as classifier-free guidance needs them, and the notes.
 
     `negatives` None is "no negative prompt". As in diffusers, `clip_skip` leaves the negatives alone.
@@ -169,7 +141,7 @@ class WindowedEncoder:
 
     def encode(
         self, prompts: Sequence[str], *, clip_skip: int = 0, length: int = 0
-    ) -> tuple[TextEmbedding, list[str]]:
+    ) -> tuple[Condition, list[str]]:
         each = _distinct(prompts)
         texts = [self.tokenize(prompt) for prompt in each]
         length = max(length, self.length(each))
@@ -181,7 +153,7 @@ class WindowedEncoder:
         mask = torch.tensor([row for _, row in rows], device=device)
         hidden, pooled = self.states(self.module, ids, mask, clip_skip)
         # (B * chunks, S, D) -> (B, chunks * S, D); the first chunk speaks for the prompt.
-        embedding = TextEmbedding(
+        embedding = Condition(
             hidden.reshape(len(texts), length, -1), None if pooled is None else pooled[::chunks]
         )
         notes = [self._note(prompt, len(text)) for prompt, text in zip(each, texts, strict=True)]

@@ -1,6 +1,7 @@
 """The denoiser: from a network's prediction to the one thing samplers ask for, an estimate of x0."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,12 +18,20 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 Network = Callable[[Tensor, Tensor], Tensor]
 
 
+Rounding = Literal["none", "round", "floor"]
+_ROUNDING: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda timestep: timestep,
+    "round": torch.round,
+    "floor": torch.floor,
+}
+
+
 class Denoiser:
     """A `Denoise` made of a variance-preserving network; the state keeps its precision (float32).
 
     Guidance works between the two halves: `output`, the network's own prediction, and `x0_from`.
-    rounding: what becomes of timesteps that fall between two integers (`torch.round`, `torch.floor`);
-    None hands them to the network as they are.
+    rounding: what becomes of timesteps that fall between two integers: "round", "floor", or "none", which hands them
+    to the network as they are; one for all images, or one each.
     learned_variance: of a network that learned its variance too (Nichol & Dhariwal 2021), and so gives twice the
     channels, hand on the second half behind x0; else it is left out.
     Raises UserError for a prediction type that the schedule does not allow.
@@ -33,7 +42,7 @@ class Denoiser:
         network: Network,
         schedule: NoiseSchedule,
         prediction_type: str = "epsilon",
-        rounding: Callable[[Tensor], Tensor] | None = None,
+        rounding: Rounding | Sequence[Rounding] = "none",
         learned_variance: bool = False,
     ) -> None:
         parameterization.check(prediction_type, schedule)
@@ -53,7 +62,7 @@ class Denoiser:
         C channels; with `learned_variance` 2C. Raises UserError where the network did not learn its variance.
         """
         timestep = self.timestep(sigma)
-        output = self.network(x * per_image(parameterization.c_in(sigma), x), timestep)
+        output = self.network(x * per_image(parameterization.c_in(self.prediction_type, sigma), x), timestep)
         channels = x.shape[1] * (2 if self.learned_variance else 1)
         if output.shape[1] < channels:
             raise UserError(
@@ -71,7 +80,12 @@ class Denoiser:
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timesteps (B,), float32, that the network is told at noise levels `sigma` (B,)."""
         timestep = self.schedule.to(sigma.device).timestep(sigma)
-        return (self.rounding(timestep) if self.rounding else timestep).to(torch.float32)
+        rounding = [self.rounding] if isinstance(self.rounding, str) else self.rounding
+        if len(set(rounding)) == 1:
+            return _ROUNDING[rounding[0]](timestep).to(torch.float32)
+        # A network call may hold the rows several times: once under each condition.
+        each = zip([*rounding] * (len(timestep) // len(rounding)), timestep, strict=True)
+        return torch.stack([_ROUNDING[how](row) for how, row in each]).to(torch.float32)
 
 
 def change_x0(function: Callable[[Tensor], Tensor], estimate: Tensor, x: Tensor) -> Tensor:

@@ -26,18 +26,17 @@ def sample(denoise: Denoise, steps: Steps, callback: Callable[[Step], bool | Non
     callback: called after every prediction; if it returns False the run stops there, and the estimate of
     x0 at that moment is returned.
     """
-    index, request = 0, next(steps)
+    index, estimate = 0, None
     while True:
-        x, sigma = request
+        try:
+            x, sigma = next(steps) if estimate is None else steps.send(estimate)
+        except StopIteration as stop:
+            return stop.value
         estimate = denoise(x, x.new_full((len(x),), sigma))
         x0 = estimate[:, : x.shape[1]]  # behind it may be a learned variance, which is the sampler's alone
         if callback is not None and callback(Step(index, sigma, x, x0)) is False:
             steps.close()
             return x0
-        try:
-            request = steps.send(estimate)
-        except StopIteration as stop:
-            return stop.value
         index += 1
 
 

@@ -1,40 +1,45 @@
 """Wrappers that return another `Denoise`: guidance, limits on x0, known pixels, the consistency boundary."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise, Denoiser, change_x0
-from ldm.diffusion.parameterization import c_in, per_image
+from ldm.diffusion.parameterization import per_image, unit_variance
 from ldm.diffusion.schedule import NoiseSchedule
+
+Limit = Callable[[Tensor], Tensor]  # of estimates of x0 (B, ...), each image alone
 
 
 def classifier_free(
     denoiser: Denoiser,
     scale: float | Tensor,
-    rescale: float = 0.0,
-    interval: tuple[float, float] = (0.0, math.inf),
+    rescale: float | Tensor = 0.0,
+    interval: tuple[float | Tensor, float | Tensor] = (0.0, math.inf),
 ) -> Denoise:
     """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond), in one network call.
 
+    Every number is one for all images, or one each, (B,): images of unlike requests may share a call.
     denoiser: its network takes B rows, all under the condition, or 2B, the first B without it.
-    scale: a float or one per image, (B,). At 1 or less (as in diffusers) an image is not guided, and where
-    none of the batch is, the unconditional pass is not run.
+    scale: at 1 or less (as in diffusers) an image is not guided, and where none of the batch is, the unconditional
+    pass is not run.
     rescale: share, in [0, 1], of the result's standard deviation put back to that of the conditional output
     (Lin et al. 2023, section 3.4). interval: guide where low < sigma <= high only (Kynkäänniemi et al. 2024).
 
     Both act on the network's own output: rescaling does not commute with the step to x0. A learned variance is the
     conditional one.
     """
-    scales = torch.as_tensor(scale).clamp(min=1)
-    guided_at_all, always = bool((scales > 1).any()), interval == (0.0, math.inf)
+    scales, shares, low, high = (torch.as_tensor(each) for each in (scale, rescale, *interval))
+    scales = scales.clamp(min=1)
+    guided_at_all, rescaled = bool((scales > 1).any()), bool((shares > 0).any())
+    always = bool((low <= 0).all() and (high == math.inf).all())
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         strength = scales.to(x).expand(len(x))
         if not always:
-            inside = (sigma > interval[0]) & (sigma <= interval[1])
+            inside = (sigma > low.to(sigma)) & (sigma <= high.to(sigma))
             strength = torch.where(inside, strength, 1)
         if not guided_at_all or (not always and bool((strength == 1).all())):
             return denoiser(x, sigma)
@@ -43,23 +48,32 @@ def classifier_free(
         def guide(cond: Tensor) -> Tensor:
             against = uncond[:, : x.shape[1]]
             guided = against + per_image(strength, x) * (cond - against)
-            return rescale_output(guided, cond, rescale) if rescale > 0 else guided
+            return rescale_output(guided, cond, shares.to(x)) if rescaled else guided
 
         return denoiser.x0_from(change_x0(guide, cond, x), x, sigma)
 
     return denoise
 
 
-def rescale_output(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
-    """Move each image's standard deviation by `rescale` of the way back to that of `cond` (B, ...)."""
+def rescale_output(guided: Tensor, cond: Tensor, rescale: float | Tensor) -> Tensor:
+    """Move each image's standard deviation by `rescale`, one or (B,), of the way back to that of `cond` (B, ...)."""
     axes = tuple(range(1, cond.ndim))
     ratio = cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
-    return guided * (rescale * ratio + 1 - rescale)
+    share = per_image(torch.as_tensor(rescale).to(guided).reshape(-1), guided)
+    return torch.where(share > 0, guided * (share * ratio + 1 - share), guided)
 
 
-def limited(denoise: Denoise, limit: Callable[[Tensor], Tensor]) -> Denoise:
-    """Put every estimate of x0 through `limit`: a clamp, or `threshold_x0`."""
-    return lambda x, sigma: change_x0(limit, denoise(x, sigma), x)
+def limited(denoise: Denoise, limit: Limit | Sequence[Limit | None]) -> Denoise:
+    """Put every estimate of x0 through `limit`: a clamp, or `threshold_x0`; or through one each, None for no limit."""
+    if callable(limit):
+        return lambda x, sigma: change_x0(limit, denoise(x, sigma), x)
+    rows = list(limit)
+
+    def each(x0: Tensor) -> Tensor:
+        pairs = zip(rows, x0.split(1), strict=True)
+        return torch.cat([row if own is None else own(row) for own, row in pairs])
+
+    return lambda x, sigma: change_x0(each, denoise(x, sigma), x)
 
 
 def threshold_x0(x0: Tensor, quantile: float = 0.995, limit: float = 1.0) -> Tensor:
@@ -86,6 +100,6 @@ def consistency(denoise: Denoise, schedule: NoiseSchedule, timestep_scaling: flo
     def bounded(x: Tensor, sigma: Tensor) -> Tensor:
         time = timestep_scaling * schedule.to(sigma.device).timestep(sigma).to(x.dtype)
         skip, out = 0.25 / (time**2 + 0.25), time / (time**2 + 0.25).sqrt()
-        return per_image(skip * c_in(sigma), x) * x + per_image(out, x) * denoise(x, sigma)
+        return per_image(skip * unit_variance(sigma), x) * x + per_image(out, x) * denoise(x, sigma)
 
     return bounded

@@ -81,7 +81,7 @@ def diffusion_loss(
     level = per_image(sigma, x0)
     x = x0 + level * noise
     seen = x if seen_noise is None else x0 + level * seen_noise.float()
-    output = network(seen * parameterization.c_in(level), timestep.to(torch.float32)).float()
+    output = network(seen * parameterization.c_in(prediction_type, level), timestep.to(torch.float32)).float()
     output, fraction = output.chunk(2, dim=1) if config.variance else (output, None)
     error = output - parameterization.target(prediction_type, x0, x, sigma)
     weight = loss_weight(timestep, schedule, prediction_type, config)

@@ -1,13 +1,15 @@
 """What a network predicts: one table that samplers, guidance and losses share.
 
-A network's output F stands for the clean picture through two functions of the noise level,
+A network's output F stands for the clean picture through three functions of the noise level,
 
-    x0 = c_skip(sigma) * x + c_out(sigma) * F(c_in(sigma) * x),    c_in = 1 / sqrt(1 + sigma^2),
+    x0 = c_skip(sigma) * x + c_out(sigma) * F(c_in(sigma) * x),
 
-with x = x0 + sigma * noise (the scalings of Karras et al. 2022, eq. 7, for variance-preserving networks).
+with x = x0 + sigma * noise (the scalings of Karras et al. 2022, eq. 7). What is here is of variance-preserving
+networks, whose c_in is 1 / sqrt(1 + sigma^2); networks of another kind are rows with a c_in of their own.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,23 +17,37 @@ from torch import Tensor
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, nearest
 
-_TABLE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "epsilon": lambda s: (torch.ones_like(s), -s),
-    "sample": lambda s: (torch.zeros_like(s), torch.ones_like(s)),
-    "v_prediction": lambda s: (1 / (1 + s**2), -s / (1 + s**2).sqrt()),
-    "score": lambda s: (torch.ones_like(s), s**2 / (1 + s**2).sqrt()),
+
+def unit_variance(sigma: Tensor) -> Tensor:
+    """The scale that gives x0 + sigma * noise unit variance, in the shape of `sigma`."""
+    return 1 / (1 + sigma**2).sqrt()
+
+
+@dataclass(frozen=True)
+class _Scalings:
+    """A row of the table: sigma to (c_skip, c_out), and to c_in."""
+
+    skip_out: Callable[[Tensor], tuple[Tensor, Tensor]]
+    scale_in: Callable[[Tensor], Tensor] = unit_variance
+
+
+_TABLE = {
+    "epsilon": _Scalings(lambda s: (torch.ones_like(s), -s)),
+    "sample": _Scalings(lambda s: (torch.zeros_like(s), torch.ones_like(s))),
+    "v_prediction": _Scalings(lambda s: (1 / (1 + s**2), -s / (1 + s**2).sqrt())),
+    "score": _Scalings(lambda s: (torch.ones_like(s), s**2 / (1 + s**2).sqrt())),
 }
 PREDICTION_TYPES = tuple(_TABLE)
 
 
-def c_in(sigma: Tensor) -> Tensor:
-    """Scale that gives the network an input of unit variance, in the shape of `sigma`."""
-    return 1 / (1 + sigma**2).sqrt()
+def c_in(prediction_type: str, sigma: Tensor) -> Tensor:
+    """The scale of what the network sees, in the shape of `sigma`."""
+    return _TABLE[prediction_type].scale_in(sigma)
 
 
 def c_skip_out(prediction_type: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """(c_skip, c_out) of a prediction type (one of PREDICTION_TYPES), each in the shape of `sigma`."""
-    return _TABLE[prediction_type](sigma)
+    return _TABLE[prediction_type].skip_out(sigma)
 
 
 def x0_from(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ latents = steps.sample(denoise, Noise(seeds, shape, device))
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import driver, guidance, parameterization
-from ldm.diffusion.denoiser import Denoise, Denoiser, Network
+from ldm.diffusion.denoiser import Denoise, Denoiser, Network, Rounding
+from ldm.diffusion.guidance import Limit
 from ldm.diffusion.samplers import SAMPLERS, NoiseSource, Steps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.scheduler_config import CLASSES, SchedulerConfig
@@ -26,15 +27,16 @@ from ldm.errors import UserError
 # Stable Diffusion's noise ends at sigma 14.6, which a few dozen steps come down from in reach of each other. With zero
 # terminal SNR the first step is from 4096; DDPM's linear betas end at 157, cosine ones at 20,291.
 _NEARLY_NOISE = 20.0
-Limit = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Plan:
     """How one picture is drawn; nothing in it changes while it is, so it may serve any number of runs.
 
-    sigmas: n + 1 noise levels. initial_scale: what unit noise is multiplied by to stand at the first;
-    final_scale: what the last state is multiplied by to become the sample (both as diffusers has it).
+    sigmas: n + 1 noise levels. initial_scale: what unit noise is multiplied by to stand at the first, as diffusers
+    has it. unit_variance: the sample is the last state, scaled to unit variance, as of diffusers' classes of DDIM's
+    kind; else the state itself, as of those that count in sigma.
+    span: the steps of the whole that a run takes, see `samplers`; None is all.
     """
 
     sampler: str
@@ -42,10 +44,35 @@ class Plan:
     schedule: NoiseSchedule
     prediction_type: str
     initial_scale: float
-    final_scale: float
+    unit_variance: bool
     options: Mapping[str, Any]
-    rounding: Callable[[Tensor], Tensor] | None = None
+    rounding: Rounding = "none"
     wrappers: tuple[Callable[[Denoise], Denoise], ...] = ()
+    span: range | None = None
+
+    def part(self, begin: int = 0, end: int | None = None) -> "Plan":
+        """Plan the same steps, of which a run takes those from number `begin` on, and ends before number `end`.
+
+        A run that begins at sigmas[begin] and ends at sigmas[end]. Raises UserError where there are no such steps.
+        """
+        steps = len(self.sigmas) - 1
+        end = steps if end is None else end
+        if not 0 <= begin <= end <= steps:
+            raise UserError(
+                f"steps {begin} to {end} are asked for of {steps}: begin at 0 or later, end at {steps}"
+            )
+        return replace(self, span=range(begin, end))
+
+    @property
+    def first_sigma(self) -> float:
+        """The noise level that a run begins at."""
+        return self.sigmas[self.span.start if self.span is not None else 0]
+
+    @property
+    def final_scale(self) -> float:
+        """What the last state is multiplied by to become the sample."""
+        last = self.sigmas[self.span.stop if self.span is not None else -1]
+        return 1 / math.sqrt(1 + last**2) if self.unit_variance else 1.0
 
     @property
     def learned_variance(self) -> bool:
@@ -76,8 +103,8 @@ class Plan:
         return denoise
 
     def steps(self, x: Tensor, noise: NoiseSource) -> Steps:
-        """The sampler's coroutine from the state `x` (B, C, h, w) at sigmas[0]."""
-        return SAMPLERS[self.sampler].solve(x, self.sigmas, noise, **self.options)
+        """The sampler's coroutine from the state `x` (B, C, h, w) at `first_sigma`."""
+        return SAMPLERS[self.sampler].solve(x, self.sigmas, noise, span=self.span, **self.options)
 
     def sample(
         self,
@@ -85,13 +112,19 @@ class Plan:
         noise: NoiseSource,
         callback: Callable[[driver.Step], bool | None] | None = None,
         latents: Tensor | None = None,
+        x0: Tensor | None = None,
     ) -> Tensor:
         """Draw: from `latents` (B, C, h, w) of unit noise, or from the first of `noise()`, to the sample.
 
         denoise: that of `denoiser`, guided or not. The state is float32 whatever the network computes in.
-        callback: see `driver.sample`.
+        x0: clean latents (B, C, h, w) that the noise is added to, for a plan that begins on the way (Meng et al. 2022,
+        SDEdit); without them such a plan begins from noise alone. callback: see `driver.sample`.
         """
-        x = (noise() if latents is None else latents).to(torch.float32) * self.initial_scale
+        x = (noise() if latents is None else latents).to(torch.float32)
+        if x0 is not None:
+            x = x0.to(x) + x * self.first_sigma
+        else:
+            x = x * (self.initial_scale if self.first_sigma == self.sigmas[0] else self.first_sigma)
         return driver.sample(self.wrap(denoise), self.steps(x, noise), callback) * self.final_scale
 
 
@@ -118,7 +151,7 @@ def plan(
     parameterization.check(config.get("prediction_type"), noise_schedule)
     spacing = _spacing(config)
     sigmas = _descending(partial(_sigmas, config, noise_schedule, spacing, is_xl), num_inference_steps)
-    first, last = sigmas[0], sigmas[-1]
+    first = sigmas[0]
     unit_variance = CLASSES[config.class_name].family != "k"
     from_above = not unit_variance and config.get("timestep_spacing") in ("linspace", "trailing")
     limit = _limit(config)
@@ -134,7 +167,7 @@ def plan(
         schedule=noise_schedule,
         prediction_type=config.get("prediction_type"),
         initial_scale=first if from_above else math.sqrt(1 + first**2),
-        final_scale=1 / math.sqrt(1 + last**2) if unit_variance else 1.0,
+        unit_variance=unit_variance,
         options=_options(config, noise_schedule, spacing, sigmas, limit, eta),
         rounding=_rounding(config, spacing),
         wrappers=tuple(wrappers),
@@ -202,12 +235,12 @@ def _sigmas(
     return spaced(spacing, ends=ends).tolist()
 
 
-def _rounding(config: SchedulerConfig, spacing: str) -> Callable[[Tensor], Tensor] | None:
+def _rounding(config: SchedulerConfig, spacing: str) -> Rounding:
     """What diffusers' classes of integer timesteps make of noise levels between two of them."""
     if CLASSES[config.class_name].family != "dpm" or spacing not in ("karras", "exponential"):
-        return None
+        return "none"
     cosine = config.sampler.startswith("dpmpp_2m") and config.get("beta_schedule") == "squaredcos_cap_v2"
-    return torch.floor if spacing == "exponential" or cosine else torch.round
+    return "floor" if spacing == "exponential" or cosine else "round"
 
 
 def _limit(config: SchedulerConfig) -> Limit | None:

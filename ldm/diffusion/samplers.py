@@ -3,17 +3,18 @@
 A sampler is a generator function of (x, sigmas, noise) and options of its own. It yields `(x, sigma)`
 whenever it wants a prediction, receives the estimate of x0, and returns the last x. State: x of shape
 (B, C, h, w) = x0 + sigma * noise. sigmas: n + 1 floats, descending; the last is 0 or a small remainder.
-`noise()` gives fresh standard normal noise shaped like x. History lives in local variables: nothing is
-stored between runs, and many runs may stand side by side. `driver.sample` runs one.
+`noise()` gives fresh standard normal noise shaped like x. span: the steps to take, such as range(5, n) for
+the last n - 5, which begin at sigmas[5]; None takes all. What depends on a step's number counts from the
+whole all the same, as diffusers does. History lives in local variables: nothing is stored between runs, and
+many runs may stand side by side. `driver.sample` runs one.
 
 With h = log(sigma / sigma_next), the step in log-SNR, "DPM-Solver++" (Lu et al. 2022, arXiv:2211.01095)
 moves x towards an estimate d of x0 by exactly the line of `_step`; the methods differ in d alone.
 """
 
 import math
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -23,6 +24,16 @@ from ldm.diffusion import parameterization
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Steps = Generator[tuple[Tensor, float], Tensor, Tensor]
 NoiseSource = Callable[[], Tensor]
+
+
+def _steps(sigmas: Sequence[float], span: range | None) -> Iterator[tuple[int, float, float]]:
+    """The steps of a span: the number of each in the whole, and the noise levels that it goes from and to."""
+    for i in _whole(sigmas) if span is None else span:
+        yield i, sigmas[i], sigmas[i + 1]
+
+
+def _whole(sigmas: Sequence[float]) -> range:
+    return range(len(sigmas) - 1)
 
 
 def _step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
@@ -44,9 +55,9 @@ def _extrapolate(x0: Tensor, previous: Tensor, h: float, h_previous: float) -> T
     return x0 + (x0 - previous) * (h / (2 * h_previous))
 
 
-def euler(x: Tensor, sigmas: Sequence[float], noise: NoiseSource) -> Steps:
+def euler(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, span: range | None = None) -> Steps:
     """Euler's method (Karras et al. 2022, algorithm 1 without the second order); DDIM with eta 0."""
-    for sigma, sigma_next in pairwise(sigmas):
+    for _, sigma, sigma_next in _steps(sigmas, span):
         x0 = yield x, sigma
         x = _step(x, x0, sigma, sigma_next)
     return x
@@ -56,6 +67,7 @@ def euler_ancestral(
     x: Tensor,
     sigmas: Sequence[float],
     noise: NoiseSource,
+    span: range | None = None,
     eta: float = 1.0,
     stops: Sequence[float] | None = None,
     clip: Callable[[Tensor], Tensor] | None = None,
@@ -66,8 +78,9 @@ def euler_ancestral(
     stops: where each step ends, if beside the next sigma: diffusers' DDIM steps back a constant T // n
     timesteps, which misses the next one where n does not divide T, and goes on as if it had not.
     """
-    for sigma, stop, sigma_next in zip(sigmas, stops or sigmas[1:], sigmas[1:], strict=False):
+    for i, sigma, sigma_next in _steps(sigmas, span):
         x0 = yield x, sigma
+        stop = stops[i] if stops else sigma_next
         down, up = _split(sigma, stop, eta)
         x = (clip(x0) if clip else x0) + (x - x0) * (down / sigma)
         if up > 0:
@@ -81,6 +94,7 @@ def ddim(
     x: Tensor,
     sigmas: Sequence[float],
     noise: NoiseSource,
+    span: range | None = None,
     eta: float = 0.0,
     stops: Sequence[float] | None = None,
     clip: Callable[[Tensor], Tensor] | None = None,
@@ -90,10 +104,16 @@ def ddim(
     The noise is eta times the paper's own (eq. 16), also of a network that learned its variance: no paper puts that
     into DDIM, and guided-diffusion leaves it out too.
     """
-    return euler_ancestral(x, sigmas, noise, eta, stops, clip)
+    return euler_ancestral(x, sigmas, noise, span, eta, stops, clip)
 
 
-def ddpm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, variance: Variance = "fixed_small") -> Steps:
+def ddpm(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    span: range | None = None,
+    variance: Variance = "fixed_small",
+) -> Steps:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): the mean of the posterior q(x_next | x, x0), and noise.
 
     variance: of the noise. "fixed_small" is the posterior's, beta-tilde; "fixed_large" the forward step's, beta (Ho et
@@ -102,7 +122,7 @@ def ddpm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, variance: Varia
     that of the whole way from sigma_next to sigma, as in guided-diffusion's respacing.
     """
     channels = x.shape[1]
-    for sigma, sigma_next in pairwise(sigmas):
+    for _, sigma, sigma_next in _steps(sigmas, span):
         estimate = yield x, sigma
         x0, share = estimate[:, :channels], estimate[:, channels:]
         x = x0 + (x - x0) * (sigma_next / sigma) ** 2
@@ -118,7 +138,13 @@ def ddpm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, variance: Varia
     return x
 
 
-def heun(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, long_steps: bool = False) -> Steps:
+def heun(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    span: range | None = None,
+    long_steps: bool = False,
+) -> Steps:
     """Heun's second order (Karras et al. 2022, algorithm 1): two predictions a step, one for the last.
 
     It averages the slopes of x in sigma, which moves a step's end by (sigma / sigma_next - 1) / 2 of the change of x0
@@ -126,7 +152,7 @@ def heun(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, long_steps: boo
     1 / sigma, the two estimates of x0, where that share is never more than a half; exact for an x0 that is a line in
     1 / sigma, as it is where x is nearly noise.
     """
-    for sigma, sigma_next in pairwise(sigmas):
+    for _, sigma, sigma_next in _steps(sigmas, span):
         x0 = yield x, sigma
         trial = _step(x, x0, sigma, sigma_next)
         if sigma_next > 0:
@@ -140,10 +166,16 @@ def heun(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, long_steps: boo
     return x
 
 
-def lms(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, order: int = 4) -> Steps:
+def lms(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    span: range | None = None,
+    order: int = 4,
+) -> Steps:
     """Linear multistep (Adams-Bashforth on uneven steps) in sigma, order 1 to 4."""
     slopes: list[Tensor] = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+    for i, sigma, sigma_next in _steps(sigmas, span):
         x0 = yield x, sigma
         slopes = [(x - x0) / sigma, *slopes[: order - 1]]
         nodes = [sigmas[i - k] for k in range(len(slopes))]
@@ -167,6 +199,7 @@ def dpmpp_2m(
     x: Tensor,
     sigmas: Sequence[float],
     noise: NoiseSource,
+    span: range | None = None,
     eta: float = 0.0,
     lower_order_final: bool = True,
     euler_at_final: bool = False,
@@ -178,11 +211,11 @@ def dpmpp_2m(
     """
     steps = len(sigmas) - 1
     euler_last = sigmas[-1] == 0 or euler_at_final or (lower_order_final and steps < 15)
-    previous = x
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+    previous: Tensor | None = None
+    for i, sigma, sigma_next in _steps(sigmas, span):
         x0 = yield x, sigma
         d = x0
-        if i > 0 and not (euler_last and i == steps - 1):
+        if previous is not None and not (euler_last and i == steps - 1):
             d = _extrapolate(x0, previous, math.log(sigma / sigma_next), math.log(sigmas[i - 1] / sigma))
         ratio = sigma_next / sigma
         x = d + (x - d) * ratio ** (1 + eta)
@@ -196,25 +229,34 @@ def dpmpp_2m_sde(
     x: Tensor,
     sigmas: Sequence[float],
     noise: NoiseSource,
+    span: range | None = None,
     eta: float = 1.0,
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> Steps:
     """SDE-DPM-Solver++(2M): `dpmpp_2m` with noise."""
-    return dpmpp_2m(x, sigmas, noise, eta, lower_order_final, euler_at_final)
+    return dpmpp_2m(x, sigmas, noise, span, eta, lower_order_final, euler_at_final)
 
 
-def dpmpp_2s(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, lower_order_final: bool = True) -> Steps:
+def dpmpp_2s(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    span: range | None = None,
+    lower_order_final: bool = True,
+) -> Steps:
     """DPM-Solver++(2S): steps over two sigmas at a time, with a prediction at the one between.
 
     With `lower_order_final`, or where it ends at 0, the last step is of first order.
     """
-    last, i = len(sigmas) - 1, 0
+    last, chosen = len(sigmas) - 1, _whole(sigmas) if span is None else span
     lower_order_final = lower_order_final or sigmas[-1] == 0
-    while i < last:
+    i = chosen.start
+    while i < chosen.stop:
         x0 = yield x, sigmas[i]
         between = _step(x, x0, sigmas[i], sigmas[i + 1])
-        if i + 1 == last or (i + 2 == last and lower_order_final):
+        # Pairs are those of the whole: a run that begins or ends inside one takes half of it, in first order.
+        if i % 2 or i + 1 == chosen.stop or (i + 2 == last and lower_order_final):
             x, i = between, i + 1
             continue
         x0_between = yield between, sigmas[i + 1]
@@ -224,13 +266,19 @@ def dpmpp_2s(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, lower_order
     return x
 
 
-def dpmpp_sde(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, eta: float = 1.0) -> Steps:
+def dpmpp_sde(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    span: range | None = None,
+    eta: float = 1.0,
+) -> Steps:
     """DPM-Solver++ SDE, singlestep of second order with r = 1/2 (k-diffusion's sample_dpmpp_sde).
 
     The noise of the half step is part of the noise of the whole one: both lie on one Brownian path,
     which runs in sigma as diffusers' does.
     """
-    for sigma, sigma_next in pairwise(sigmas):
+    for _, sigma, sigma_next in _steps(sigmas, span):
         x0 = yield x, sigma
         if sigma_next == 0:
             return x0
@@ -245,7 +293,13 @@ def dpmpp_sde(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, eta: float
     return x
 
 
-def unipc(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, lower_order_final: bool = True) -> Steps:
+def unipc(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    span: range | None = None,
+    lower_order_final: bool = True,
+) -> Steps:
     """UniPC of order 2 with B(h) = exp(h) - 1 (Zhao et al. 2023, arXiv:2302.04867; "bh2").
 
     Each prediction serves twice: it corrects the step that led to it (UniC), then takes the next (UniP,
@@ -253,13 +307,13 @@ def unipc(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, lower_order_fi
     """
     last = len(sigmas) - 2
     start, history = x, list[Tensor]()  # the state that the current step began from; estimates, newest first
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+    for i, sigma, sigma_next in _steps(sigmas, span):
         x0 = yield x, sigma
-        if i > 0:
-            x = _step(start, _unic(x0, history, sigmas[max(i - 2, 0) : i + 1]), sigmas[i - 1], sigma)
+        if history:
+            x = _step(start, _unic(x0, history, sigmas[i - len(history) : i + 1]), sigmas[i - 1], sigma)
         history = [x0, *history[:1]]
         start, d = x, x0
-        if i > 0 and sigma_next > 0 and not (i == last and lower_order_final):
+        if len(history) > 1 and sigma_next > 0 and not (i == last and lower_order_final):
             d = _extrapolate(*history, math.log(sigma / sigma_next), math.log(sigmas[i - 1] / sigma))
         x = _step(x, d, sigma, sigma_next)
     return x
@@ -283,6 +337,7 @@ def pndm(
     x: Tensor,
     sigmas: Sequence[float],
     noise: NoiseSource,
+    span: range | None = None,
     prediction_type: str = "epsilon",
     midpoints: Sequence[float] = (),
     uneven: Collection[int] = (),
@@ -306,7 +361,8 @@ def pndm(
         return _step(x, x0, sigma, sigma_next)
 
     history: list[Tensor] = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+    for i, sigma, sigma_next in _steps(sigmas, span):
+        first_of_all = not history
         history = [output((yield x, sigma), x, sigma), *([] if i in uneven else history[:3])]
         if i < len(midpoints):
             first, middle = history[0], midpoints[i]
@@ -319,7 +375,7 @@ def pndm(
             x = move(x, sigma, sigma_next, (first + 2 * second + 2 * third + fourth) / 6)
             continue
         trial = move(x, sigma, sigma_next, *history)
-        if i == 0 and len(sigmas) > 2:
+        if first_of_all and len(sigmas) > 2:
             second = output((yield trial, sigma_next), trial, sigma_next)
             trial = move(x, sigma, sigma_next, (history[0] + second) / 2)
         x = trial
@@ -335,9 +391,9 @@ _PNDM_WEIGHTS = {
 }
 
 
-def lcm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource) -> Steps:
+def lcm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, span: range | None = None) -> Steps:
     """Multistep consistency sampling (Luo et al. 2023, arXiv:2310.04378): to x0 and back up, each step."""
-    for sigma, sigma_next in pairwise(sigmas):
+    for _, sigma, sigma_next in _steps(sigmas, span):
         x = yield x, sigma
         if sigma_next > 0:
             x = x + noise() * sigma_next

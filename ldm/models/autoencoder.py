@@ -107,6 +107,8 @@ class DiagonalGaussian:
 class AutoencoderKL(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f) and back."""
 
+    block_types = (ResnetBlock,)
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         config.check()

@@ -213,11 +213,17 @@ class SpatialTransformer(nn.Module):
         return x + h
 
 
+def blocks_of(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """Return the kinds of blocks that the networks inside a model declare: what works on one of them at a time."""
+    return tuple({kind: None for each in model.modules() for kind in getattr(type(each), "block_types", ())})
+
+
 def recompute_activations(model: nn.Module) -> None:
-    """Have residual and transformer blocks compute their activations again for the backward pass (Chen et al. 2016).
+    """Have the blocks of its networks compute their activations again for the backward pass (Chen et al. 2016).
 
     In place. The memory of a training step falls, its time rises by about a third, its result stays the same.
     """
+    kinds = blocks_of(model)
     for module in model.modules():
-        if isinstance(module, ResnetBlock | TransformerBlock):
+        if isinstance(module, kinds):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)

@@ -11,9 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.condition import Condition
 from ldm.errors import UserError
 from ldm.models import diffusers_config
-from ldm.models.layers import Downsample, ResnetBlock, SpatialTransformer, TimestepEmbedding, Upsample
+from ldm.models.denoising import DenoisingNetwork, extra_channels
+from ldm.models.layers import (
+    Downsample,
+    ResnetBlock,
+    SpatialTransformer,
+    TimestepEmbedding,
+    TransformerBlock,
+    Upsample,
+)
 from ldm.models.layers import sinusoidal_embedding as sinusoidal
 
 _CLASS = "UNet2DConditionModel"
@@ -189,8 +198,17 @@ class MidBlock(nn.Module):
         return self.resnets[1](x, time)
 
 
-class UNet(nn.Module):
+class UNet(DenoisingNetwork):
     """Predicts noise, x0 or v (whatever it was trained for) from noisy latents, timesteps and a text condition."""
+
+    pipelines = (
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    )
+    block_types = (ResnetBlock, TransformerBlock)
+    config: UNetConfig
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -226,43 +244,70 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self._zero_last_layers()
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        added: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """One prediction.
+    @classmethod
+    def read_config(cls, mapping: Mapping[str, Any], where: str) -> UNetConfig:
+        return UNetConfig.from_diffusers(mapping, where)
 
-        sample: (B, in_channels, h, w), unit variance. timestep: (B,), 0..999, may be fractional.
-        encoder_hidden_states: (B, L, cross_attention_dim).
-        added: SDXL's {"text_embeds": (B, P), "time_ids": (B, 6) in pixels}.
-        Returns (B, out_channels, h, w).
+    def wants(self, latent_channels: int) -> dict[str, int]:
+        """As DenoisingNetwork says: the text, SDXL's pooled text and sizes, inpainting's mask and masked latents."""
+        c = self.config
+        parts = {"hidden": c.cross_attention_dim, **extra_channels(c.in_channels, latent_channels)}
+        if c.addition_embed_type:
+            pooled = (c.projection_class_embeddings_input_dim or 0) - 6 * (c.addition_time_embed_dim or 0)
+            parts |= {"pooled": pooled, "time_ids": 6}
+        return parts
+
+    def take_channels(self, in_channels: int) -> None:
+        """As DenoisingNetwork says."""
+        old = self.conv_in
+        new = nn.Conv2d(in_channels, old.out_channels, 3, padding=1).to(old.weight)
+        nn.init.zeros_(new.weight)
+        with torch.no_grad():
+            new.weight[:, : old.in_channels] = old.weight
+        new.bias = old.bias
+        self.conv_in, self.config = new, replace(self.config, in_channels=in_channels)
+
+    @property
+    def multiple(self) -> int:
+        """The levels below the first halve the sides."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    def forward(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Return one prediction, (B, out_channels, h, w).
+
+        sample: (B, C, h, w), unit variance. timestep: (B,), 0..999, may be fractional.
+        condition: hidden (B, L, cross_attention_dim); SDXL's pooled (B, P) and time_ids (B, 6); channels (B,
+        in_channels - C, h, w), which are joined to the sample.
         """
-        time = F.silu(
-            self._embed(sample.dtype, timestep, added)
-        )  # (B, 4*C0); each block projects the activated one
+        hidden = condition.text
+        # (B, 4*C0); each block projects the activated one
+        time = F.silu(self._embed(sample.dtype, timestep, condition))
+        if condition.channels is not None:
+            sample = torch.cat([sample, condition.channels], dim=1)
         maps = [self.conv_in(sample)]
         for block in self.down_blocks:
-            maps += block(maps[-1], time, encoder_hidden_states)
-        x = self.mid_block(maps[-1], time, encoder_hidden_states)
+            maps += block(maps[-1], time, hidden)
+        x = self.mid_block(maps[-1], time, hidden)
         for block in self.up_blocks:
-            x = block(x, maps, time, encoder_hidden_states)
+            x = block(x, maps, time, hidden)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _embed(self, dtype: torch.dtype, timestep: Tensor, added: Mapping[str, Tensor] | None) -> Tensor:
+    def _embed(self, dtype: torch.dtype, timestep: Tensor, condition: Condition) -> Tensor:
         """(B, 4*C0): the timestep, plus SDXL's pooled text and sizes."""
         c = self.config
         features = sinusoidal(timestep, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         time = self.time_embedding(features.to(dtype))
         if c.addition_embed_type is None:
             return time
-        if added is None:
-            raise ValueError("this U-Net needs added={'text_embeds': (B, P), 'time_ids': (B, 6)} (SDXL)")
-        ids = added["time_ids"]
+        ids, pooled = condition.time_ids, condition.pooled
+        if ids is None or pooled is None:
+            raise ValueError("this U-Net, SDXL's, needs pooled (B, P) and time_ids (B, 6) in its condition")
         sizes = sinusoidal(ids.flatten(), c.addition_time_embed_dim or 0, c.flip_sin_to_cos, c.freq_shift)
-        features = torch.cat([added["text_embeds"], sizes.reshape(len(ids), -1).to(dtype)], dim=-1)
+        features = torch.cat([pooled, sizes.reshape(len(ids), -1).to(dtype)], dim=-1)
         return time + self.add_embedding(features)
 
     def _zero_last_layers(self) -> None:

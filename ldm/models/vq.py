@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.models import diffusers_config
 from ldm.models.autoencoder import Decoder, Encoder, check_first_stage, embedded
+from ldm.models.layers import ResnetBlock
 
 _CLASS = "VQModel"
 # `lookup_from_codebook` chooses what diffusers' decode() is given, `force_upcast` is a hint to its pipelines.
@@ -116,6 +117,8 @@ class VectorQuantizer(nn.Module):
 
 class VQModel(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] to codes at (H/f, W/f) positions, and back."""
+
+    block_types = (ResnetBlock,)
 
     def __init__(self, config: VQConfig):
         super().__init__()

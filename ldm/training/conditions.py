@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.condition import Condition
 from ldm.conditioning.sdxl import JoinedEncoder, parts_of
-from ldm.conditioning.text import TextEmbedding, TextEncoder, WindowedEncoder
+from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.diffusion.parameterization import per_image
 from ldm.system import fingerprint
 from ldm.training.cache import Entry, TensorCache
@@ -44,15 +45,11 @@ class Conditions:
         def make(keys: Sequence[str]) -> list[Entry]:
             with torch.no_grad():
                 made = self._encode([by_key[key] for key in keys])
-            pooled = made.pooled
-            return [
-                {"hidden": hidden} | ({} if pooled is None else {"pooled": pooled[i]})
-                for i, hidden in enumerate(made.hidden)
-            ]
+            return [{name: part[i] for name, part in made.parts().items()} for i in range(made.rows)]
 
         self.cache.fill(list(by_key), make)
 
-    def __call__(self, captions: Sequence[str], dropped: Tensor) -> TextEmbedding:
+    def __call__(self, captions: Sequence[str], dropped: Tensor) -> Condition:
         """float32 rows (B, ...). dropped: (B,), which captions are left out, as at sampling without a prompt."""
         zeros = self.text.zeros_without_negative
         kept = [c if zeros or not drop else "" for c, drop in zip(captions, dropped.tolist(), strict=True)]
@@ -85,17 +82,17 @@ class Conditions:
 
         return replace(encoder, tokenize=tokenize)
 
-    def _encode(self, captions: Sequence[str]) -> TextEmbedding:
+    def _encode(self, captions: Sequence[str]) -> Condition:
         return self.text.encode(captions, length=self.length)[0]
 
-    def _states(self, captions: Sequence[str]) -> TextEmbedding:
+    def _states(self, captions: Sequence[str]) -> Condition:
         keys = [self._key(each) for each in captions] if self.cache else []
         if self.cache is None or not all(key in self.cache for key in keys):
             return self._encode(captions)
         entries = [self.cache.read(key) for key in keys]
         # In float32 at once: autocast to bfloat16 refuses to join what is stored in float16.
         parts = {name: torch.stack([each[name].float() for each in entries]) for name in entries[0]}
-        return TextEmbedding(parts["hidden"], parts.get("pooled"))
+        return Condition(**parts)
 
     @cached_property
     def _made_from(self) -> str:

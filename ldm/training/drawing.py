@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.conditioning.text import concatenate, encode_pair
-from ldm.diffusion.driver import Noise
-from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.plan import plan
-from ldm.pictures import to_pil, to_unit_range
+from ldm.pictures import to_pil
+from ldm.sampling import Guidance, decode, prepare, sample
 from ldm.system import System
 
 if TYPE_CHECKING:
@@ -27,47 +25,27 @@ def draw(
     steps: int,
     guidance: float,
     size: tuple[int, int] | None = None,
-    known: Tensor | None = None,
+    channels: Tensor | None = None,
 ) -> "list[Image]":
-    """One picture for each prompt with its seed, as the system's own scheduler samples them, where its U-Net is.
+    """Draw one picture for each prompt with its seed, as the system's own scheduler samples, where its network is.
 
-    size: (height, width) in pixels; None is the model's own. known: for an inpainting U-Net, (B, 1 + C, h, w): masks
-    and the latents of what is to be seen.
+    size: (height, width) in pixels; None is the model's own. channels: for an inpainting network, (B, 1 + C, h, w):
+    masks and the latents of what is to be seen.
     """
-    pictures: list[Image] = []
+    how = plan(system.scheduler, steps, is_xl=system.is_xl)
     height, width = size or (system.default_size, system.default_size)
     at_once = max(1, _PIXELS // (height * width))
+    pictures: list[Image] = []
     for start in range(0, len(prompts), at_once):
         some = slice(start, start + at_once)
-        some_known = None if known is None else known[some]
-        latents = _sample(system, prompts[some], seeds[some], steps, guidance, (height, width), some_known)
-        weight = system.autoencoder.decoder.conv_in.weight
-        decoded = system.autoencoder.decode(system.autoencoder.unscale(latents).to(weight.dtype))
-        pictures += to_pil(to_unit_range(decoded))
+        request = prepare(
+            system,
+            how,
+            prompts[some],
+            seeds[some],
+            guidance=Guidance(guidance),
+            size=(height, width),
+            channels=None if channels is None else channels[some],
+        )
+        pictures += to_pil(decode(system.autoencoder, sample(system, request)))
     return pictures
-
-
-def _sample(
-    system: System,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    steps: int,
-    guidance: float,
-    size: tuple[int, int],
-    known: Tensor | None,
-) -> Tensor:
-    weight, (height, width) = system.unet.conv_in.weight, size
-    positive, negative, _ = encode_pair(system.text, prompts)
-    time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=weight.device)
-    condition = concatenate([negative, positive]).to(weight.device, weight.dtype)
-    bound = system.bind(condition, time_ids.expand(len(condition.hidden), -1))
-
-    def network(x: Tensor, timestep: Tensor) -> Tensor:
-        seen = [] if known is None else [torch.cat([known, known])[-len(x) :]]
-        return bound(torch.cat([x, *seen], dim=1), timestep)
-
-    how = plan(system.scheduler, steps, is_xl=system.is_xl)
-    config = system.autoencoder.config
-    shape = (config.latent_channels, height // config.factor, width // config.factor)
-    denoise = classifier_free(how.denoiser(network), guidance)
-    return how.sample(denoise, Noise(list(seeds), shape, weight.device))

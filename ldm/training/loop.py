@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.console import out_of_memory
 from ldm.errors import UserError
 from ldm.files import sweep, write_text
-from ldm.models.layers import ResnetBlock, TransformerBlock, recompute_activations
+from ldm.models.layers import blocks_of, recompute_activations
 from ldm.system import fingerprint
 from ldm.training import state
 from ldm.training.ema import EMA
@@ -83,7 +83,7 @@ class Trainer:
             plugin.mixed_precision_policy = MixedPrecisionPolicy()
         if config.checkpointing:
             recompute_activations(model)
-        done = shard_on_cpu(model, (ResnetBlock, TransformerBlock))
+        done = shard_on_cpu(model, blocks_of(model))
         optimizer = build_optimizer(config.optimizer, model.parameters())
         self.model, self.optimizer = (
             (model, self.accelerator.prepare(optimizer))

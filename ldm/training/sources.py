@@ -165,7 +165,7 @@ def on_disk(
 
 def _step(system: System) -> int:
     """What sides are multiples of: the autoencoder and the U-Net divide by it."""
-    return system.autoencoder.config.factor * 2 ** (len(system.unet.config.block_out_channels) - 1)
+    return system.autoencoder.config.factor * system.network.multiple
 
 
 def check_class(config: PriorConfig, system: System) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.files import load_strict
@@ -105,20 +104,14 @@ def for_inpainting(system: System) -> System:
 
     The new channels start without a say, as in SD's inpainting models. Raises UserError for other channels.
     """
-    unet, channels = system.unet, system.autoencoder.config.latent_channels
-    if unet.config.in_channels not in (channels, 2 * channels + 1):
+    network, channels = system.network, system.autoencoder.config.latent_channels
+    if network.config.in_channels not in (channels, 2 * channels + 1):
         raise UserError(
-            f"the U-Net takes {unet.config.in_channels} channels: inpainting starts from {channels} or "
+            f"the U-Net takes {network.config.in_channels} channels: inpainting starts from {channels} or "
             f"{2 * channels + 1}"
         )
-    if unet.config.in_channels == channels:
-        old = unet.conv_in
-        new = nn.Conv2d(2 * channels + 1, old.out_channels, 3, padding=1).to(old.weight)
-        nn.init.zeros_(new.weight)
-        with torch.no_grad():
-            new.weight[:, :channels] = old.weight
-        new.bias = old.bias
-        unet.conv_in, unet.config = new, replace(unet.config, in_channels=2 * channels + 1)
+    if network.config.in_channels == channels:
+        network.take_channels(2 * channels + 1)
     kind = "StableDiffusionXLInpaintPipeline" if system.is_xl else "StableDiffusionInpaintPipeline"
     return replace(system, pipeline=kind)
 

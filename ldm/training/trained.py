@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from ldm.checkpoints.folder import write_folder
 from ldm.checkpoints.lora import FILE as LORA_FILE
 from ldm.checkpoints.lora import write_lora
+from ldm.condition import Condition
 from ldm.conditioning.inversion import FILE as WORD_FILE
 from ldm.conditioning.inversion import NewWords, write_inversion
 from ldm.conditioning.load import write_tokenizers
 from ldm.conditioning.sdxl import parts_of
-from ldm.conditioning.text import TextEmbedding, TextEncoder, WindowedEncoder
+from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.errors import UserError
+from ldm.models.denoising import DenoisingNetwork
 from ldm.models.lora import LoRA
 from ldm.system import System
 from ldm.training.start import half
@@ -54,7 +56,7 @@ class WordConfig:
 class Trained(nn.Module):
     """The networks that a loss runs through, as one module with one call, as DDP wants it.
 
-    Neither lora nor word: the whole U-Net is trained and, with `text_encoder`, the text encoders.
+    Neither lora nor word: the whole network is trained and, with `text_encoder`, the text encoders.
     Everything else stays frozen. The system's networks are changed: they get adapters and words.
     """
 
@@ -66,8 +68,9 @@ class Trained(nn.Module):
         text_encoder: bool = False,
     ):
         super().__init__()
-        self.lora, self.word, self.is_xl = lora, word, system.is_xl
-        self.unet = system.unet
+        self.lora, self.word = lora, word
+        self.component = system.network.component
+        self.add_module(self.component, system.network)
         encoders = system.text.modules
         reads = bool(word or text_encoder or (lora and lora.text_encoder))
         self.text = system.text if reads else None  # with its tokenizers, for a copy of this to be complete
@@ -75,7 +78,7 @@ class Trained(nn.Module):
         self.adapters = nn.ModuleDict()
         if lora:
             arguments = (lora.rank, lora.alpha, lora.dropout)
-            self.adapters["unet"] = LoRA(system.unet, lora.targets, *arguments)
+            self.adapters[self.component] = LoRA(system.network, lora.targets, *arguments)
             if lora.text_encoder:
                 for name, encoder in encoders.items():
                     self.adapters[name] = LoRA(encoder, lora.text_targets, *arguments)
@@ -83,10 +86,10 @@ class Trained(nn.Module):
             for encoder in parts_of(system.text):
                 _begin(encoder, word)
         else:
-            for module in (self.unet, *self.text_encoders.values()):
+            for module in (self.network, *self.text_encoders.values()):
                 _thaw(module)
         if self.text:
-            beside = [each for name, each in self.adapters.items() if name != "unet"]
+            beside = [each for name, each in self.adapters.items() if name != self.component]
             _freeze_idle(self.text, [*self.text_encoders.values(), *beside])
 
     def train(self, mode: bool = True) -> "Trained":
@@ -95,24 +98,20 @@ class Trained(nn.Module):
         self.text_encoders.eval()
         return self
 
-    def forward(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        condition: Callable[[], TextEmbedding],
-        time_ids: Tensor | None = None,
-    ) -> Tensor:
-        """As `UNet.forward`. condition: gives the text's embedding, with a graph where text encoders are trained."""
-        text = condition()
-        added = None
-        if self.is_xl:
-            assert text.pooled is not None and time_ids is not None
-            added = {"text_embeds": text.pooled, "time_ids": time_ids}
-        return self.unet(x, timestep, text.hidden, added)
+    @property
+    def network(self) -> DenoisingNetwork:
+        """The denoising network; its weights have the name of its component, as a system's folder has them."""
+        network = self.get_submodule(self.component)
+        assert isinstance(network, DenoisingNetwork)
+        return network
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Callable[[], Condition]) -> Tensor:
+        """As the network's own. condition: gives it, with a graph where text encoders are trained."""
+        return self.network(x, timestep, condition())
 
     def within(self, system: System) -> System:
         """The system with these networks: to draw with an average."""
-        return replace(system, unet=self.unet, text=self.text or system.text)
+        return replace(system, network=self.network, text=self.text or system.text)
 
     def write(self, system: System, folder: Path, metadata: Mapping[str, str]) -> None:
         """What was trained, as others read it: a diffusers folder, a LoRA's file, or a word's. Raises UserError."""
@@ -120,7 +119,7 @@ class Trained(nn.Module):
             adapters = {
                 name: each.weights() for name, each in self.adapters.items() if isinstance(each, LoRA)
             }
-            settings = self.unet.config.to_diffusers()
+            settings = self.network.config.to_diffusers()
             write_lora(folder / LORA_FILE, adapters, self.lora.layout, settings, metadata)
         elif self.word:
             assert self.text is not None
@@ -144,7 +143,7 @@ def _freeze_idle(text: TextEncoder, modules: Sequence[nn.Module]) -> None:
     Its gradients would never come, and processes that share a batch wait for all of them.
     """
     embedding = text.encode([""])[0]
-    loss = embedding.hidden.sum() + (0 if embedding.pooled is None else embedding.pooled.sum())
+    loss = torch.stack([part.sum() for part in embedding.parts().values()]).sum()
     if not loss.requires_grad:
         return  # new words alone, of which "" has none
     loss.backward()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.condition import Condition
 from ldm.data.masks import random_mask
 from ldm.diffusion.losses import LossConfig, diffusion_loss, shifted
 from ldm.diffusion.parameterization import check
@@ -206,13 +207,13 @@ class Objective:
         )
         captions = self._captions(batch, rng)
         known = self._known(batch, rng, device)
+
+        def condition() -> Condition:
+            text = self.conditions(captions, dropped).to(device)
+            return self.system.condition(text, batch.time_ids.to(device), known)
+
         losses = diffusion_loss(
-            lambda x, timestep: model(
-                torch.cat([x, *known], dim=1),
-                timestep,
-                lambda: self.conditions(captions, dropped).to(device),
-                batch.time_ids.to(device),
-            ),
+            lambda x, timestep: model(x, timestep, condition),
             _placed(batch.latents, device),
             _placed(noise, device),
             timestep,
@@ -237,22 +238,22 @@ class Objective:
         return chosen
 
     @torch.no_grad()
-    def _known(self, batch: LatentBatch, rng: Draws, device: torch.device) -> list[Tensor]:
-        """For inpainting: masks (B, 1, h, w), 1 where something is to be drawn, and the latents of the rest."""
+    def _known(self, batch: LatentBatch, rng: Draws, device: torch.device) -> Tensor | None:
+        """For inpainting (B, 1 + C, h, w): masks, 1 where something is to be drawn, and the latents of the rest."""
         if not self.config.inpainting:
-            return []
+            return None
         assert batch.pictures is not None
         seeds = (rng.uniform() * 2**24).long().tolist()
         height, width = batch.pictures.shape[-2:]
         masks = np.stack([random_mask(height, width, np.random.default_rng(seed)) for seed in seeds])
         return self._masked(batch.pictures.to(device), torch.from_numpy(masks)[:, None].float().to(device))
 
-    def _masked(self, pictures: Tensor, masks: Tensor) -> list[Tensor]:
+    def _masked(self, pictures: Tensor, masks: Tensor) -> Tensor:
         """As in diffusers' inpainting pipeline: what is to be drawn is grey, masks shrink to the nearest pixels."""
         encoding = self.config.pictures.encoding if self.config.pictures else "bfloat16"
         seen = pictures * (masks < 0.5)
         latents = encode(self.system.autoencoder, seen, getattr(torch, encoding)).mean
-        return [F.interpolate(masks, size=latents.shape[-2:]), latents]
+        return torch.cat([F.interpolate(masks, size=latents.shape[-2:]), latents], dim=1)
 
     @torch.no_grad()
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
@@ -278,14 +279,14 @@ class Objective:
 
     def _emptied(self, count: int) -> Tensor:
         """Masks and latents (count, 1 + C, h, w) of the first pictures without their middle."""
-        device = self.system.unet.conv_in.weight.device
+        device = self.system.network.device
         pictures = self.batch(0, self.batch_size, slice(None)).pictures
         assert pictures is not None
         pictures = pictures.repeat(-(-count // len(pictures)), 1, 1, 1)[:count]
         masks = torch.zeros_like(pictures[:, :1])
         height, width = masks.shape[-2:]
         masks[:, :, height // 4 : -(height // 4), width // 4 : -(width // 4)] = 1
-        return torch.cat(self._masked(pictures.to(device), masks.to(device)), dim=1)
+        return self._masked(pictures.to(device), masks.to(device))
 
     def notes(self) -> list[str]:
         """What was found out about the pictures and their captions."""
@@ -312,18 +313,18 @@ class Objective:
             sources.check_class(prior, self.system)
 
     def _check_channels(self) -> None:
-        unet, channels = self.system.unet.config, self.system.autoencoder.config.latent_channels
+        network, channels = self.system.network.config, self.system.autoencoder.config.latent_channels
         out = channels * (2 if self.config.loss.variance else 1)
-        if unet.out_channels != out:
+        if network.out_channels != out:
             why = "with" if self.config.loss.variance else "without"
             raise UserError(
-                f"the U-Net gives {unet.out_channels} channels: {why} a learned variance (loss.variance) set "
+                f"the U-Net gives {network.out_channels} channels: {why} a learned variance (loss.variance) set "
                 f"out_channels to {out}"
             )
         taken = 2 * channels + 1 if self.config.inpainting else channels
-        if unet.in_channels != taken:
+        if network.in_channels != taken:
             raise UserError(
-                f"the U-Net takes {unet.in_channels} channels where training gives it {taken}"
+                f"the U-Net takes {network.in_channels} channels where training gives it {taken}"
                 + (
                     ""
                     if self.config.inpainting

@@ -1,0 +1,85 @@
+"""What general code knows of a network that denoises: whoever brings another one gives it these, and no other place."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+from ldm.errors import UserError
+
+
+class DenoisingConfig(Protocol):
+    """A network's settings, named as in diffusers' config.json.
+
+    sample_size: of the latents along a side that it was trained on. layers: see `diffusers_config.check_layers`.
+    """
+
+    @property
+    def sample_size(self) -> int | None: ...
+
+    @property
+    def in_channels(self) -> int: ...
+
+    @property
+    def out_channels(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    def to_diffusers(self) -> dict[str, Any]: ...
+
+
+class DenoisingNetwork(nn.Module):
+    """A network that predicts noise, x0 or v of latents (B, C, h, w), under a condition.
+
+    component: its folder in a diffusers pipeline. pipelines: diffusers' classes of pipelines that hold such a network.
+    block_types: the modules whose activations are recomputed, and whose weights are gathered, one at a time.
+    """
+
+    component: ClassVar[str] = "unet"
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    config: Any  # a DenoisingConfig
+
+    @classmethod
+    def read_config(cls, mapping: Mapping[str, Any], where: str) -> DenoisingConfig:
+        """Return the settings in a config.json; UserError, which names `where`, for what can't be honoured."""
+        raise NotImplementedError
+
+    def wants(self, latent_channels: int) -> dict[str, int]:
+        """Return the parts that its condition consists of, and of how many features each is.
+
+        latent_channels: of what is denoised; the network's input may have more ("channels").
+        """
+        raise NotImplementedError
+
+    def take_channels(self, in_channels: int) -> None:
+        """Take more channels, such as inpainting's; the new ones begin without a say. UserError where it can't."""
+        raise UserError(f"a {type(self).__name__} can't be given more input channels")
+
+    @property
+    def multiple(self) -> int:
+        """What the latents' sides are best multiples of."""
+        return 1
+
+    def forward(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Return one prediction (B, out_channels, h, w). sample: (B, C, h, w) of unit variance. timestep: (B,)."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+
+def extra_channels(in_channels: int, latent_channels: int) -> dict[str, int]:
+    """Return, as `wants` does, the channels that a network takes beside those of the latents."""
+    extra = in_channels - latent_channels
+    return {"channels": extra} if extra else {}
