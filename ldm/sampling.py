@@ -18,6 +18,7 @@ from ldm.conditioning.text import encode_pair
 from ldm.diffusion.driver import Noise, Step
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.plan import Plan
+from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.pictures import to_unit_range
 from ldm.system import System
@@ -82,6 +83,8 @@ def prepare(
         channels = None if channels is None else torch.cat([channels, channels])
     else:
         text, notes = system.text.encode(prompts, clip_skip=clip_skip)
+    if channels is None and "channels" in system.wants:
+        channels = nothing_seen(system, text.rows, (height, width), device)
     told = torch.tensor([sizes or (height, width, 0, 0, height, width)], dtype=torch.float32)
     condition = system.condition(text, told.expand(text.rows, -1), channels)
     config = system.autoencoder.config
@@ -93,6 +96,24 @@ def prepare(
         guidance,
         tuple(notes),
     )
+
+
+def nothing_seen(system: System, rows: int, size: tuple[int, int], device: torch.device | str) -> Tensor:
+    """Return the channels (rows, 1 + C, h, w) by which an inpainting network draws all of a picture.
+
+    Its mask is 1 everywhere, and what it sees are the latents of grey, as of a picture that is masked whole.
+    Raises UserError for a network whose additional channels are others.
+    """
+    autoencoder, wanted = system.autoencoder, system.wants["channels"]
+    if wanted != 1 + autoencoder.config.latent_channels:
+        raise UserError(
+            f"the {system.network.component} takes {wanted} channels more than latents have, which are no mask and "
+            "masked picture: what belongs there is not known"
+        )
+    wake(autoencoder)
+    grey = torch.zeros(1, 3, *size, device=device, dtype=autoencoder.encoder.conv_in.weight.dtype)
+    latents = autoencoder.scale(autoencoder.encode(grey).mean)
+    return torch.cat([torch.ones_like(latents[:, :1]), latents], dim=1).expand(rows, -1, -1, -1)
 
 
 def sample(system: System, request: Request, callback: Callable[[Step], bool | None] | None = None) -> Tensor:

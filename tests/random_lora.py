@@ -6,6 +6,7 @@ import torch
 from tiny import tiny_unet
 from torch import Tensor, nn
 
+from ldm.condition import Condition
 from ldm.models.lora import LoRA
 from ldm.models.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
@@ -61,11 +62,11 @@ def our_unet() -> tuple[UNet, Any]:
     return ours.eval().requires_grad_(False), theirs
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
+def inputs() -> tuple[Tensor, Tensor, Condition]:
     """What that U-Net takes."""
     generator = torch.Generator().manual_seed(0)
     x, context = (torch.randn(shape, generator=generator) for shape in ((2, 4, 16, 16), (2, 7, 32)))
-    return x, torch.tensor([3, 700]), context
+    return x, torch.tensor([3, 700]), Condition(context)
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:

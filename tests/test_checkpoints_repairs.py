@@ -61,7 +61,7 @@ def test_the_sample_size_of_old_folders(sd1: Path, version: str, side: int, want
 def test_xl_keeps_its_sample_size(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder(tmp_path, "sdxl")
     edit(folder / "unet/config.json", sample_size=32, _diffusers_version="0.6.0")
-    assert System.load(folder).unet.config.sample_size == 32
+    assert System.load(folder).network.config.sample_size == 32
 
 
 @pytest.mark.parametrize("class_name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])

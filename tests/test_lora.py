@@ -16,6 +16,7 @@ from tiny import tiny_pipeline_folder, tiny_unet
 from torch import nn
 
 from ldm.checkpoints.lora import write_lora
+from ldm.condition import Condition
 from ldm.errors import UserError
 from ldm.models.lora import LoRA, select
 from ldm.models.unet import UNet, UNetConfig
@@ -75,7 +76,7 @@ def test_forward_and_gradients_are_pefts() -> None:
         layers[path].lora_B["default"].weight.data.copy_(up)
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 32)
     timestep = torch.tensor([3, 700])
-    mine, peft = ours(x, timestep, context), theirs(x, timestep, context).sample
+    mine, peft = ours(x, timestep, Condition(context)), theirs(x, timestep, context).sample
     torch.testing.assert_close(mine, peft, rtol=1e-4, atol=1e-5)
     mine.square().mean().backward()
     peft.square().mean().backward()
@@ -115,7 +116,7 @@ def test_a_deepcopy_of_both_is_of_both() -> None:
     names = [name for name, each in root.named_parameters() if each.requires_grad]
     assert names and all(name.startswith("lora.layers.") for name in names)
     other: Any = copy.deepcopy(root)
-    x = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, 32)
+    x = torch.randn(1, 4, 8, 8), torch.tensor([5]), Condition(torch.randn(1, 7, 32))
     with torch.no_grad():
         expected = root["unet"](*x)
         other["lora"].weight = 0.0

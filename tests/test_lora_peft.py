@@ -56,7 +56,7 @@ def test_pefts_own_folders(tmp_path: Path, case: str) -> None:
     x = inputs()
     plain = ours(*x)
     with torch.no_grad():
-        expected = wrapped(*x).sample
+        expected = wrapped(x[0], x[1], x[2].text).sample
     before = {name: each.clone() for name, each in ours.state_dict().items()}
     for path in (tmp_path, tmp_path / "unet", tmp_path / "unet" / "adapter_model.safetensors"):
         found = read_lora_file(path, {"unet": ours})

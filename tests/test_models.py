@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.condition import Condition
 from ldm.errors import UserError
 from ldm.models.attention import attend, set_attention_backend
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
@@ -102,7 +103,10 @@ def test_unet_equals_diffusers(name: str, size: tuple[int, int]) -> None:
     added = {"text_embeds": torch.randn(2, 20), "time_ids": torch.tensor([[64.0, 48, 0, 3, 64, 48]] * 2)}
     added = added if config.addition_embed_type else None
     expected = theirs(sample, timestep, context, added_cond_kwargs=added).sample
-    assert relative_l2(ours(sample, timestep, context, added), expected) < 1e-5
+    parts = {"pooled": added["text_embeds"], "time_ids": added["time_ids"]} if added else {}
+    latents, channels = sample[:, :4], sample[:, 4:]
+    condition = Condition(context, **parts, channels=channels if channels.shape[1] else None)
+    assert relative_l2(ours(latents, timestep, condition), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)

@@ -213,15 +213,18 @@ def test_inpainting_starts_from_either_and_is_what_diffusers_takes(tmp_path: Pat
     validation = {"prompts": ["a cat", "the dog"], "steps": 2}
     path, _ = setup(tmp_path, family, inpainting=True, validation=validation)
     objective = built(path)
-    before = objective.trained.unet.conv_in.weight.detach().clone()
+    before = objective.trained.network.conv_in.weight.detach().clone()
     assert before.shape[1] == 9
     if family == "sd1":
         assert not before[:, 4:].any()  # so that training starts from the picture that the base would draw
     batch = objective.batch(0, 8, slice(0, 8))
-    masks, latents = objective._known(batch, Draws(0, 8, slice(0, 8)), torch.device("cpu"))
+    known = objective._known(batch, Draws(0, 8, slice(0, 8)), torch.device("cpu"))
+    masks, latents = known[:, :1], known[:, 1:]
     assert masks.shape == (8, 1, 16, 16) and set(masks.unique().tolist()) <= {0.0, 1.0} and masks.any()
     assert latents.shape == batch.latents.shape
     assert train(path, ["loop.validate_every=64"])
+    ours = TextToImagePipeline.from_pretrained(tmp_path / "run" / "export", device="cpu")
+    assert ours("a cat", num_inference_steps=2, progress=False).images[0].size == (32, 32)
     pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "run" / "export")
     pipe.set_progress_bar_config(disable=True)
     picture = Image.open(tmp_path / "pictures" / "0.png").resize((32, 32))

@@ -15,6 +15,7 @@ import torch
 from tiny import SCHEDULER
 
 from ldm.checkpoints.families import FAMILIES, UNET, family_configs
+from ldm.condition import Condition
 from ldm.conditioning.tokenizer import clip_tokenizer
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.unet import UNet, UNetConfig
@@ -69,7 +70,8 @@ def test_unet_of_true_size(family: str) -> None:
     }
     added = added if config.addition_embed_type else None
     expected = theirs(sample, timestep, context, added_cond_kwargs=added).sample
-    error = relative_l2(ours(sample, timestep, context, added), expected)
+    parts = {"pooled": added["text_embeds"], "time_ids": added["time_ids"]} if added else {}
+    error = relative_l2(ours(sample, timestep, Condition(context, **parts)), expected)
     print(
         f"{family} unet: relative L2 {error:.2e}, {sum(p.numel() for p in ours.parameters()) / 1e6:.0f} M parameters"
     )
