@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.quality import Bench, Settings
 from ldm.checkpoints.files import whole_file, write_text
 from ldm.checkpoints.folder import read_json
+from ldm.emoji import quality
+from ldm.emoji.prompts import ask
 from ldm.errors import UserError
-from ldm.evaluation import quality
-from ldm.evaluation.prompts import ask
 from ldm.evaluation.timing import machine
 
 if TYPE_CHECKING:

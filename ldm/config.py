@@ -4,6 +4,9 @@ A configuration is a dataclass whose fields are bool, int, float, str, Path, Any
 dataclass, a list, tuple or dict of these, or a union (`X | None`). Nothing is guessed: an unknown key
 and a wrong type are errors that name the place. An int stands for a float and a list for a tuple (YAML
 and JSON have no tuples); nothing else is converted.
+
+A class with `kinds`, dataclasses by name, is a tagged union: the section's `kind` says which of them it is,
+and the others' keys are unknown there. A dataclass may have `renamed`, new names of keys by the old ones.
 """
 
 import copy
@@ -89,7 +92,10 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 def to_dict(config: Any) -> Any:
     """Return the dataclass as plain dicts, lists and scalars, ready for YAML or JSON."""
     if is_dataclass(config):
-        return {field.name: to_dict(getattr(config, field.name)) for field in fields(config) if field.init}
+        tag = {"kind": getattr(config, "kind")} if hasattr(config, "kinds") else {}  # noqa: B009 (a ClassVar)
+        return tag | {
+            field.name: to_dict(getattr(config, field.name)) for field in fields(config) if field.init
+        }
     if isinstance(config, Mapping):
         return {key: to_dict(each) for key, each in config.items()}
     if isinstance(config, list | tuple):
@@ -172,9 +178,11 @@ def _assign(node: dict[str, Any], path: str, value: Any, hint: Any) -> None:
     keys, root = path.split("."), hint
     for depth, key in enumerate(keys, start=1):
         members = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
+        tagged = any(hasattr(each, "kinds") for each in members)
+        members = [_chosen(each, node) for each in members]
         hint = next((each for each in members if is_dataclass(each) or get_origin(each) is dict), None)
-        hints = get_type_hints(hint) if is_dataclass(hint) else {}
-        known = {*map(str, node), *hints}
+        hints = _hints(hint) if is_dataclass(hint) else {}
+        known = {*map(str, node), *hints, *(["kind"] if tagged else [])}
         if key not in known and get_origin(hint) is not dict:  # a dict's keys are the user's own
             raise UserError(f"unknown key '{'.'.join(keys[:depth])}'{_keys_like(key, path, known, root)}")
         if depth == len(keys):
@@ -187,6 +195,35 @@ def _assign(node: dict[str, Any], path: str, value: Any, hint: Any) -> None:
         node = node[key]
 
 
+def _chosen(hint: Any, mapping: Any) -> Any:
+    """The kind of a tagged union that a section is of; any other hint is itself."""
+    kinds = getattr(hint, "kinds", None)
+    if kinds is None or not isinstance(mapping, Mapping):
+        return hint
+    return kinds.get(mapping.get("kind"), hint)
+
+
+def _tagged(hint: Any, value: Any, at: _Place) -> Any:
+    """A section of a tagged union. Raises UserError where its kind is not said, or unknown."""
+    if not isinstance(value, Mapping):
+        raise _wrong(dict, value, at)
+    kind = value.get("kind")
+    known = ", ".join(hint.kinds) or "those of modules that are imported, and none is that brings one"
+    if kind is None:
+        raise UserError(f"{at.where}'{at.path}' needs a kind: one of {known}")
+    if kind not in hint.kinds:
+        close = nearest(str(kind), hint.kinds)
+        raise UserError(f"{at.where}'{at.path}.kind' is {kind!r:.60}, expected one of {known}{close}")
+    rest = {key: each for key, each in value.items() if key != "kind"}
+    return _dataclass(hint.kinds[kind], rest, at)
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls) if field.init}
+
+
 def _dataclass(cls: Any, mapping: Any, at: _Place) -> Any:
     if not isinstance(mapping, Mapping):
         raise _wrong(cls, mapping, at)
@@ -194,13 +231,15 @@ def _dataclass(cls: Any, mapping: Any, at: _Place) -> Any:
     for key in mapping:
         if key not in known:
             path = at.under(key).path
+            if now := getattr(cls, "renamed", {}).get(key):
+                raise UserError(f"{at.where}'{path}' is called {at.under(now).path} now")
             raise UserError(
                 f"{at.where}unknown key '{path}'{_keys_like(str(key), path, set(known), at.root)}"
             )
     for name, field in known.items():
         if name not in mapping and field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{at.where}missing key '{at.under(name).path}'")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     return cls(**{key: _value(hints[key], mapping[key], at.under(key)) for key in mapping})
 
 
@@ -213,6 +252,8 @@ def _value(hint: Any, value: Any, at: _Place) -> Any:
         raise UserError(f"{at.where}'{at.path}' is a number of more than 64 bits: give a smaller one")
     if origin in UNIONS:
         return _union(hint, value, at)
+    if hasattr(hint, "kinds"):
+        return _tagged(hint, value, at)
     if is_dataclass(hint):
         return _dataclass(hint, value, at)
     if origin in (list, tuple) and isinstance(value, list | tuple):
@@ -237,7 +278,7 @@ def _union(hint: Any, value: Any, at: _Place) -> Any:
         try:
             return _value(member, value, at)
         except UserError:
-            if is_dataclass(member) and isinstance(value, Mapping):
+            if (is_dataclass(member) or hasattr(member, "kinds")) and isinstance(value, Mapping):
                 raise  # a section was meant: this message names the key inside it
     raise _wrong(hint, value, at)
 
@@ -262,7 +303,7 @@ def _named(hint: Any) -> str:
         return f"one of {', '.join(map(repr, get_args(hint)))}"
     if get_origin(hint) in UNIONS:
         return " or ".join(map(_named, get_args(hint)))
-    if is_dataclass(hint) or hint is dict:
+    if is_dataclass(hint) or hasattr(hint, "kinds") or hint is dict:
         return "keys and values"
     return "none" if hint is type(None) else str(hint) if get_origin(hint) else hint.__name__
 
@@ -296,10 +337,12 @@ def _keys_like(key: str, path: str, here: set[str], root: Any) -> str:
 
 def _paths(cls: Any, above: str = "") -> Iterator[str]:
     """All keys of a dataclass and of the sections in it, by their whole paths."""
+    for kind in getattr(cls, "kinds", {}).values() if not is_dataclass(cls) else ():
+        yield from _paths(kind, above)
     if not is_dataclass(cls):
         return
-    hints = get_type_hints(cls)
-    for name in [field.name for field in fields(cls) if field.init]:
+    hints = _hints(cls)
+    for name in hints:
         yield above + name
         members = get_args(hints[name]) if get_origin(hints[name]) in UNIONS else (hints[name],)
         for member in members:

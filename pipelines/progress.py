@@ -3,20 +3,25 @@
 import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ldm.diffusion.driver import Step
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
 
-if TYPE_CHECKING:
-    from pipelines.text_to_image import TextToImagePipeline
+
+class Previewing(Protocol):
+    """What a pipeline can do here: small pictures of latents (B, C, h, w)."""
+
+    def preview(self, latents: Tensor) -> Any: ...
+
 
 # (pipe, index, timestep, state) -> False to end the call there. index: of the prediction, from 0 over the whole call; a
 # solver of second order makes two a step. state: see `Progress`.
-StepCallback = Callable[["TextToImagePipeline", int, int, dict[str, Any]], object]
+StepCallback = Callable[[Any, int, int, dict[str, Any]], object]
 Watch = Callable[[Step], bool]
 
 
@@ -31,9 +36,7 @@ class Progress:
     stopped: whether the callback has ended the call; the estimate of that moment is then the result.
     """
 
-    def __init__(
-        self, pipe: "TextToImagePipeline", how: Plan, batches: int, callback: StepCallback | None, shown: bool
-    ):
+    def __init__(self, pipe: Previewing, how: Plan, batches: int, callback: StepCallback | None, shown: bool):
         from tqdm.auto import tqdm
 
         self.pipe, self.how, self.callback = pipe, how, callback

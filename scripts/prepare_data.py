@@ -32,8 +32,8 @@ def main() -> int:
         raise UserError(f"--pictures must be 1 to {_MOST:,}")
 
     from ldm.config import from_dict, override
-    from ldm.data.recipe import RecipeConfig
-    from ldm.training.prepare import compose, prepare
+    from ldm.emoji.prepare import compose, prepare
+    from ldm.emoji.recipe import RecipeConfig
 
     prepare(arguments.config)
     if arguments.compose:

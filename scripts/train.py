@@ -14,4 +14,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from ldm.training.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(kinds=["ldm.emoji.pools"]))

@@ -40,7 +40,7 @@ def sprites(tmp_path: Path) -> str:
     for name in ("tree", "star", "rocket"):
         pixels[name, "3d"] = np.full((128, 128, 4), 255, np.uint8)
         pixels[name, "3d"][20:100, 20:100, :3] = rng.integers(0, 255, 3)
-    from ldm.data.sprites import SpriteSet
+    from ldm.emoji.sprites import SpriteSet
 
     SpriteSet(pixels, 128).save(tmp_path / "sprites.npz")
     return str(tmp_path / "sprites.npz")

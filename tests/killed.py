@@ -18,6 +18,7 @@ import os, signal, sys, threading, time, traceback
 import accelerate, torch, transformers
 torch.set_num_threads(1)
 from ldm.training import run
+import ldm.emoji.pools
 from ldm.training.loop import Trainer
 
 def die():

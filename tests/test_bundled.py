@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm.data import heldout
+from ldm.emoji import heldout
 from ldm.system import bundled_model
 from pipelines import TextToImagePipeline
 

@@ -18,7 +18,6 @@ from ldm.checkpoints.files import read_tensors, write_tensors
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.layouts import canonical_clip, open_clip_rows
 from ldm.condition import Condition, concatenate
-from ldm.conditioning import minilm
 from ldm.conditioning.cleaning import clean
 from ldm.conditioning.inversion import NewWords
 from ldm.conditioning.load import build_text_encoder, export, load_text_encoder, write_tokenizers
@@ -33,6 +32,7 @@ from ldm.conditioning.tokenizer import (
     text_ids,
     window_of,
 )
+from ldm.emoji import minilm
 from ldm.errors import UserError
 from ldm.system import System
 from tests import tiny

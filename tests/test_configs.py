@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from test_training_finetune import pictures
 
+import ldm.emoji.pools  # noqa: F401 (the kind of data that some of them name)
 from ldm.errors import UserError
 from ldm.models.critics import EfficientNetLite0
 from ldm.training.objectives import autoencoder, text_to_image
@@ -41,7 +42,7 @@ def test_a_first_stage_on_pictures_of_ones_own_as_the_config_says(
     monkeypatch.setattr(autoencoder, "load_critic", lambda packages: EfficientNetLite0())
     by_name = {path.stem: path for path in FILES}
     text = by_name["autoencoder-kl"].read_text()
-    (line,) = (line for line in text.splitlines() if "--set autoencoder.pictures.path" in line)
+    (line,) = (line for line in text.splitlines() if "autoencoder.pictures.path" in line)
     overrides = line.partition("--set ")[2].replace("=...", f"={pictures(tmp_path / 'pictures', 4)}").split()
     run = read_run(by_name["autoencoder-kl"], overrides)
     objective = run.objective()
@@ -63,6 +64,7 @@ def test_without_the_critics_package_the_error_says_what_to_do(
     """And without a weight in the loss training goes on without it, which is noted."""
     monkeypatch.setattr(autoencoder, "load_critic", no_network)
     own = [
+        "autoencoder.data=null",
         f"autoencoder.pictures.path={pictures(tmp_path / 'pictures', 4)}",
         "autoencoder.pictures.resolution=64",
     ]

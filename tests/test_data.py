@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import sources
-from ldm.data.captions import RELATION_WORDS, article
-from ldm.data.colours import BACKGROUNDS, PAINTS, oklab, repaint, srgb
-from ldm.data.costumes import COSTUMES, FACES, VISOR, wear
-from ldm.data.finishes import FINISHES
-from ldm.data.heldout import HELD_OUT, is_held_out
-from ldm.data.plan import HOLDING, Plan
-from ldm.data.recipe import HOLDER, KINDS, Recipe, RecipeConfig
-from ldm.data.sprites import STYLES, SpriteSet, build_sprites, fit, load_sprites, resize
-from ldm.data.things import THINGS, choose, plural
+from ldm.data import packages as packaged
+from ldm.emoji.captions import RELATION_WORDS, article
+from ldm.emoji.colours import BACKGROUNDS, PAINTS, oklab, repaint, srgb
+from ldm.emoji.composition import HOLDING, Composition
+from ldm.emoji.costumes import COSTUMES, FACES, VISOR, wear
+from ldm.emoji.finishes import FINISHES
+from ldm.emoji.heldout import HELD_OUT, is_held_out
+from ldm.emoji.packages import SOURCES
+from ldm.emoji.recipe import HOLDER, KINDS, Recipe, RecipeConfig
+from ldm.emoji.sprites import STYLES, SpriteSet, build_sprites, fit, load_sprites, resize
+from ldm.emoji.things import THINGS, choose, plural
 from ldm.errors import UserError
 
 NAMES = (
@@ -116,23 +117,21 @@ def test_fetch_leaves_alone_what_is_there(tmp_path: Path, monkeypatch: pytest.Mo
     def never(*_: object, **__: object) -> None:
         raise AssertionError("nothing had to be fetched")
 
-    monkeypatch.setattr(sources.subprocess, "run", never)
-    for source in sources.SOURCES.values():
+    monkeypatch.setattr(packaged.subprocess, "run", never)
+    for source in SOURCES.values():
         (tmp_path / source.filename).touch()
-    assert set(sources.fetch(tmp_path)) == set(sources.SOURCES)
+    assert set(packaged.fetch(SOURCES.values(), tmp_path)) == set(SOURCES)
 
 
 def test_fetch_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources.shutil, "which", lambda _: None)
+    monkeypatch.setattr(packaged.shutil, "which", lambda _: None)
     with pytest.raises(UserError, match="npm is needed"):
-        sources.fetch(tmp_path, ["@iconify-json/noto"])
-    with pytest.raises(UserError, match="no source package"):
-        sources.fetch(tmp_path, ["noto"])
+        packaged.fetch([SOURCES["@iconify-json/noto"]], tmp_path)
     failing = ["python3", "-c", "import sys; sys.exit('error: no route')"]
-    monkeypatch.setattr(sources.shutil, "which", lambda name: name)
-    monkeypatch.setattr(sources, "command", lambda *_: failing)
+    monkeypatch.setattr(packaged.shutil, "which", lambda name: name)
+    monkeypatch.setattr(packaged, "command", lambda *_: failing)
     with pytest.raises(UserError, match=r"no route.*network"):
-        sources.fetch(tmp_path, ["@iconify-json/noto"])
+        packaged.fetch([SOURCES["@iconify-json/noto"]], tmp_path)
 
 
 # --- sprites --------------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ def packages(tmp_path: Path) -> Path:
     webp = io.BytesIO()
     Image.fromarray(blob(1)).save(webp, "WEBP", lossless=True)
     package(
-        tmp_path / sources.SOURCES[STYLES["3d"].package].filename,
+        tmp_path / SOURCES[STYLES["3d"].package].filename,
         {"assets/1f34e.webp": webp.getvalue(), "assets/2602-fe0f.webp": webp.getvalue(), "README.md": b"art"},
     )
     icons = {
@@ -160,7 +159,7 @@ def packages(tmp_path: Path) -> Path:
         "icons": {"red-apple": {"body": '<circle cx="16" cy="16" r="8" fill="red"/>'}},
     }
     package(
-        tmp_path / sources.SOURCES[STYLES["flat"].package].filename,
+        tmp_path / SOURCES[STYLES["flat"].package].filename,
         {"icons.json": json.dumps(icons).encode(), "chars.json": b'{"1f34e": "red-apple"}'},
     )
     return tmp_path
@@ -188,7 +187,7 @@ def test_broken_missing_and_unknown_packages_are_user_errors(packages: Path):
     with pytest.raises(UserError, match="no style"):
         build_sprites(packages, path, ["3dd"])
     for style in ("3d", "flat"):
-        file = packages / sources.SOURCES[STYLES[style].package].filename
+        file = packages / SOURCES[STYLES[style].package].filename
         whole = file.read_bytes()
         for content in (b"not an archive", whole[: len(whole) // 2]):
             file.write_bytes(content)
@@ -271,14 +270,14 @@ def test_pictures_captions_and_parts_agree(recipe: Recipe):
         example = recipe.sample(index)
         kinds[example.kind] = kinds.get(example.kind, 0) + 1
         assert example.picture.shape == (128, 128, 3) and example.picture.dtype == np.uint8
-        plan = Plan(**example.parts)
+        plan = Composition(**example.parts)
         assert not is_held_out(plan.names)
         check_words(plan, example.caption)
     total = sum(KINDS.values())
     assert all(abs(kinds[kind] / 3000 - weight / total) < 0.04 for kind, weight in KINDS.items())
 
 
-def check_words(plan: Plan, words: str) -> None:
+def check_words(plan: Composition, words: str) -> None:
     assert not re.search(r"\b(a [aeio]|an [^aeiou])|  | ,|\{|\[", words), words
     named = plan.style_named and not plan.finish
     assert named == bool(re.search(r"\b3d\b|\bflat\b", words)), words
@@ -314,7 +313,7 @@ def test_relations_and_counts_are_drawn_as_said(sprites: SpriteSet, recipe: Reci
 
     where = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1), "next to": (1, -1)}
     for relation, (axis, sign) in where.items():
-        plan = Plan("pair", ("apple", "car"), "3d", "white", relation=relation)
+        plan = Composition("pair", ("apple", "car"), "3d", "white", relation=relation)
         picture = recipe.draw(plan).picture
         assert sign * (middle(picture, "apple") - middle(picture, "car"))[axis] > 40
         border = np.concatenate([picture[[0, -1]].reshape(-1, 3), picture[:, [0, -1]].reshape(-1, 3)])
@@ -322,7 +321,7 @@ def test_relations_and_counts_are_drawn_as_said(sprites: SpriteSet, recipe: Reci
 
 
 def test_colours_of_a_pair_are_each_its_own(recipe: Recipe):
-    plain = Plan("pair", ("car", "umbrella"), "flat", "white", relation="left of")
+    plain = Composition("pair", ("car", "umbrella"), "flat", "white", relation="left of")
     both = recipe.draw(replace(plain, colour="blue", second_colour="yellow")).picture
     left = recipe.draw(replace(plain, colour="blue")).picture
     right = recipe.draw(replace(plain, second_colour="yellow")).picture
@@ -332,12 +331,14 @@ def test_colours_of_a_pair_are_each_its_own(recipe: Recipe):
 
 
 def test_a_holder_holds_a_thing_before_it_and_a_small_thing_is_small(sprites: SpriteSet, recipe: Recipe):
-    plan = Plan("holding", ("fox", "apple"), "3d", "white", relation=HOLDING)
+    plan = Composition("holding", ("fox", "apple"), "3d", "white", relation=HOLDING)
     picture = recipe.draw(plan).picture
     x, y, _ = HOLDER[1]
     colour = sprites.pixels["apple", "3d"][64, 64, :3]
     assert np.abs(picture[round(y * 128), round(x * 128)].astype(int) - colour).max() < 4
-    small, whole = (recipe.draw(Plan("single", ("fox",), "3d", "white", size=size)) for size in ("small", ""))
+    small, whole = (
+        recipe.draw(Composition("single", ("fox",), "3d", "white", size=size)) for size in ("small", "")
+    )
     assert 3 * (small.picture < 250).any(-1).mean() < (whole.picture < 250).any(-1).mean()
 
 
@@ -357,7 +358,7 @@ def test_held_out_words_are_in_no_caption(sprites: SpriteSet):
 
 
 def test_finishes_redraw_the_whole_picture(recipe: Recipe):
-    plan = Plan("single", ("apple",), "3d", "white")
+    plan = Composition("single", ("apple",), "3d", "white")
     plain = recipe.draw(plan).picture
     for name in FINISHES:
         made = recipe.draw(replace(plan, finish=name)).picture
@@ -373,8 +374,8 @@ def test_finishes_redraw_the_whole_picture(recipe: Recipe):
 def test_everything_holds_what_is_held_out(sprites: SpriteSet):
     some = RecipeConfig(seed=7, things=["apple", "raccoon"], weights={"colour": 1, "astronaut": 1})
     recipe, judge = Recipe(sprites, some), Recipe(sprites, some, everything=True)
-    assert not any(is_held_out(Plan(**recipe.sample(i).parts).names) for i in range(300))
-    assert any(is_held_out(Plan(**judge.sample(i).parts).names) for i in range(300))
+    assert not any(is_held_out(Composition(**recipe.sample(i).parts).names) for i in range(300))
+    assert any(is_held_out(Composition(**judge.sample(i).parts).names) for i in range(300))
     assert recipe.fingerprint != judge.fingerprint == Recipe(sprites, some, everything=True).fingerprint
 
 
@@ -382,7 +383,7 @@ def test_an_astronaut_is_a_portrait_for_the_face_to_be_seen(sprites: SpriteSet, 
     """The helmet is whole and larger than in the sprite; the suit reaches the lower edge."""
     suit = sprites.pixels["astronaut", "flat"]
     for seed in range(8):
-        plan = Plan("astronaut", ("fox",), costume="astronaut", style="flat", setting="white")
+        plan = Composition("astronaut", ("fox",), costume="astronaut", style="flat", setting="white")
         drawn = (recipe.draw(plan, seed).picture < 250).any(-1)
         side = len(drawn)
         assert drawn[-1].any() and not drawn[0].any()
@@ -394,7 +395,7 @@ def test_held_out_combinations_are_composed_on_demand(recipe: Recipe):
     assert {plan.style for plan in plans if plan.names == {"raccoon", "astronaut"}} == {"3d", "flat"}
     for index in range(2 * len(plans)):
         example = recipe.heldout(index)
-        plan = Plan(**example.parts)
+        plan = Composition(**example.parts)
         assert is_held_out(plan.names)
         check_words(plan, example.caption)
     seen = [recipe.sample(index).parts for index in range(2000)]

@@ -17,8 +17,8 @@ from ldm.data.pictures import PictureSet, decode, open_pictures
 from ldm.errors import UserError, printable
 from ldm.foreign import read_plain
 from ldm.pictures import RASTERS, open_raster
+from ldm.training.data.on_disk import told
 from ldm.training.report import Report
-from ldm.training.sources import told
 from pipelines.recipe import open_picture
 
 ROOT = Path(__file__).resolve().parents[1]

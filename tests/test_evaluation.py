@@ -15,13 +15,9 @@ from PIL import Image
 from benchmarks import sweep as sweeping
 from benchmarks.quality import Bench, Settings, grid
 from benchmarks.quality import evaluate as evaluated
-from ldm.data.plan import HOLDING, Plan
-from ldm.data.recipe import Recipe, RecipeConfig
-from ldm.data.sprites import SpriteSet
-from ldm.data.things import THINGS
-from ldm.errors import UserError
-from ldm.evaluation import quality, report
-from ldm.evaluation.detectors import (
+from ldm.emoji import quality, report
+from ldm.emoji.composition import HOLDING, Composition
+from ldm.emoji.detectors import (
     Features,
     Verdict,
     fit,
@@ -29,14 +25,18 @@ from ldm.evaluation.detectors import (
     save_detectors,
     views,
 )
-from ldm.evaluation.figures import shares
+from ldm.emoji.figures import shares
+from ldm.emoji.prepare import compositions_of
+from ldm.emoji.prompts import UNSEEN_WORDS, Asked, ask, ask_words
+from ldm.emoji.questions import WHOLE, Question, questions, readings
+from ldm.emoji.recipe import Recipe, RecipeConfig
+from ldm.emoji.sprites import SpriteSet
+from ldm.emoji.things import THINGS
+from ldm.errors import UserError
 from ldm.evaluation.frechet import frechet_distance
-from ldm.evaluation.prompts import UNSEEN_WORDS, Asked, ask, ask_words
-from ldm.evaluation.questions import WHOLE, Question, questions, readings
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.critics import EfficientNetLite0, PerceptualDistance
 from ldm.pictures import to_tensor
-from ldm.training.prepare import compositions_of
 from pipelines import TextToImagePipeline
 from scripts import evaluate
 from tests.tiny import tiny_pipeline_folder
@@ -173,7 +173,7 @@ def test_worn_pictures_keep_their_size_and_their_mean():
 
 def test_questions_are_about_all_that_a_plan_shows():
     def asked(**parts: object) -> set[tuple[str, str, bool]]:
-        plan = Plan(**{"kind": "k", "things": ("fox",), "style": "3d", "setting": "white"} | parts)  # type: ignore[arg-type]
+        plan = Composition(**{"kind": "k", "things": ("fox",), "style": "3d", "setting": "white"} | parts)  # type: ignore[arg-type]
         return {(q.attribute, q.answer, q.told) for q in questions(plan)}
 
     basis = {("style", "3d", False), ("setting", "white", False)}
@@ -207,16 +207,16 @@ def test_questions_are_about_all_that_a_plan_shows():
     "plan",
     [
         *(
-            Plan("pair", ("apple", "car"), "3d", "white", relation=relation)
+            Composition("pair", ("apple", "car"), "3d", "white", relation=relation)
             for relation in ("left of", "right of", "above", "below", "next to")
         ),
-        Plan("holding", ("fox", "apple"), "3d", "white", relation=HOLDING),
-        *(Plan("count", ("car",), "3d", "white", count=count) for count in (2, 3)),
-        Plan("single", ("car",), "3d", "white"),
-        Plan("single", ("car",), "3d", "white", size="small"),
+        Composition("holding", ("fox", "apple"), "3d", "white", relation=HOLDING),
+        *(Composition("count", ("car",), "3d", "white", count=count) for count in (2, 3)),
+        Composition("single", ("car",), "3d", "white"),
+        Composition("single", ("car",), "3d", "white", size="small"),
     ],
 )
-def test_questions_look_where_the_recipe_paints(recipe: Recipe, plan: Plan):
+def test_questions_look_where_the_recipe_paints(recipe: Recipe, plan: Composition):
     picture = torch.from_numpy(recipe.draw(plan).picture).permute(2, 0, 1)[None].float()
     asked = [each for each in questions(plan) if each.attribute in ("part", "thing", "holder")]
     assert len(asked) == len(plan.things) * plan.count
@@ -227,7 +227,7 @@ def test_questions_look_where_the_recipe_paints(recipe: Recipe, plan: Plan):
 
 
 def test_things_next_to_each_other_may_stand_either_way_round():
-    plan = Plan("pair", ("apple", "car"), "3d", "white", colour="red", relation="next to")
+    plan = Composition("pair", ("apple", "car"), "3d", "white", colour="red", relation="next to")
     first, turned = readings(plan)
     left, right = (next(q.place for q in first if q.answer == thing) for thing in ("apple", "car"))
     assert left != right
@@ -240,7 +240,7 @@ def test_a_turned_pair_is_right(recipe: Recipe, sprites: SpriteSet, features: Fe
     config = replace(recipe.config, weights={"pair": 1.0}, white=1.0, setting_named=0, finished=0, painted=0)
     made = quality.fitted(features, Recipe(sprites, config, everything=True), 160)
     plans = {
-        relation: Plan("pair", ("raccoon", "tree"), "3d", "white", relation=relation)
+        relation: Composition("pair", ("raccoon", "tree"), "3d", "white", relation=relation)
         for relation in ("next to", "left of", "right of")
     }
     asked = [Asked("", plan, 0, "seen", relation) for relation, plan in plans.items()]
@@ -443,7 +443,7 @@ def test_bad_input_is_one_line(
     monkeypatch.chdir(tmp_path)
     cases = {
         "--prompts must be 16 to 100,000": ["--prompts", "3"],
-        "no text_to_image": ["--config", str(config)],
+        "no compositions": ["--config", str(config)],
         "too long": ["--config", BUNDLED, "--output", "x" * 300],
         "sprites": ["--config", BUNDLED],
     }

@@ -30,9 +30,10 @@ PARTS = {
     "ldm.training": 7,
     "ldm.evaluation": 7,
     "pipelines": 7,
-    "benchmarks": 8,
-    "scripts": 9,
-    "tests": 10,
+    "ldm.emoji": 8,
+    "benchmarks": 9,
+    "scripts": 10,
+    "tests": 11,
 }
 OURS = {name.partition(".")[0] for name in PARTS}
 
@@ -90,17 +91,14 @@ def sources() -> list[Path]:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_downward(path: Path) -> None:
-    pieces = path.relative_to(ROOT).with_suffix("").parts
-    is_package = pieces[-1] == "__init__"
-    module = ".".join(pieces[:-1] if is_package else pieces)
-    assert violations(path.read_text(encoding="utf-8"), module, is_package) == []
+    assert violations(path.read_text(encoding="utf-8"), module_of(path), path.stem == "__init__") == []
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
         ("ldm.models.unet", "from ldm.diffusion.schedule import NoiseSchedule"),
-        ("ldm.models.unet", "import ldm.data.things as things"),
+        ("ldm.models.unet", "import ldm.data.order as order"),
         ("ldm.models.unet", "from ldm import checkpoints"),
         ("ldm.models.unet", "from ..diffusion import schedule"),
         ("ldm.models.unet", "from .. import system"),
@@ -110,6 +108,8 @@ def test_imports_point_downward(path: Path) -> None:
         ("ldm.models.unet", "import diffusers"),
         ("ldm.conditioning.text", "import ldm.system"),
         ("ldm.training.loop", "from ldm.evaluation import frechet"),
+        ("ldm.training.loop", "from ldm.emoji import pools"),
+        ("pipelines.cli", "import ldm.emoji.recipe"),
         ("ldm.training.loop", "from pipelines import TextToImagePipeline"),
         ("pipelines.text_to_image", "from ldm.training import loop"),
         ("pipelines.cli", "from scripts import generate"),
@@ -137,7 +137,7 @@ def test_the_checker_catches(module: str, source: str) -> None:
         ("scripts.train", "from ldm.training.loop import train\nimport diffusers"),
         ("benchmarks.sampling", "import diffusers\nfrom pipelines import TextToImagePipeline"),
         ("scripts.benchmark", "from benchmarks import training, sampling"),
-        ("tests.test_x", "import diffusers, scripts, pipelines, ldm.data.things"),
+        ("tests.test_x", "import diffusers, scripts, pipelines, ldm.data.order"),
     ],
 )
 def test_the_checker_allows(module: str, source: str) -> None:
@@ -147,3 +147,72 @@ def test_the_checker_allows(module: str, source: str) -> None:
 def test_relative_imports_of_a_package_start_at_itself() -> None:
     assert list(imports("from .unet import UNet", "ldm.models", is_package=True)) == [(1, "ldm.models.unet")]
     assert list(imports("from ..data import x", "ldm.models", is_package=True)) == [(1, "ldm.data")]
+
+
+# Circles inside a part, and words of the example inside the system
+
+
+def inside(part: str) -> dict[str, set[str]]:
+    """The modules of a part, and which others of the same part each imports."""
+    paths = [path for path in sources() if part_of(module_of(path)) == part]
+    names = {module_of(path): path for path in paths}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        text = path.read_text(encoding="utf-8")
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                # `from ldm.training import state` is of a module, `from ldm.training.state import read` too.
+                found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        graph[name] = (found & set(names)) - {name}
+    return graph
+
+
+def module_of(path: Path) -> str:
+    pieces = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(pieces[:-1] if pieces[-1] == "__init__" else pieces)
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """The modules that, through others, import themselves."""
+    left = dict(graph)
+    while ends := [name for name, found in left.items() if not found & set(left)]:
+        for name in ends:
+            del left[name]
+    return {name for name in left if name in _reached(left, name)}
+
+
+def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    todo = [start]
+    while todo:
+        for each in graph.get(todo.pop(), set()) - seen:
+            seen.add(each)
+            todo.append(each)
+    return seen
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if not part.startswith("test") and part != "ldm"])
+def test_no_file_imports_itself_through_others(part: str) -> None:
+    graph = inside(part)
+    packages = {name for name in graph if any(each.startswith(f"{name}.") for each in graph)}
+    # A package's own file may offer what is in it; what is in it reads siblings by their names.
+    assert circles({name: found - packages for name, found in graph.items() if name not in packages}) == set()
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert circles(graph) == {"b", "c"} and circles({"a": {"b"}, "b": set()}) == set()
+
+
+WORDS = ("emoji", "sprite", "costume", "fluent", "noto ")
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_general_code_knows_nothing_of_the_emoji(path: Path) -> None:
+    part = part_of(module_of(path)) or ""
+    if part.startswith(("ldm", "pipelines")) and part != "ldm.emoji":
+        text = path.read_text(encoding="utf-8").lower()
+        assert [word for word in WORDS if word in text] == []

@@ -17,14 +17,15 @@ from training_runs import TINY_VAE, side_by_side
 from ldm.checkpoints.files import read_tensors
 from ldm.data.buckets import cut
 from ldm.data.pictures import PictureSet, open_pictures
-from ldm.data.recipe import Recipe, RecipeConfig
-from ldm.data.sprites import SpriteSet, load_sprites
+from ldm.emoji.pools import RecipePool
+from ldm.emoji.recipe import Recipe, RecipeConfig
+from ldm.emoji.sprites import SpriteSet, load_sprites
 from ldm.errors import UserError
 from ldm.files import try_lock
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.pictures import to_tensor
-from ldm.training.cache import Entry, TensorCache
-from ldm.training.latents import PictureLatents, RecipePool
+from ldm.training.data.cache import Entry, TensorCache
+from ldm.training.data.latents import PictureLatents
 
 # Tensors by key
 
@@ -80,7 +81,7 @@ def test_an_interrupted_build_loses_a_shard_at_most(tmp_path: Path) -> None:
 def test_a_build_writes_what_it_has_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock, here a second an entry, and whole shards all the same."""
     now = [0.0]
-    monkeypatch.setattr("ldm.training.cache.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ldm.training.data.cache.time.monotonic", lambda: now[0])
 
     def slow(keys: Sequence[str]) -> list[Entry]:
         now[0] += len(keys)
@@ -140,7 +141,7 @@ def test_one_of_two_processes_fills(tmp_path: Path) -> None:
     said = side_by_side(
         f"""
         import torch
-        from ldm.training.cache import TensorCache
+        from ldm.training.data.cache import TensorCache
         from ldm.training.share import processes
         def make(keys):
             print("made", *keys)
@@ -165,7 +166,7 @@ def test_a_pool_knows_what_it_was_made_from(
     tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was made otherwise has other keys: it is built beside, and what was there stays."""
-    monkeypatch.setattr("ldm.training.latents.SHARD", 8)
+    monkeypatch.setattr("ldm.emoji.pools.SHARD", 8)
     autoencoder = tiny_autoencoder()
     recipe = RecipeConfig(size=32, things=["tree", "star", "rocket"], styles=["3d"])
     names = load_sprites(sprites)
@@ -283,7 +284,7 @@ def test_no_picture_is_decoded_twice_for_a_batch(
 ) -> None:
     """Neither where a batch is read in parts, for gradient accumulation, nor for having been decoded ahead."""
     made: list[Any] = []
-    monkeypatch.setattr("ldm.training.latents.cut", lambda *args: made.append(args) or cut(*args))
+    monkeypatch.setattr("ldm.training.data.latents.cut", lambda *args: made.append(args) or cut(*args))
     source = latents_of(from_disk, tiny_autoencoder(), crop="random", seed=3)
     for start in range(0, 16, 4):
         for rows in (slice(0, 2), slice(2, 4)):

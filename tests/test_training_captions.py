@@ -16,7 +16,7 @@ from ldm.data.pictures import PictureSet, open_pictures
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.training import cli
-from ldm.training.latents import PictureLatents
+from ldm.training.data.latents import PictureLatents
 from ldm.training.objectives import text_to_image
 from ldm.training.run import read_run
 

@@ -282,7 +282,7 @@ def test_a_learned_variance_trains_from_nothing_and_draws(tmp_path: Path) -> Non
     ("changes", "complaint"),
     [
         (["text_to_image.base=null"], "exactly one of base and new"),
-        (["text_to_image.pictures=null"], "exactly one of compositions and pictures"),
+        (["text_to_image.pictures=null"], "exactly one of data and pictures"),
         (["text_to_image.inpainting=true", "text_to_image.lora.rank=2"], "inpainting trains the whole"),
         (
             ["text_to_image.word.word=<x>", "text_to_image.word.start=cat", "text_to_image.lora.rank=2"],
@@ -347,7 +347,7 @@ def test_broken_pictures_are_named_at_the_end(tmp_path: Path, capsys: pytest.Cap
     ("kind", "kills"),
     [
         ("lora", 2),
-        ("full", 1),
+        pytest.param("full", 1, marks=pytest.mark.slow),
         pytest.param("bf16", 2, marks=pytest.mark.slow),
         *(pytest.param(kind, 5, marks=pytest.mark.slow) for kind in ("lora", "full", "bf16")),
     ],
@@ -363,7 +363,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, kind: str, kills: 
     same_bits_after_kills(*paths, kills)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_do_what_one_does(tmp_path: Path, sharded: bool) -> None:
     """With DDP, and with FSDP2, which saves, stops and resumes: every figure, and the averages, but for rounding."""
     loop = {
@@ -386,6 +386,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, sharded: bool) -> None:
         import os
         os.environ.update({environment if sharded else {}!r})
         from ldm.training.loop import Trainer
+        import ldm.emoji.pools
         from ldm.training.run import train
         from torch.distributed.tensor import DTensor
         step = Trainer.step

@@ -12,13 +12,13 @@ from test_training_finetune import pictures as pictures_in
 from training_runs import LOOP, TINY_VAE, first_stage_config, side_by_side, state, write_config
 
 from ldm.checkpoints.folder import read_component, write_component
+from ldm.emoji.pools import Compositions
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.critics import EfficientNetLite0
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.vq import VQConfig, VQModel
 from ldm.training.adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
-from ldm.training.examples import Compositions
 from ldm.training.loop import LoopConfig, Trainer
 from ldm.training.objectives import autoencoder
 from ldm.training.optimization import OptimizerConfig
@@ -269,15 +269,14 @@ def run_file(
     """A whole run with everything on, from a file."""
     folder.mkdir()
     recipe = {"size": 32, "things": ["tree", "star", "rocket"], "styles": ["3d"]}
+    data = {"kind": "compositions", "recipe": recipe, "sprites": sprites, "labels": "thing"}
     settings = {
         "quantizer": quantizer,
         "vq_model" if quantizer == "vq" else "model": TINY_VQ if quantizer == "vq" else TINY_VAE,
-        "recipe": recipe,
-        "sprites": sprites,
+        "data": data,
         "crop": 16,
         "perceptual": 0.0,
         "noise": 0.1,
-        "labels": "thing",
         "adversarial": {**ADVERSARY, "start": 16},
         "validation_pictures": 8,
         **(changes or {}),
@@ -288,6 +287,7 @@ def run_file(
 HEAD = """
     import torch
     torch.set_num_threads(1)
+    import ldm.emoji.pools
     from ldm.models.critics import EfficientNetLite0
     from ldm.training import run
     from ldm.training.objectives import autoencoder
@@ -306,12 +306,13 @@ def test_a_killed_run_with_an_adversary_ends_with_the_same_bits(
     assert any("discriminator" in key for key in end)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 5])
 def test_a_killed_run_on_pictures_of_ones_own_ends_with_the_same_bits(
     tmp_path: Path, sprites: str, kills: int
 ) -> None:
     pictures = {"path": str(pictures_in(tmp_path / "pictures", 25)), "resolution": 32, "flip": True}
-    settings = {"pictures": pictures, "recipe": None, "labels": None}
+    settings = {"pictures": pictures, "data": None}
     loop = {"pictures": 8 * BATCHES * kills, "save_every": 8}
     paths = [run_file(tmp_path / name, sprites, "kl", settings, **loop) for name in ("whole", "own")]
     same_bits_after_kills(*paths, kills, HEAD)
@@ -323,7 +324,7 @@ def run(path: Path) -> bool:
     return train(path)
 
 
-@pytest.mark.parametrize("quantizer", ["kl", "vq"])
+@pytest.mark.parametrize("quantizer", [pytest.param("kl", marks=pytest.mark.slow), "vq"])
 def test_two_processes_do_what_one_does(
     tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch, quantizer: str
 ) -> None:

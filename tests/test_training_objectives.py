@@ -20,7 +20,7 @@ from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.critics import EfficientNetLite0
 from ldm.training import cli
-from ldm.training.conditions import Conditions
+from ldm.training.data.conditions import Conditions
 from ldm.training.objectives import autoencoder
 from ldm.training.run import read_run, train
 from ldm.training.share import Draws
@@ -330,10 +330,10 @@ def critic(monkeypatch: pytest.MonkeyPatch) -> None:
 def first_stage(folder: Path, sprites: str, **changes: Any) -> autoencoder.Objective:
     from test_training_first_stage import MODELS
 
-    from ldm.training.sources import PicturesConfig
+    from ldm.training.data.on_disk import PicturesConfig
 
     cut = {"path": str(pictures(folder / "pictures", 25)), "resolution": 32, "crop": "random", "flip": True}
-    settings = {"recipe": None, "pictures": PicturesConfig(**{**cut, **changes.pop("pictures", {})})}
+    settings = {"data": None, "pictures": PicturesConfig(**{**cut, **changes.pop("pictures", {})})}
     settings |= {"model": MODELS["model"], "perceptual": 0.0, **changes}
     return autoencoder.Objective(first_stage_config(sprites, **settings))
 
@@ -369,7 +369,6 @@ def test_a_first_stage_learns_from_pictures_of_ones_own(tmp_path: Path, sprites:
     ("changes", "complaint"),
     [
         ({"pictures": {"path": "nowhere"}}, "autoencoder.pictures.path: nowhere is not there"),
-        ({"labels": "kind"}, "labels are the recipe's"),
         ({"pictures": {"captions": ("a cat",)}}, "autoencoder.pictures.captions is for a U-Net"),
         ({"pictures": {"max_ratio": 2.0}}, "autoencoder.pictures.max_ratio is for a U-Net"),
         (
@@ -391,9 +390,9 @@ def test_first_stages_on_pictures_that_cannot_be_are_refused(
 def test_a_first_stage_has_one_source(tmp_path: Path, sprites: str) -> None:
     sections = {
         "loop": {"pictures": 8},
-        "autoencoder": {"recipe": {}, "pictures": {"path": "p", "resolution": 32}},
+        "autoencoder": {"data": {"kind": "compositions"}, "pictures": {"path": "p", "resolution": 32}},
     }
-    with pytest.raises(UserError, match=r"autoencoder\.recipe or autoencoder\.pictures, not both"):
+    with pytest.raises(UserError, match="autoencoder needs exactly one of data and pictures"):
         read_run(write_config(tmp_path, sections)).objective()
     folder = pictures(tmp_path / "one", 1)
     with pytest.raises(UserError, match="there is one picture, and one is held out"):

@@ -9,10 +9,10 @@ import torch
 from killed import BATCHES, same_bits_after_kills
 from training_runs import LOOP, config, first_stage_config, side_by_side, state
 
-from ldm.conditioning.minilm import LAYERS
+from ldm.emoji import prepare as preparation
+from ldm.emoji.minilm import LAYERS
 from ldm.errors import UserError
 from ldm.models.critics import EfficientNetLite0
-from ldm.training import prepare as preparation
 from ldm.training.loop import LoopConfig, Trainer
 from ldm.training.objectives import autoencoder, text_to_image
 from ldm.training.run import read_run, train
@@ -86,6 +86,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, sprites: str) -> None:
     said = side_by_side(
         f"""
         from accelerate import PartialState
+        import ldm.emoji.pools
         from ldm.training.run import train
         assert train({str(runs[1])!r}) and PartialState().num_processes == 2
         """

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny import tiny_bert_folder
 
 from ldm.checkpoints.folder import write_component
-from ldm.data.recipe import RecipeConfig
+from ldm.emoji.pools import CompositionsConfig
+from ldm.emoji.recipe import RecipeConfig
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.training.loop import LoopConfig
 from ldm.training.objectives import autoencoder
@@ -66,7 +67,8 @@ def config(folder: Path, sprites: str, **changes: object) -> Path:
             "unet": {**TINY_UNET, "in_channels": 4, "out_channels": 4},
             "steps": 2,
         },
-        "compositions": {
+        "data": {
+            "kind": "compositions",
             "cache": str(folder / "latents"),
             "sprites": sprites,
             "pictures": 2048,
@@ -86,7 +88,8 @@ def write_config(folder: Path, sections: dict[str, Any]) -> Path:
 
 def first_stage_config(sprites: str, **changes: Any) -> autoencoder.Config:
     recipe = RecipeConfig(size=32, things=["tree", "star", "rocket"], styles=["3d"])
-    return autoencoder.Config(**{"recipe": recipe, "sprites": sprites, "crop": 16, **changes})
+    data = CompositionsConfig(recipe, sprites, labels=changes.pop("labels", None))
+    return autoencoder.Config(**{"data": data, "crop": 16, **changes})
 
 
 class Toy:

@@ -1,1 +1,1 @@
-"""Training pictures composed from openly licensed sprites: sources, sprites, captions, the recipe."""
+"""Pictures and captions of anybody's, from folders, shards and saved datasets."""

@@ -6,7 +6,7 @@ Parameter names are those of diffusers' AutoencoderKL, so its weights load witho
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,12 +15,46 @@ from ldm.errors import UserError
 from ldm.models import diffusers_config
 from ldm.models.layers import Attention, Downsample, ResnetBlock, Upsample
 
-if TYPE_CHECKING:
-    from ldm.models.vq import VQConfig
-
 _EPS = 1e-6
 _CLASS = "AutoencoderKL"
 _INERT: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish")}
+
+
+class FirstStageConfig(Protocol):
+    """What encoders and decoders are built by: the settings that those with KL and those with a codebook share."""
+
+    @property
+    def in_channels(self) -> int: ...
+
+    @property
+    def out_channels(self) -> int: ...
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]: ...
+
+    @property
+    def down_block_types(self) -> tuple[str, ...]: ...
+
+    @property
+    def up_block_types(self) -> tuple[str, ...]: ...
+
+    @property
+    def layers_per_block(self) -> int: ...
+
+    @property
+    def norm_num_groups(self) -> int: ...
+
+    @property
+    def scaling_factor(self) -> float: ...
+
+    @property
+    def mid_block_add_attention(self) -> bool: ...
+
+    @property
+    def num_class_embeds(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -167,7 +201,7 @@ class AutoencoderKL(nn.Module):
         return mean, std / c.scaling_factor
 
 
-def check_first_stage(config: "AutoencoderConfig | VQConfig", where: str) -> None:
+def check_first_stage(config: "FirstStageConfig", where: str) -> None:
     """Raise UserError for sizes that don't go together, and blocks other than one each way for each width."""
     sizes = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block")
     diffusers_config.check_sizes(config, where, *sizes, "norm_num_groups", "sample_size", "num_class_embeds")
@@ -201,7 +235,7 @@ def embedded(network: nn.Module, labels: Tensor | None) -> Tensor | None:
     return F.silu(table(labels))
 
 
-def _label_width(config: "AutoencoderConfig | VQConfig") -> int | None:
+def _label_width(config: "FirstStageConfig") -> int | None:
     return config.block_out_channels[-1] if config.num_class_embeds else None
 
 
@@ -211,7 +245,7 @@ class Encoder(nn.Module):
     label: (B, D), None in a network without labels.
     """
 
-    def __init__(self, config: "AutoencoderConfig | VQConfig", out_channels: int):
+    def __init__(self, config: "FirstStageConfig", out_channels: int):
         super().__init__()
         widths, groups, label_width = config.block_out_channels, config.norm_num_groups, _label_width(config)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -235,7 +269,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, C, h, w) -> (B, 3, h*f, w*f). label: (B, D), None in a network without labels."""
 
-    def __init__(self, config: "AutoencoderConfig | VQConfig"):
+    def __init__(self, config: "FirstStageConfig"):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         label_width = _label_width(config)

@@ -1,5 +1,6 @@
 """The command line of training: `scripts/train.py` and `scripts/finetune.py`."""
 
+import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,11 @@ _GIB = 2**30
     stopped="stopped; the same command goes on from the last state that was saved",
     memory="train with a smaller loop.batch_size, with more of loop.accumulate, or with loop.checkpointing=true",
 )
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 finished, 3 stopped before the end with its state saved, 2 something the user should mend, 130
+def main(arguments: Sequence[str] | None = None, kinds: Sequence[str] = ()) -> int:
+    """Train what a config says.
+
+    kinds: modules that bring kinds of data (see `ldm.training.data.kinds`), to be imported first.
+    Exit status: 0 finished, 3 stopped before the end with its state saved, 2 something the user should mend, 130
     ended by Ctrl-C, SIGTERM or SIGHUP where there was nothing to save.
 
     Launchers turn the last three into 1.
@@ -47,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     from ldm.training.run import read_run, train
 
+    for module in kinds:
+        importlib.import_module(module)
     if chosen.dry_run:
         run = read_run(chosen.config, chosen.set)
         print(run.resolved, flush=True)  # before anything else can fail

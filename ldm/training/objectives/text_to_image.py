@@ -7,7 +7,7 @@ DreamBooth's prior preservation (Ruiz et al. 2023), go with any of them.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,13 +22,15 @@ from ldm.diffusion.plan import plan
 from ldm.errors import UserError
 from ldm.files import write_bytes
 from ldm.pictures import grid, png
-from ldm.training import sources
 from ldm.training.bounds import refuse_outside
-from ldm.training.conditions import Conditions
+from ldm.training.data import on_disk
+from ldm.training.data.conditions import Conditions
+from ldm.training.data.kinds import Data
+from ldm.training.data.latents import LatentBatch, LatentSource, encode
+from ldm.training.data.on_disk import PicturesConfig
+from ldm.training.data.prior import PriorConfig, WithPrior, check_class, draw_class
 from ldm.training.drawing import draw
-from ldm.training.latents import LatentBatch, LatentSource, encode
 from ldm.training.share import Draws, processes
-from ldm.training.sources import CompositionsConfig, PicturesConfig, PriorConfig
 from ldm.training.start import NewConfig, base_system, for_inpainting, new_system
 from ldm.training.trained import LoRAConfig, Trained, WordConfig
 
@@ -49,7 +51,7 @@ class Config:
 
     base: a model to start from (a folder, a single file, a hub id, or "bundled"); new: a U-Net from nothing. One of
         them. variant: of the base's files, such as fp16.
-    compositions: pictures of a recipe; pictures: from disk. One of them.
+    data: of a kind of one's own; pictures: from disk. One of them.
     lora, word: train one of these in place of the whole U-Net. text_encoder: with the whole U-Net train the text
         encoders too.
     inpainting: the U-Net also sees a random mask and what lies outside of it.
@@ -61,10 +63,12 @@ class Config:
     frozen: the precision in which what is not trained is held.
     """
 
+    renamed: ClassVar[dict[str, str]] = {"compositions": "data, with kind: compositions"}
+
     base: str | None = None
     variant: str | None = None
     new: NewConfig | None = None
-    compositions: CompositionsConfig | None = None
+    data: Data | None = None
     pictures: PicturesConfig | None = None
     lora: LoRAConfig | None = None
     word: WordConfig | None = None
@@ -80,7 +84,7 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError for settings that do not go together."""
-        for one, other in (("base", "new"), ("compositions", "pictures")):
+        for one, other in (("base", "new"), ("data", "pictures")):
             if (getattr(self, one) is None) == (getattr(self, other) is None):
                 raise UserError(f"text_to_image needs exactly one of {one} and {other}")
         if sum(map(bool, (self.lora, self.word, self.text_encoder))) > 1:
@@ -143,8 +147,8 @@ class Objective:
         check(self.prediction_type, self.schedule)
         self._check_drawing()
         if config.pictures:
-            sources.check_size(config.pictures, self.system)
-        self.found = sources.listed(config.pictures, "text_to_image.pictures") if config.pictures else None
+            on_disk.check_size(config.pictures, self.system)
+        self.found = on_disk.listed(config.pictures, "text_to_image.pictures") if config.pictures else None
         self.source: LatentSource
         self.trained = Trained(self.system, config.lora, config.word, config.text_encoder)
         self.model: nn.Module = self.trained
@@ -163,18 +167,18 @@ class Objective:
             raise UserError("prior preservation takes pictures in pairs: make loop.batch_size even")
         for module in (self.model, *self.system.modules().values()):
             module.to(device)
-        if config.compositions:
-            self.source = sources.compositions(config.compositions, autoencoder, config.inpainting)
+        if config.data:
+            self.source = config.data.latents(autoencoder, config.inpainting)
             return
         assert config.pictures and self.found
         own = [each for item in self.found.items for each in item.captions]
         captions = list(config.pictures.captions or own)
         share, inpainting = batch_size // (2 if config.prior else 1), config.inpainting
-        self.source = sources.on_disk(config.pictures, self.found, self.system, share, inpainting)
+        self.source = on_disk.on_disk(config.pictures, self.found, self.system, share, inpainting)
         if config.prior:
-            drawn = sources.draw_class(config.prior, self.system)
-            prior = sources.on_disk(config.pictures, drawn, self.system, share, inpainting)
-            self.source = sources.WithPrior(self.source, prior, config.prior.prompt)
+            drawn = draw_class(config.prior, self.system)
+            prior = on_disk.on_disk(config.pictures, drawn, self.system, share, inpainting)
+            self.source = WithPrior(self.source, prior, config.prior.prompt)
             captions.append(config.prior.prompt)
         self.conditions.prepare(captions)
         self.source.prepare()
@@ -290,7 +294,7 @@ class Objective:
 
     def notes(self) -> list[str]:
         """What was found out about the pictures and their captions."""
-        pictures = sources.told(self.found.notes, self.source.broken) if self.found else []
+        pictures = on_disk.lines_about(self.found.notes, self.source.broken) if self.found else []
         return pictures + self.conditions.notes()
 
     def export(self, model: nn.Module, folder: Path, config: str) -> None:
@@ -310,7 +314,7 @@ class Objective:
             except UserError as error:
                 raise UserError(f"text_to_image.{section}.steps: {error}") from None
         if prior:
-            sources.check_class(prior, self.system)
+            check_class(prior, self.system)
 
     def _check_channels(self) -> None:
         network, channels = self.system.network.config, self.system.autoencoder.config.latent_channels

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.data.captions import caption, phrase
-from ldm.data.plan import Plan
-from ldm.data.recipe import Recipe
-from ldm.data.things import THINGS, choose
+from ldm.emoji.captions import caption, phrase
+from ldm.emoji.composition import Composition
+from ldm.emoji.recipe import Recipe
+from ldm.emoji.things import THINGS, choose
 from ldm.errors import UserError
 
 # Words that no caption of the recipe has (a test watches over it), by the thing that they mean.
@@ -31,7 +31,7 @@ class Asked:
     """
 
     prompt: str
-    plan: Plan
+    plan: Composition
     seed: int
     part: str
     group: str
@@ -52,7 +52,7 @@ def ask_words(recipe: Recipe, seeds: int = 2) -> list[Asked]:
     for word, thing in UNSEEN_WORDS.items():
         if thing not in known:
             continue
-        plan = Plan("single", (thing,), recipe.config.styles[0], "white")
+        plan = Composition("single", (thing,), recipe.config.styles[0], "white")
         name = phrase(THINGS[thing].number, THINGS[thing].name)
         for seed in range(seeds):
             asked.append(

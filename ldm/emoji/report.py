@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ldm.evaluation.quality import SIDES, Judged, Likeness, Reconstructed
+from ldm.emoji.quality import SIDES, Judged, Likeness, Reconstructed
 
 if TYPE_CHECKING:
     from PIL.Image import Image

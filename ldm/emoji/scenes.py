@@ -6,7 +6,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from ldm.data.colours import BACKGROUNDS
+from ldm.emoji.colours import BACKGROUNDS
 
 Canvas = NDArray[np.float32]  # (size, size, 3), 0 ... 255
 Colour = tuple[float, ...] | NDArray[np.float32]

@@ -14,16 +14,16 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from ldm.data import heldout
-from ldm.data.captions import caption
-from ldm.data.colours import BACKGROUNDS, PAINTS, repaint
-from ldm.data.costumes import ASTRONAUT, FACES, costumes_of, wear
-from ldm.data.costumes import STYLES as COSTUME_STYLES
-from ldm.data.finishes import FINISHES
-from ldm.data.plan import HOLDING, RELATIONS, Plan
-from ldm.data.settings import SCENES, draw_setting
-from ldm.data.sprites import SpriteSet, resize
-from ldm.data.things import THINGS, choose
+from ldm.emoji import heldout
+from ldm.emoji.captions import caption
+from ldm.emoji.colours import BACKGROUNDS, PAINTS, repaint
+from ldm.emoji.composition import HOLDING, RELATIONS, Composition
+from ldm.emoji.costumes import ASTRONAUT, FACES, costumes_of, wear
+from ldm.emoji.costumes import STYLES as COSTUME_STYLES
+from ldm.emoji.finishes import FINISHES
+from ldm.emoji.scenes import SCENES, draw_setting
+from ldm.emoji.sprites import SpriteSet, resize
+from ldm.emoji.things import THINGS, choose
 from ldm.errors import UserError, nearest
 
 KINDS: dict[str, float] = {
@@ -171,7 +171,7 @@ class Recipe:
             raise UserError("none of the held-out combinations can be drawn from these sprites and styles")
         return self._example(plans[index % len(plans)], rng)
 
-    def heldout_plans(self) -> list[Plan]:
+    def heldout_plans(self) -> list[Composition]:
         """Return a plan on white, style named, for each held-out combination that the sprites can draw.
 
         `dressed` gives it another setting and wording.
@@ -181,28 +181,32 @@ class Recipe:
             common: dict[str, Any] = {"style": style, "setting": "white", "style_named": True}
             if style in COSTUME_STYLES:
                 plans += [
-                    Plan("astronaut" if worn == ASTRONAUT else "hat", (face,), costume=worn, **common)
+                    Composition("astronaut" if worn == ASTRONAUT else "hat", (face,), costume=worn, **common)
                     for face, worn in heldout.COSTUMES
                 ]
-            plans += [Plan("colour", (thing,), colour=colour, **common) for colour, thing in heldout.COLOURS]
             plans += [
-                Plan("pair", pair, relation=RELATIONS[number % len(RELATIONS)], **common)
+                Composition("colour", (thing,), colour=colour, **common) for colour, thing in heldout.COLOURS
+            ]
+            plans += [
+                Composition("pair", pair, relation=RELATIONS[number % len(RELATIONS)], **common)
                 for number, pair in enumerate(heldout.PAIRS)
             ]
-            plans += [Plan("single", (thing,), finish=finish, **common) for thing, finish in heldout.FINISHED]
+            plans += [
+                Composition("single", (thing,), finish=finish, **common) for thing, finish in heldout.FINISHED
+            ]
         return [
             plan for plan in plans if self._drawable(plan) and (plan.costume or have.issuperset(plan.things))
         ]
 
-    def _drawable(self, plan: Plan) -> bool:
+    def _drawable(self, plan: Composition) -> bool:
         needed = [*plan.things, *([plan.costume] if plan.costume else [])]
         return all((name, plan.style) in self.sprites.pixels for name in needed)
 
-    def draw(self, plan: Plan, seed: int = 0) -> Example:
+    def draw(self, plan: Composition, seed: int = 0) -> Example:
         """Return the example of a plan of one's own."""
         return self._example(plan, np.random.default_rng([self.config.seed, 2, seed]))
 
-    def plan(self, kind: str, rng: Generator) -> Plan:
+    def plan(self, kind: str, rng: Generator) -> Composition:
         """Return a plan of one of `kinds`, never a held-out one. Raises UserError where there is no other."""
         for _ in range(1000):
             plan = self._plan(kind, rng)
@@ -210,7 +214,7 @@ class Recipe:
                 return plan
         raise UserError(f"all that the recipe's things can show as {kind!r} is held out: give it more things")
 
-    def dressed(self, plan: Plan, rng: Generator) -> Plan:
+    def dressed(self, plan: Composition, rng: Generator) -> Composition:
         """Return the plan in a setting and with a wording as its kind has them in training; a finish stays on white."""
         return plan if plan.finish else replace(plan, **self._dress(plan.kind, rng))
 
@@ -222,7 +226,7 @@ class Recipe:
             "setting": self._setting(kind, named, rng),
         }
 
-    def _plan(self, kind: str, rng: Generator) -> Plan:
+    def _plan(self, kind: str, rng: Generator) -> Composition:
         styles = self._styles_of(kind)
         style = styles[int(rng.integers(len(styles)))]
         pool = self._pools[style][kind]
@@ -234,9 +238,9 @@ class Recipe:
             common |= {"finish": finish, "setting": "white", "setting_named": False}
             painted = 0.0  # no colour can be told in it
         if kind in ("hat", "astronaut"):
-            return Plan(things=(pick[0],), costume=pick[1], **common)
+            return Composition(things=(pick[0],), costume=pick[1], **common)
         if kind == "colour":
-            return Plan(things=(pick[0],), colour=pick[1], **common)
+            return Composition(things=(pick[0],), colour=pick[1], **common)
         if kind == "pair":
             other = pick
             while other == pick:
@@ -245,19 +249,21 @@ class Recipe:
                 "colour": self._paint(pick, painted, rng),
                 "second_colour": self._paint(other, painted, rng),
             }
-            return Plan(things=(pick, other), relation=RELATIONS[int(rng.integers(len(RELATIONS)))], **common)
+            return Composition(
+                things=(pick, other), relation=RELATIONS[int(rng.integers(len(RELATIONS)))], **common
+            )
         if kind == "holding":
-            return Plan(
+            return Composition(
                 things=pick, relation=HOLDING, second_colour=self._paint(pick[1], painted, rng), **common
             )
         if kind == "count":
             colour = ""
             if THINGS[pick].recolourable and painted and rng.random() < 0.5:
                 colour = tuple(PAINTS)[int(rng.integers(len(PAINTS)))]
-            return Plan(things=(pick,), count=int(rng.integers(2, 4)), colour=colour, **common)
+            return Composition(things=(pick,), count=int(rng.integers(2, 4)), colour=colour, **common)
         own = bool(THINGS[pick].colour and painted) and kind == "single" and rng.random() < 0.3
         size = "small" if rng.random() < self.config.sized else ""
-        return Plan(things=(pick,), own_colour_named=own, size=size, **common)
+        return Composition(things=(pick,), own_colour_named=own, size=size, **common)
 
     def _paint(self, thing: str, share: float, rng: Generator) -> str:
         """A colour for a thing of a pair, or "" for its own."""
@@ -274,11 +280,11 @@ class Recipe:
             return "white"
         return tuple(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
 
-    def _example(self, plan: Plan, rng: Generator) -> Example:
+    def _example(self, plan: Composition, rng: Generator) -> Example:
         words = caption(plan, rng)
         return Example(self._picture(plan, rng), words, plan.kind, asdict(plan))
 
-    def _sprite(self, plan: Plan, thing: str, colour: str) -> NDArray[np.uint8]:
+    def _sprite(self, plan: Composition, thing: str, colour: str) -> NDArray[np.uint8]:
         if not colour and not plan.costume:
             return self.sprites.pixels[thing, plan.style]
         key = (thing, plan.style, colour, plan.costume)
@@ -289,7 +295,7 @@ class Recipe:
             self._made[key] = repaint(made, colour) if colour else made
         return self._made[key]
 
-    def _picture(self, plan: Plan, rng: Generator) -> NDArray[np.uint8]:
+    def _picture(self, plan: Composition, rng: Generator) -> NDArray[np.uint8]:
         size = self.config.size
         canvas = draw_setting(plan.setting, size, rng)
         colours = (plan.colour, plan.second_colour) if plan.relation else (plan.colour,) * plan.count
@@ -299,7 +305,7 @@ class Recipe:
         picture = np.round(canvas).clip(0, 255).astype(np.uint8)
         return FINISHES[plan.finish](picture) if plan.finish else picture
 
-    def _places(self, plan: Plan, rng: Generator) -> list[tuple[float, float, float]]:
+    def _places(self, plan: Composition, rng: Generator) -> list[tuple[float, float, float]]:
         """Centre x, y and side of each thing, as shares of the frame.
 
         Nothing crosses the frame's edge but an animal's space suit: a portrait, for the face to be seen.

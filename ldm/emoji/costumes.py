@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.sprites import SpriteSet, cut, fit, resize
+from ldm.emoji.sprites import SpriteSet, cut, fit, resize
 
 STYLES = ("3d", "flat")
 FRAME = 128  # the coordinates below are pixels of a sprite of this size

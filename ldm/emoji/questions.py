@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from ldm.data.plan import HOLDING, Plan
-from ldm.data.recipe import COUNTED, HOLDER, PAIRED
+from ldm.emoji.composition import HOLDING, Composition
+from ldm.emoji.recipe import COUNTED, HOLDER, PAIRED
 
 Place = tuple[float, float, float]  # centre x, centre y and side of a square, as shares of the frame
 WHOLE: Place = (0.5, 0.5, 1.0)
@@ -19,7 +19,7 @@ class Question:
     told: bool = True
 
 
-def readings(plan: Plan) -> list[list[Question]]:
+def readings(plan: Composition) -> list[list[Question]]:
     """The questions of each way to show this plan: two things next to each other may stand either way round."""
     if plan.relation != "next to":
         return [questions(plan)]
@@ -27,7 +27,7 @@ def readings(plan: Plan) -> list[list[Question]]:
     return [questions(plan), questions(turned)]
 
 
-def questions(plan: Plan) -> list[Question]:
+def questions(plan: Composition) -> list[Question]:
     """All that a picture of this plan shows and a detector can see, as the recipe paints it.
 
     A thing's own colour is part of the thing, and is not asked for.
@@ -58,7 +58,7 @@ def questions(plan: Plan) -> list[Question]:
     return asked
 
 
-def _places(plan: Plan) -> list[Place]:
+def _places(plan: Composition) -> list[Place]:
     if plan.relation == HOLDING:
         return list(HOLDER)
     if plan.relation:

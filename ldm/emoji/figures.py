@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ldm.evaluation.detectors import Verdict
+from ldm.emoji.detectors import Verdict
 
 THINGS = ("thing", "part", "holder", "face")  # the attributes that name a thing
 FIRST = 5

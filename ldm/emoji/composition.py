@@ -7,7 +7,7 @@ HOLDING = "holding"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Composition:
     """What one picture shows. `things` are sprites' names (a costume's wearer is the face's sprite).
 
     `setting` is a plain background's colour or a scene's name; the `..._named` say what the caption tells. `colour` is

@@ -14,7 +14,7 @@ from ldm.conditioning.sdxl import JoinedEncoder, parts_of
 from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.diffusion.parameterization import per_image
 from ldm.system import fingerprint
-from ldm.training.cache import Entry, TensorCache
+from ldm.training.data.cache import Entry, TensorCache
 
 
 class Conditions:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ldm.data.things_table import CATEGORIES
+from ldm.emoji.things_table import CATEGORIES
 from ldm.errors import UserError, nearest
 
 

@@ -6,7 +6,7 @@ astronauts. A combination is a set of names, held out in every style, wording, n
 
 from collections.abc import Iterable
 
-from ldm.data.things import THINGS
+from ldm.emoji.things import THINGS
 
 COSTUMES: tuple[tuple[str, str], ...] = (
     ("raccoon", "astronaut"),

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from numpy.random import Generator
 
-from ldm.data.colours import BACKGROUNDS
-from ldm.data.costumes import ASTRONAUT, GLASSES
-from ldm.data.plan import HOLDING, Plan
-from ldm.data.things import THINGS, Thing
+from ldm.emoji.colours import BACKGROUNDS
+from ldm.emoji.composition import HOLDING, Composition
+from ldm.emoji.costumes import ASTRONAUT, GLASSES
+from ldm.emoji.things import THINGS, Thing
 
 NUMBERS = {2: "two", 3: "three"}
 COSTUME_WORDS = {"cap": ("cap", "baseball cap")}
@@ -78,7 +78,7 @@ def pick(rng: Generator, choices: Sequence[str]) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
-def caption(plan: Plan, rng: Generator) -> str:
+def caption(plan: Composition, rng: Generator) -> str:
     """Return one of the plan's captions: it names the style and the setting when the plan says so."""
     number, words = _subject(plan, rng)
     bare = rng.random() < 0.12
@@ -99,7 +99,7 @@ def phrase(number: str, words: str, bare: bool = False) -> str:
     return f"the {words}" if number == "the" else f"{article(words)} {words}"
 
 
-def _subject(plan: Plan, rng: Generator) -> tuple[str, str]:
+def _subject(plan: Composition, rng: Generator) -> tuple[str, str]:
     """Return the number ("one", "mass", "many", "the") and the words of what the picture shows."""
     thing = THINGS[plan.things[0]]
     if plan.costume:
@@ -154,7 +154,7 @@ def _costumed(thing: Thing, costume: str, rng: Generator) -> str:
     return f"{mood}{wearer} {pick(rng, ('wearing', 'wearing', 'in', 'with'))} {worn}"
 
 
-def _with_style(plan: Plan, style: str, words: str) -> str:
+def _with_style(plan: Composition, style: str, words: str) -> str:
     if plan.count > 1:
         number, rest = words.split(" ", 1)
         return f"{number} {style} {rest}"

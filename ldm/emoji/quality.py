@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ldm.checkpoints.files import write_bytes
 from ldm.data.pictures import decode
-from ldm.data.plan import Plan
-from ldm.data.recipe import Recipe
-from ldm.evaluation.detectors import Detectors, Features, Verdict, fit_all
-from ldm.evaluation.figures import Shares, shares
+from ldm.emoji.composition import Composition
+from ldm.emoji.detectors import Detectors, Features, Verdict, fit_all
+from ldm.emoji.figures import Shares, shares
+from ldm.emoji.prompts import Asked
+from ldm.emoji.questions import Question, questions, readings
+from ldm.emoji.recipe import Recipe
 from ldm.evaluation.frechet import frechet_distance
-from ldm.evaluation.prompts import Asked
-from ldm.evaluation.questions import Question, questions, readings
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.critics import PerceptualDistance
 from ldm.pictures import png, to_tensor
@@ -81,7 +81,10 @@ def compositions(recipe: Recipe, count: int, first: int = 0) -> Iterator[tuple[T
     """Batches of a recipe's own compositions, each with all questions about it."""
     for start in range(first, first + count, _AT_ONCE):
         made = [recipe.sample(i) for i in range(start, min(start + _AT_ONCE, first + count))]
-        yield to_tensor([each.picture for each in made]), [questions(Plan(**each.parts)) for each in made]
+        yield (
+            to_tensor([each.picture for each in made]),
+            [questions(Composition(**each.parts)) for each in made],
+        )
 
 
 def fitted(features: Features, recipe: Recipe, count: int) -> Detectors:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.checkpoints.folder import read_json, whole_folder
-from ldm.conditioning.minilm import LAYERS, PACKAGE, minilm_from_package, standardise
-from ldm.data.recipe import Recipe, RecipeConfig
-from ldm.data.sources import fetch
-from ldm.data.sprites import SPRITES_FILE, build_sprites, load_sprites
+from ldm.data.packages import fetch
+from ldm.emoji.minilm import LAYERS, PACKAGE, minilm_from_package, standardise
+from ldm.emoji.packages import SOURCES
+from ldm.emoji.pools import CompositionsConfig
+from ldm.emoji.recipe import Recipe, RecipeConfig
+from ldm.emoji.sprites import SPRITES_FILE, build_sprites, load_sprites
 from ldm.errors import UserError
 from ldm.training.objectives import text_to_image
 from ldm.training.run import read_run
-from ldm.training.sources import CompositionsConfig
 
 TEXT = Path("runs/bundled/text")  # what configs/bundled-unet.yaml reads
 _CAPTIONS = 2048
@@ -23,9 +24,12 @@ _CAPTIONS = 2048
 def compositions_of(config: str | Path) -> CompositionsConfig:
     """What a training run's config composes. Raises UserError where it composes nothing."""
     settings = read_run(config).settings
-    if not isinstance(settings, text_to_image.Config) or not settings.compositions:
-        raise UserError(f"{config} has no text_to_image.compositions: give the config of a run on a recipe")
-    return settings.compositions
+    data = settings.data if isinstance(settings, text_to_image.Config) else None
+    if not isinstance(data, CompositionsConfig):
+        raise UserError(
+            f"{config} has no compositions in text_to_image.data: give the config of a run on a recipe"
+        )
+    return data
 
 
 def prepare(config: str | Path) -> None:
@@ -34,7 +38,7 @@ def prepare(config: str | Path) -> None:
     config: the run whose captions MiniLM's hidden states are standardised over (configs/bundled-unet.yaml).
     """
     composed = compositions_of(config)
-    files = fetch()
+    files = fetch(SOURCES.values())
     if not SPRITES_FILE.exists():
         build_sprites()
     recipe = Recipe(load_sprites(), composed.recipe)

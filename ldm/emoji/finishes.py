@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.colours import oklab
+from ldm.emoji.colours import oklab
 
 Picture = NDArray[np.uint8]  # (size, size, 3)
 

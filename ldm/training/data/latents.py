@@ -1,4 +1,4 @@
-"""Latents to train on, from two sources behind one protocol: a recipe's compositions, and pictures from disk."""
+"""Latents to train on, behind one protocol, and those of pictures from disk."""
 
 import hashlib
 import json
@@ -18,12 +18,11 @@ from torch import Tensor
 from ldm.data.buckets import Crop, Framing, Pixels, assign, buckets, cut, plan_framing
 from ldm.data.order import Order
 from ldm.data.pictures import PictureSet
-from ldm.data.recipe import Recipe
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.pictures import to_tensor
 from ldm.system import fingerprint
-from ldm.training.cache import Entry, TensorCache
+from ldm.training.data.cache import Entry, TensorCache
 
 SHARD = 2048
 _ALL = slice(None)
@@ -61,86 +60,6 @@ class LatentSource(Protocol):
     def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
         """The `rows` of pictures `start` .. `start + size`. In all processes alike, but for `rows`."""
         ...
-
-
-class RecipePool:
-    """`pictures` compositions of a recipe as latents, float16 on disk.
-
-    The first pass goes through the pool in order and builds what is missing, SHARD at a time; each later pass has an
-    order of its own. Another recipe, other sprites or another encoder have keys of their own in the folder.
-
-    with_pictures: also compose the pictures, which takes longer than reading latents.
-    dtype: what the encoder computes in, under autocast.
-
-    Raises UserError unless `pictures` is a multiple of SHARD.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        autoencoder: AutoencoderKL,
-        pictures: int,
-        folder: str | Path,
-        with_pictures: bool = False,
-        dtype: torch.dtype = torch.bfloat16,
-    ):
-        if pictures < SHARD or pictures % SHARD:
-            raise UserError(
-                f"compositions.pictures is {pictures}: make it a multiple of {SHARD}, a shard's size"
-            )
-        self.recipe, self.autoencoder, self.pictures = recipe, autoencoder, pictures
-        self.with_pictures, self.dtype = with_pictures, dtype
-        self.broken: Mapping[str, str] = {}
-        self.cache = TensorCache(folder)
-        self._turn, self._order = 0, np.arange(pictures)
-
-    def prepare(self) -> None:
-        """Nothing: the pool is built as it is needed."""
-
-    def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
-        indices = [self._index(i) for i in range(start, start + size)]
-        # Not only for this process's own rows: the others wait for theirs.
-        for shard in sorted({i // SHARD for i in indices if self._key(i) not in self.cache}):
-            self._build(range(shard * SHARD, (shard + 1) * SHARD))
-        mine = indices[rows]
-        keys = [self._key(i) for i in mine]
-        side = self.recipe.config.size
-        return LatentBatch(
-            latents=torch.stack([self.cache.read(key)["latents"] for key in keys]).float(),
-            captions=[self.cache.note(key) for key in keys],
-            time_ids=torch.tensor([[side, side, 0, 0, side, side]] * len(mine), dtype=torch.float32),
-            pictures=to_tensor([self.recipe.sample(i).picture for i in mine]) if self.with_pictures else None,
-        )
-
-    @cached_property
-    def made_from(self) -> str:
-        """A hash of all that decides the pool's content: encoder and scaling, recipe, sprites."""
-        parts = [encoder_key(self.autoencoder, self.dtype), self.recipe.fingerprint]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-    def _key(self, index: int) -> str:
-        return f"{self.made_from}-{index}"
-
-    def _index(self, position: int) -> int:
-        """The composition at a position of the endless order."""
-        turn, place = divmod(position, self.pictures)
-        if turn != self._turn:
-            self._turn, everything = turn, np.arange(self.pictures)
-            self._order = np.random.default_rng(turn).permutation(everything) if turn else everything
-        return int(self._order[place])
-
-    def _build(self, indices: Sequence[int]) -> None:
-        numbers = {self._key(i): i for i in indices}
-        captions: dict[str, str] = {}
-
-        def make(keys: Sequence[str]) -> list[Entry]:
-            examples = [self.recipe.sample(numbers[key]) for key in keys]
-            captions.update(zip(keys, (e.caption for e in examples), strict=True))
-            latents = encode(self.autoencoder, to_tensor([e.picture for e in examples]), self.dtype)
-            return [{"latents": each} for each in latents.mean]
-
-        chunk = _chunk(self.recipe.config.size, self.recipe.config.size)
-        self.cache.fill(list(numbers), make, chunk, SHARD, note=captions.__getitem__)
 
 
 class PictureLatents:
@@ -196,7 +115,7 @@ class PictureLatents:
         self.crop: Crop = crop
         self.flip, self.with_pictures, self.sample, self.dtype = flip, with_pictures, sample, dtype
         self.cache = None if cache is None else TensorCache(cache)
-        self._chunk = _chunk(resolution, resolution)
+        self._chunk = chunk_of(resolution, resolution)
         self._full = False
         self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders work outside Python's lock
         self._begun: dict[int, dict[tuple[int, Framing], Future[Pixels]]] = {}  # by the batch's start
@@ -310,7 +229,7 @@ def encode(autoencoder: AutoencoderKL, pictures: Tensor, dtype: torch.dtype) -> 
     device = next(autoencoder.parameters()).device
     means, logvars = list[Tensor](), list[Tensor]()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for part in pictures.split(_chunk(*pictures.shape[2:])):
+        for part in pictures.split(chunk_of(*pictures.shape[2:])):
             posterior = autoencoder.encode(part.to(device, memory_format=torch.channels_last))
             means.append(autoencoder.scale(posterior.mean.float()))
             logvars.append(posterior.logvar.float())
@@ -332,6 +251,6 @@ def encoder_key(autoencoder: AutoencoderKL, dtype: torch.dtype) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _chunk(height: int, width: int) -> int:
+def chunk_of(height: int, width: int) -> int:
     """How many pictures go through the encoder at a time."""
     return max(1, _PIXELS // (height * width))

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.checkpoints.files import read_metadata, read_tensors, write_tensors
+from ldm.emoji.questions import WHOLE, Place, Question
 from ldm.errors import UserError
-from ldm.evaluation.questions import WHOLE, Place, Question
 from ldm.foreign import foreign, json_object
 from ldm.models.critics import EfficientNetLite0
 

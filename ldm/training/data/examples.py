@@ -1,9 +1,9 @@
-"""What a first stage learns from, behind one protocol: a recipe's compositions, and pictures from disk."""
+"""What a first stage learns from, behind one protocol, and that of pictures from disk."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,14 +12,10 @@ from torch import Tensor
 from ldm.data.buckets import Crop, Pixels, frame
 from ldm.data.order import Order
 from ldm.data.pictures import PictureSet
-from ldm.data.recipe import Example, Recipe
-from ldm.data.things import choose
 from ldm.errors import UserError
 from ldm.pictures import to_tensor
-from ldm.training.sources import told
+from ldm.training.data.on_disk import lines_about
 
-Labels = Literal["kind", "thing"]
-_UNSEEN = 10**9  # the first index of compositions that are never trained on, and how many there are
 _ALL = slice(None)
 
 
@@ -63,40 +59,7 @@ class Examples(Protocol):
         ...
 
 
-class Compositions:
-    """A recipe's compositions, each of them new. cut: a side in pixels, or None for whole ones."""
-
-    def __init__(self, recipe: Recipe, cut: int | None, labels: Labels | None, held_out: int):
-        self.recipe, self.cut, self.kind = recipe, cut, labels
-        self.side, self.held_out, self.count = recipe.config.size, held_out, _UNSEEN
-        things = [thing.name for thing in choose(recipe.config.things)]
-        self.labels = {None: [], "kind": recipe.kinds, "thing": things}[labels]
-
-    def cuts(self, start: int, size: int, rows: slice = _ALL) -> Batch:
-        """As Examples says. Of a picture, the liveliest of three cuts: plain background teaches little."""
-        indices = range(start, start + size)[rows]
-        examples = [self.recipe.sample(i) for i in indices]
-        pictures = [each.picture for each in examples]
-        if self.cut:
-            rngs = (np.random.default_rng((self.recipe.config.seed, 3, i)) for i in indices)
-            pictures = [_liveliest(each, self.cut, rng) for each, rng in zip(pictures, rngs, strict=True)]
-        return Batch(to_tensor(pictures), self._labels(examples), start)
-
-    def whole(self, start: int, size: int) -> Batch:
-        examples = [self.recipe.sample(_UNSEEN + i) for i in range(start, start + size)]
-        return Batch(to_tensor([each.picture for each in examples]), self._labels(examples), start)
-
-    def notes(self) -> list[str]:
-        return []
-
-    def _labels(self, examples: list[Example]) -> Tensor | None:
-        if self.kind is None:
-            return None
-        names = [each.kind if self.kind == "kind" else each.parts["things"][0] for each in examples]
-        return torch.tensor([self.labels.index(name) for name in names])
-
-
-class Photographs:
+class PictureExamples:
     """Pictures from disk: the last of them held out, the others shuffled anew in each turn.
 
     Args:
@@ -138,7 +101,7 @@ class Photographs:
 
     def notes(self) -> list[str]:
         kept = f"the last {self.held_out} of {self.count} pictures were kept for validation"
-        return [*told(self.found.notes, self.found.broken), kept]
+        return [*lines_about(self.found.notes, self.found.broken), kept]
 
     def _plain(self, index: int) -> Pixels:
         return frame(self.found.read(index), (self.side, self.side))[0]
@@ -148,14 +111,10 @@ class Photographs:
         rng = np.random.default_rng((self.seed, 1, *place))
         square = (self.side, self.side)
         picture, _ = frame(self.found.read(place[1]), square, crop=self.crop, flip=self.flip, rng=rng)
-        return _cut(picture, self.cut, rng) if self.cut else picture
+        return random_cut(picture, self.cut, rng) if self.cut else picture
 
 
-def _liveliest(picture: Pixels, side: int, rng: np.random.Generator) -> Pixels:
-    cuts = (_cut(picture, side, rng) for _ in range(3))
-    return max(cuts, key=lambda cut: float(cut.std()))
-
-
-def _cut(picture: Pixels, side: int, rng: np.random.Generator) -> Pixels:
+def random_cut(picture: Pixels, side: int, rng: np.random.Generator) -> Pixels:
+    """Cut a square of `side` pixels out of a picture, anywhere."""
     top, left = rng.integers(0, np.array(picture.shape[:2]) - side + 1)
     return picture[top : top + side, left : left + side]

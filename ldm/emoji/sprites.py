@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.sources import PACKAGES_FOLDER, SOURCES
-from ldm.data.things import choose
+from ldm.data.packages import PACKAGES_FOLDER
+from ldm.emoji.packages import SOURCES
+from ldm.emoji.things import choose
 from ldm.errors import UserError, nearest
 from ldm.files import whole_file
 from ldm.foreign import foreign, plain_status

@@ -1,0 +1,138 @@
+"""DreamBooth's prior preservation (Ruiz et al. 2023): pictures of a class, which the model draws itself."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.files import read_text
+from ldm.data.listing import SUFFIXES
+from ldm.data.pictures import PictureSet, open_pictures
+from ldm.errors import UserError
+from ldm.files import write_bytes, write_text
+from ldm.foreign import json_object
+from ldm.pictures import png
+from ldm.system import System
+from ldm.training.data.latents import LatentBatch, LatentSource
+from ldm.training.drawing import draw
+from ldm.training.share import processes
+
+_AT_ONCE = 16  # class pictures that an interruption may cost
+_DRAWN = "class-"  # how the names of class pictures that were drawn begin
+_ORIGIN = "class.json"  # beside them: what they were drawn from
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """DreamBooth's prior preservation (Ruiz et al. 2023, eq. 2): pictures of the class, drawn by the model itself.
+
+    prompt: of the class, such as "a dog". folder: where the class pictures are or, as far as they are missing, will
+    be, with a note of what they were drawn from. weight: of their loss, beside that of the instance's pictures.
+    """
+
+    prompt: str
+    folder: str
+    pictures: int = 100
+    weight: float = 1.0
+    steps: int = 30
+    guidance: float = 5.0
+
+
+def check_class(config: PriorConfig, system: System) -> None:
+    """Raise UserError where the folder's class pictures were drawn from something else than this asks for."""
+    folder = Path(config.folder)
+    if not any(folder.glob(f"{_DRAWN}*")):
+        return
+    made, wanted = _read_origin(folder), _origin(config, system)
+    odd = [f"{key} is {each!r} here" for key, each in wanted.items() if made.get(key) != each]
+    if odd:
+        raise UserError(
+            f"text_to_image.prior.folder: {folder} holds class pictures that were drawn otherwise ({', '.join(odd)}): "
+            "give another folder, or delete it"
+        )
+
+
+def draw_class(config: PriorConfig, system: System) -> PictureSet:
+    """The class pictures; those that are missing are drawn, by the main process, where the U-Net is.
+
+    Pictures of other names in the folder, such as photographs of one's own, count too. Raises UserError.
+    """
+    check_class(config, system)
+    folder = Path(config.folder)
+    own = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(_DRAWN)]
+    paths = [folder / f"{_DRAWN}{k:05d}.png" for k in range(config.pictures - len(own))]
+    missing = [k for k, path in enumerate(paths) if not path.exists()]
+    if processes().is_main_process and missing:
+        write_text(folder / _ORIGIN, json.dumps(_origin(config, system), indent=2) + "\n")
+        for start in range(0, len(missing), _AT_ONCE):
+            seeds = missing[start : start + _AT_ONCE]
+            drawn = draw(system, [config.prompt] * len(seeds), seeds, config.steps, config.guidance)
+            for seed, picture in zip(seeds, drawn, strict=True):
+                write_bytes(paths[seed], png(picture))
+    processes().wait_for_everyone()
+    return open_pictures(folder, caption_column="")
+
+
+def _origin(config: PriorConfig, system: System) -> dict[str, Any]:
+    """What decides a class picture, but for its seed."""
+    return {
+        "prompt": config.prompt,
+        "model": system.fingerprint,
+        "steps": config.steps,
+        "guidance": config.guidance,
+    }
+
+
+def _read_origin(folder: Path) -> dict[str, Any]:
+    """What the folder's class pictures were drawn from; nothing where it doesn't say."""
+    path = folder / _ORIGIN
+    with suppress(UserError):  # it only saves drawing them
+        return json_object(read_text(path), path)
+    return {}
+
+
+class WithPrior:
+    """Pairs: rows of even number are the instance's, the others the class's."""
+
+    def __init__(self, instance: LatentSource, prior: LatentSource, prompt: str):
+        self.instance, self.prior, self.prompt = instance, prior, prompt
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        return {**self.instance.broken, **self.prior.broken}
+
+    def prepare(self) -> None:
+        self.instance.prepare()
+        self.prior.prepare()
+
+    def read(self, start: int, size: int, rows: slice = slice(None)) -> LatentBatch:
+        """As LatentSource says. Raises UserError where pairs would be torn apart."""
+        first, stop, _ = rows.indices(size)
+        if size % 2 or first % 2 or stop % 2:
+            raise UserError(
+                "prior preservation takes pictures in pairs: make each part of loop.batch_size even"
+            )
+        mine = slice(first // 2, stop // 2)
+        instance, prior = (each.read(start // 2, size // 2, mine) for each in (self.instance, self.prior))
+        if instance.latents.shape != prior.latents.shape:
+            raise UserError("prior preservation takes pictures of one size: set max_ratio to 1")
+        captions = itertools.chain.from_iterable((each, self.prompt) for each in instance.captions)
+        pictures = None
+        if instance.pictures is not None and prior.pictures is not None:
+            pictures = _alternate(instance.pictures, prior.pictures)
+        return LatentBatch(
+            _alternate(instance.latents, prior.latents),
+            list(captions),
+            _alternate(instance.time_ids, prior.time_ids),
+            pictures,
+        )
+
+
+def _alternate(first: Tensor, second: Tensor) -> Tensor:
+    return torch.stack([first, second], dim=1).flatten(0, 1)
