@@ -200,7 +200,8 @@ def _chosen(hint: Any, mapping: Any) -> Any:
     kinds = getattr(hint, "kinds", None)
     if kinds is None or not isinstance(mapping, Mapping):
         return hint
-    return kinds.get(mapping.get("kind"), hint)
+    kind = mapping.get("kind")
+    return kinds.get(kind, hint) if isinstance(kind, str) else hint
 
 
 def _tagged(hint: Any, value: Any, at: _Place) -> Any:
@@ -211,7 +212,7 @@ def _tagged(hint: Any, value: Any, at: _Place) -> Any:
     known = ", ".join(hint.kinds) or "those of modules that are imported, and none is that brings one"
     if kind is None:
         raise UserError(f"{at.where}'{at.path}' needs a kind: one of {known}")
-    if kind not in hint.kinds:
+    if not isinstance(kind, str) or kind not in hint.kinds:
         close = nearest(str(kind), hint.kinds)
         raise UserError(f"{at.where}'{at.path}.kind' is {kind!r:.60}, expected one of {known}{close}")
     rest = {key: each for key, each in value.items() if key != "kind"}

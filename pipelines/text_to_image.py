@@ -202,7 +202,10 @@ class TextToImagePipeline:
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         progress: bool = True,
-        **xl: Sequence[SupportsIndex],
+        original_size: Sequence[SupportsIndex] | None = None,
+        target_size: Sequence[SupportsIndex] | None = None,
+        crops_coords_top_left: Sequence[SupportsIndex] | None = None,
+        **unknown: Any,
     ) -> TextToImageOutput:
         """Draw `num_images_per_prompt` pictures of each prompt.
 
@@ -219,14 +222,11 @@ class TextToImagePipeline:
         guidance_rescale: Lin et al. 2023, in [0, 1]. guidance_interval: guided only where low < sigma <= high.
         callback_on_step_end: called with (pipe, index, timestep, {"latents", "denoised", "preview", "images"}) after
             each prediction; see `pipelines.progress`. Returning False ends the call there.
-        xl: SDXL's `original_size`, `target_size`, `crops_coords_top_left`, each (height, width) in pixels.
+        original_size, target_size, crops_coords_top_left: what SDXL is told, each (height, width) in pixels.
         Raises UserError.
         """
-        unknown = [key for key in xl if key not in ("original_size", "target_size", "crops_coords_top_left")]
-        if unknown:
-            raise TypeError(
-                f"unexpected argument {unknown[0]!r}{nearest(unknown[0], Recipe.__annotations__)}"
-            )
+        for name in unknown:
+            raise TypeError(f"unexpected argument {name!r}{nearest(name, Recipe.__annotations__)}")
         settings: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
@@ -238,7 +238,9 @@ class TextToImagePipeline:
             "guidance_rescale": guidance_rescale,
             "guidance_interval": guidance_interval,
             "clip_skip": 0 if clip_skip is None else clip_skip,
-            **xl,
+            "original_size": original_size,
+            "target_size": target_size,
+            "crops_coords_top_left": crops_coords_top_left,
         }
         recipes = recipes_for(prompt, negative_prompt, seed, num_images_per_prompt, settings)
         return self.draw(recipes, output_type, callback_on_step_end, progress)

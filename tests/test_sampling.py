@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tiny import SCHEDULER, tiny_pipeline_folder
 from torch import Tensor, nn
+from training_runs import write_config
 
 from ldm.condition import Condition, concatenate
 from ldm.diffusion import driver, guidance
@@ -25,6 +27,7 @@ from ldm.models.denoising import DenoisingNetwork
 from ldm.models.networks import NETWORKS
 from ldm.sampling import Guidance, decode, prepare, sample
 from ldm.system import System
+from ldm.training.run import train
 from pipelines import TextToImagePipeline
 
 SHAPE = (4, 8, 8)
@@ -241,3 +244,26 @@ def test_a_request_is_the_pipelines_picture(stub: Path) -> None:
     pipe = TextToImagePipeline.from_pretrained(stub, device="cpu")
     found = pipe("a cat", seed=3, num_inference_steps=3, guidance_scale=4.0, output_type="pt", progress=False)
     assert torch.equal(found.images, pixels)
+
+
+def test_another_network_trains_through_the_loop(stub: Path, tmp_path: Path) -> None:
+    """Its weights move, and what is exported is a system that draws."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(4):
+        Image.new("RGB", (32, 32), (60 * k, 30, 200)).save(pictures / f"{k}.png")
+        (pictures / f"{k}.txt").write_text("a cat")
+    sections = {
+        "loop": {"pictures": 16, "batch_size": 4, "precision": "no", "gradient_checkpointing": True},
+        "text_to_image": {
+            "base": str(stub),
+            "pictures": {"path": str(pictures), "resolution": 32},
+            "validation": {"prompts": ["a cat"], "steps": 2},
+        },
+    }
+    assert train(write_config(tmp_path, sections), ["loop.validate_every=16"])
+    assert (tmp_path / "run" / "drawn-00000016.png").is_file()
+    before, after = (System.load(path).network.state_dict() for path in (stub, tmp_path / "run" / "export"))
+    assert all(not torch.equal(before[name].half(), after[name].half()) for name in before)
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "run" / "export", device="cpu")
+    assert pipe("a cat", num_inference_steps=2, progress=False).images[0].size == (32, 32)

@@ -299,7 +299,7 @@ def test_a_learned_variance_trains_from_nothing_and_draws(tmp_path: Path) -> Non
         ),
         (["text_to_image.pictures.resolution=33"], "33"),
         (["text_to_image.lora.rnak=2"], "did you mean rank"),
-        (["loop.batch_size=9", "loop.accumulate=2"], "multiple of 2"),
+        (["loop.batch_size=9", "loop.gradient_accumulation_steps=2"], "multiple of 2"),
         (["loop.batch_size=0"], "make it 1 or more"),
         (["loop.precision=fp16"], "is for GPUs"),
         (["text_to_image.frozen=float16"], "is for GPUs"),
@@ -425,7 +425,7 @@ def test_recomputing_activations_changes_no_bit(tmp_path: Path) -> None:
     ends = []
     for name, flag in (("plain", "false"), ("recomputed", "true")):
         path, _ = setup(tmp_path / name)
-        assert train(path, [f"loop.checkpointing={flag}", "loop.pictures=16"])
+        assert train(path, [f"loop.gradient_checkpointing={flag}", "loop.pictures=16"])
         ends.append(state(tmp_path / name / "run"))
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 

@@ -173,7 +173,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(tmp_path: Path) -> None:
     for name, parts in (("whole", 1), ("parts", 4)):
         toy = Toy()
         toy.model[1].p = 0.0  # type: ignore[index]
-        assert Trainer(toy, replace(TOY, accumulate=parts), tmp_path / name).run()
+        assert Trainer(toy, replace(TOY, gradient_accumulation_steps=parts), tmp_path / name).run()
     ends = [state(tmp_path / name) for name in ("whole", "parts")]
     assert all(torch.allclose(ends[0][key], ends[1][key], atol=1e-6) for key in ends[0])
     logs = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").open()] for n in ("whole", "parts")]
@@ -201,6 +201,12 @@ def test_a_loss_that_runs_away_stops_the_run(tmp_path: Path) -> None:
     assert read_metadata(tmp_path / "state-000000000024.safetensors")["seen"] == "24"
 
 
+class Blocks(torch.nn.ModuleList):
+    """A network that says which blocks it is made of."""
+
+    block_types = (ResnetBlock,)
+
+
 def test_recomputed_activations_change_nothing() -> None:
     block = ResnetBlock(8, 8, time_channels=4, groups=2)
     x, time = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
@@ -211,7 +217,7 @@ def test_recomputed_activations_change_nothing() -> None:
         saved: list[torch.Tensor] = []
         block(x, time)
         plainly = len(saved)
-        recompute_activations(torch.nn.ModuleList([block]))
+        recompute_activations(Blocks([block]))
         saved.clear()
         block(x, time).square().sum().backward()
     assert len(saved) < plainly

@@ -49,7 +49,7 @@ class Poisoned(Toy):
     [
         ("pictures", -1),
         ("batch_size", 0),
-        ("accumulate", 0),
+        ("gradient_accumulation_steps", 0),
         ("keep", 1),
         ("log_every", -3),
         ("save_every", -1),
@@ -239,7 +239,7 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: Callable[[], T
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ("loop.accumulate=3", "can't be shared by 1 processes in 3 parts"),
+        ("loop.gradient_accumulation_steps=3", "can't be shared by 1 processes in 3 parts"),
         ("loop.precision=fp16", "fp16 is for GPUs"),
         ("loop.trackers=[tensorbord]", "loop.trackers"),
     ],
@@ -280,7 +280,11 @@ def test_a_dry_run_counts_what_is_frozen_once(
 
 
 def test_processes_exchange_gradients_with_the_last_part_only(tmp_path: Path) -> None:
-    trainer, apart, parts = Trainer(Toy(), replace(TOY, accumulate=4), tmp_path), [False], list[bool]()
+    trainer, apart, parts = (
+        Trainer(Toy(), replace(TOY, gradient_accumulation_steps=4), tmp_path),
+        [False],
+        list[bool](),
+    )
 
     @contextmanager
     def no_sync(model: torch.nn.Module):  # type: ignore[no-untyped-def]
@@ -317,7 +321,8 @@ def test_two_processes_of_a_real_launcher_do_what_one_does(tmp_path: Path) -> No
             def made(name, **changes):
                 toy = Toy()
                 toy.model[1].p = 0.0  # dropout's masks are each process's own
-                return Trainer(toy, replace(TOY, accumulate=2, **changes), Path({str(tmp_path)!r}) / name)
+                config = replace(TOY, gradient_accumulation_steps=2, **changes)
+                return Trainer(toy, config, Path({str(tmp_path)!r}) / name)
 
             write = state.write
             state.write = lambda *args: (time.sleep(1), write(*args))

@@ -88,7 +88,7 @@ def discriminator_loss(kind: Kind, real: Tensor, fake: Tensor) -> Tensor:
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor) -> Tensor:
     """The ratio of the two losses' gradients at the decoder's last layer, by their norms (Esser et al. 2021, eq. 7).
 
-    Of the whole batch's gradients, however many processes share it; where loop.accumulate takes the batch in parts, of
+    Of the whole batch's gradients, however many processes share it; where it is taken in parts, of
     each part's own, which is a noisier ratio.
     """
     norms = [

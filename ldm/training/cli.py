@@ -17,7 +17,8 @@ _GIB = 2**30
 
 @command(
     stopped="stopped; the same command goes on from the last state that was saved",
-    memory="train with a smaller loop.batch_size, with more of loop.accumulate, or with loop.checkpointing=true",
+    memory="train with a smaller loop.batch_size, with more loop.gradient_accumulation_steps, or with "
+    "loop.gradient_checkpointing=true",
 )
 def main(arguments: Sequence[str] | None = None, kinds: Sequence[str] = ()) -> int:
     """Train what a config says.
@@ -82,7 +83,7 @@ def describe(run: "Run") -> str:
     newest = state.newest(run.output)
     seen = int(newest.stem.removeprefix("state-")) if newest else 0
     steps = -(-max(0, run.loop.pictures - seen) // run.loop.batch_size)
-    share = run.loop.batch_size // accelerator.num_processes // run.loop.accumulate
+    share = run.loop.batch_size // accelerator.num_processes // run.loop.gradient_accumulation_steps
     named = ", ".join(f"{name} {_count(some):,}" for name, some in beside.items() if some)
     return "\n".join(
         [
@@ -92,7 +93,7 @@ def describe(run: "Run") -> str:
             *([f"beside it    {named}, frozen"] if named else []),
             f"memory       {memory / _GIB:.2f} GiB for weights, gradients, average and optimizer, "
             f"{helping / _GIB:.2f} GiB for what is frozen; on top come the activations of {share} pictures at a time"
-            + (", recomputed" if run.loop.checkpointing else ""),
+            + (", recomputed" if run.loop.gradient_checkpointing else ""),
             f"steps        {steps:,} to come, of {run.loop.batch_size} pictures"
             + (f"; {seen:,} of {run.loop.pictures:,} pictures are done" if seen else ""),
             f"output       {printable(str(run.output))}",

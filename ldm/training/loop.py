@@ -62,7 +62,7 @@ class Trainer:
 
     def _build(self, objective: Objective, config: LoopConfig, folder: Path, resolved: str) -> None:
         place = self.accelerator.process_index, self.accelerator.num_processes
-        self.rows = rows_of(config.batch_size, *place, config.accumulate)
+        self.rows = rows_of(config.batch_size, *place, config.gradient_accumulation_steps)
         self.objective, self.config, self.folder, self.resolved = objective, config, folder, resolved
         self.report = Report(self.accelerator, folder, config.pictures)
         self.report.tell(launch_notes())
@@ -81,7 +81,7 @@ class Trainer:
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
             plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        if config.checkpointing:
+        if config.gradient_checkpointing:
             recompute_activations(model)
         done = shard_on_cpu(model, blocks_of(model))
         optimizer = build_optimizer(config.optimizer, model.parameters())
@@ -130,8 +130,8 @@ class Trainer:
             what, place = self._saved_now(), "after" if self.seen else "before the first step, after"
             if out_of_memory(error):
                 raise UserError(
-                    f"out of memory {place} {self.seen:,} pictures: make loop.batch_size smaller or loop.accumulate "
-                    f"larger, or set loop.checkpointing{what}"
+                    f"out of memory {place} {self.seen:,} pictures: make loop.batch_size smaller or "
+                    f"loop.gradient_accumulation_steps larger, or set loop.gradient_checkpointing{what}"
                 ) from None  # or it would be said in other words
             if isinstance(error, UserError):
                 raise UserError(f"{error}{what}") from error

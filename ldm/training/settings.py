@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ldm.errors import UserError
 from ldm.training.bounds import refuse_outside
@@ -18,24 +18,29 @@ if TYPE_CHECKING:
 class LoopConfig:
     """How long to train, and what is written when; every count is in pictures, and 0 is never.
 
-    batch_size: of one optimizer step, all processes together. accumulate: in how many parts each process takes its
-        share of it, to save memory.
+    batch_size: of one optimizer step, all processes together. gradient_accumulation_steps: in how many parts each
+        process takes its share of it, to save memory.
     precision: of the computation; weights, averages and optimizer are float32.
-    checkpointing: recompute activations in the backward pass, for less memory and more time.
+    gradient_checkpointing: recompute activations in the backward pass, for less memory and more time.
     keep: how many saved states stay: two or more, for on the newest no loss was computed yet.
     diverged: stop where the loss is so many times its best (means between lines).
     trackers: any of accelerate's, such as tensorboard and wandb, or "all" that are installed.
     max_seconds: stop early and save, to fit a machine that is lent for a while; the same command goes on.
     """
 
+    renamed: ClassVar[dict[str, str]] = {
+        "checkpointing": "gradient_checkpointing",
+        "accumulate": "gradient_accumulation_steps",
+    }
+
     pictures: int
     batch_size: int = 64
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_half_life: int = 20_000
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     log_every: int = 2_000
     save_every: int = 20_000
     keep: int = 2
@@ -48,7 +53,7 @@ class LoopConfig:
         """Raises UserError for values that can't be."""
         counts = ("pictures", "ema_half_life", "log_every", "save_every", "validate_every", "max_seconds")
         refuse_outside("loop", self, counts, 0)
-        refuse_outside("loop", self, ("batch_size", "accumulate"), 1)
+        refuse_outside("loop", self, ("batch_size", "gradient_accumulation_steps"), 1)
         refuse_outside("loop", self, ("keep",), 2)
         refuse_outside("loop", self, ("seed",), 0, 2**32)
         if self.diverged:
@@ -61,7 +66,7 @@ def accelerator_for(config: LoopConfig, folder: Path) -> "Accelerator":
     from accelerate import Accelerator
 
     shared = processes()
-    rows_of(config.batch_size, shared.process_index, shared.num_processes, config.accumulate)
+    rows_of(config.batch_size, shared.process_index, shared.num_processes, config.gradient_accumulation_steps)
     sharded()
     if config.precision == "fp16" and str(shared.device) == "cpu":  # accelerate would pass over it in silence
         raise UserError("loop.precision fp16 is for GPUs: use bf16 or no on the CPU")

@@ -39,19 +39,19 @@ def launch_notes() -> list[str]:
     ]
 
 
-def rows_of(size: int, process: int, processes: int, accumulate: int = 1) -> list[slice]:
-    """The rows of a batch of `size` that one of several processes takes, in `accumulate` equal parts.
+def rows_of(size: int, process: int, processes: int, parts: int = 1) -> list[slice]:
+    """The rows of a batch of `size` that one of several processes takes, in `parts` equal parts.
 
     Raises UserError if it doesn't divide.
     """
-    if accumulate < 1 or size % (processes * accumulate):
+    if parts < 1 or size % (processes * parts):
         raise UserError(
-            f"a batch of {size} pictures can't be shared by {processes} processes in {accumulate} parts each: make "
-            f"loop.batch_size a multiple of {processes * max(accumulate, 1)}, or change loop.accumulate"
+            f"a batch of {size} pictures can't be shared by {processes} processes in {parts} parts each: make "
+            f"loop.batch_size a multiple of {processes * max(parts, 1)}, or change loop.gradient_accumulation_steps"
         )
-    share = size // processes // accumulate
-    first = process * accumulate
-    return [slice(i * share, (i + 1) * share) for i in range(first, first + accumulate)]
+    share = size // processes // parts
+    first = process * parts
+    return [slice(i * share, (i + 1) * share) for i in range(first, first + parts)]
 
 
 def sharded() -> bool:

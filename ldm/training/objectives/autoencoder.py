@@ -188,7 +188,7 @@ class Objective:
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
         """What keeps latents in order: nothing where they are not trained.
 
-        The codebook's use is of the whole batch; where loop.accumulate takes that in parts, the mean of the parts' own.
+        The codebook's use is of the whole batch; where that is taken in parts, the mean of the parts' own.
         """
         whole = self.config.train == "all"
         if isinstance(latent, Quantized):
