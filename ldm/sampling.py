@@ -98,18 +98,24 @@ def prepare(
     )
 
 
+def check_channels(system: System) -> None:
+    """Raise UserError for a network that takes channels of which nobody here knows what belongs there."""
+    wanted, latent = system.wants.get("channels"), system.autoencoder.config.latent_channels
+    if wanted not in (None, 1 + latent):
+        raise UserError(
+            f"the {system.network.component} takes {latent + (wanted or 0)} channels where latents have {latent}, and "
+            "what is more is no mask and masked picture: such a model can't draw from text"
+        )
+
+
 def nothing_seen(system: System, rows: int, size: tuple[int, int], device: torch.device | str) -> Tensor:
     """Return the channels (rows, 1 + C, h, w) by which an inpainting network draws all of a picture.
 
     Its mask is 1 everywhere, and what it sees are the latents of grey, as of a picture that is masked whole.
     Raises UserError for a network whose additional channels are others.
     """
-    autoencoder, wanted = system.autoencoder, system.wants["channels"]
-    if wanted != 1 + autoencoder.config.latent_channels:
-        raise UserError(
-            f"the {system.network.component} takes {wanted} channels more than latents have, which are no mask and "
-            "masked picture: what belongs there is not known"
-        )
+    check_channels(system)
+    autoencoder = system.autoencoder
     wake(autoencoder)
     grey = torch.zeros(1, 3, *size, device=device, dtype=autoencoder.encoder.conv_in.weight.dtype)
     latents = autoencoder.scale(autoencoder.encode(grey).mean)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError, nearest
-from ldm.sampling import Guidance, prepare, sample
+from ldm.sampling import Guidance, check_channels, prepare, sample
 from ldm.system import System
 from pipelines.adapters import Adapters
 from pipelines.completion import batches_of, completed, plan_of
@@ -38,7 +38,11 @@ class TextToImagePipeline:
         offload: Offload | None = None,
         identity: dict[str, str | None] | None = None,
     ):
-        """identity: how the system was loaded, for recipes: Recipe's model, variant and prediction_type."""
+        """identity: how the system was loaded, for recipes: Recipe's model, variant and prediction_type.
+
+        Raises UserError for a network that wants more than text and, of inpainting, a mask and a masked picture.
+        """
+        check_channels(system)
         self.system = system
         self.device = torch.device(device)
         self._offload = offload

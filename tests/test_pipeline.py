@@ -16,6 +16,8 @@ from tiny import SCHEDULER, tiny_pipeline_folder
 
 from ldm.checkpoints.files import read_tensors, write_tensors
 from ldm.errors import UserError
+from ldm.models.unet import UNet
+from ldm.system import System
 from pipelines import TextToImagePipeline
 from pipelines.recipe import Recipe, read_recipe, recipes_for
 
@@ -400,6 +402,10 @@ def test_pictures_are_saved_with_their_recipes(pipe: TextToImagePipeline, tmp_pa
 
 
 def test_models_that_are_for_something_else(folder: Callable[..., Path], tmp_path: Path) -> None:
+    system = System.load(folder("sd1"))
+    edits = UNet(replace(system.network.config, in_channels=8))  # as of InstructPix2Pix
+    with pytest.raises(UserError, match="takes 8 channels where latents have 4"):
+        TextToImagePipeline(replace(system, network=edits))
     shutil.copytree(folder("sd1"), tmp_path / "mixed")
     shutil.rmtree(tmp_path / "mixed" / "unet")
     shutil.copytree(folder("sdxl") / "unet", tmp_path / "mixed" / "unet")
