@@ -20,7 +20,8 @@ from ldm.training.state import newest
 from pipelines import TextToImagePipeline
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_training_finetune and test_training_first_stage kill runs in the short suite
+@pytest.mark.parametrize("kills", [1, 5])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, sprites: str, kills: int) -> None:
     """On compositions, whose pool is built as it is needed."""
     paths: list[Path] = []
@@ -73,6 +74,7 @@ class PoisonedObjective(text_to_image.Objective):
         return batch
 
 
+@pytest.mark.slow  # as above: two processes, sharded and not
 def test_two_processes_do_what_one_does(tmp_path: Path, sprites: str) -> None:
     """Losses, gradients, learning rates and averages of every step, up to rounding; the pool is built once."""
     changes: dict[str, object] = {"pictures": 32, "log_every": 8, "save_every": 100}
