@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from training_runs import TINY_VAE, side_by_side
 
@@ -134,6 +135,12 @@ def test_a_shard_that_others_cut_short_or_damage_while_it_is_in_use_is_an_error(
         cache.read("b")
     shard.write_bytes(whole.replace(b'\\"0/\\", 1,', b'\\"0/\\", 7,'))
     with pytest.raises(UserError, match=r"shard-.* has 2 rows of '0/x' and none of number 7"):
+        TensorCache(tmp_path).read("b")
+    shard.write_bytes(whole.replace(b'\\"0/\\", 1,', b'\\"5/\\", 1,'))
+    with pytest.raises(UserError, match=r"shard-.* lacks the tensors of '5/': delete it"):
+        TensorCache(tmp_path).read("b")
+    save_file({"0/x": torch.tensor(3.0)}, shard, {"rows": '[["b", "0/", 0, ""]]'})
+    with pytest.raises(UserError, match=r"shard-.* can't be read: '0/x' has no rows"):
         TensorCache(tmp_path).read("b")
 
 

@@ -44,6 +44,8 @@ class StoredRows:
             for name, each in json.loads(file.read(size)).items():
                 if name != "__metadata__":
                     dtype, shape = _DTYPES[each["dtype"]], each["shape"]
+                    if not shape:
+                        raise ValueError(f"{name!r} has no rows")
                     row = math.prod(shape[1:]) * dtype.itemsize
                     self._places[name] = dtype, shape, 8 + size + each["data_offsets"][0], row
         self.names = list(self._places)

@@ -54,6 +54,8 @@ class TensorCache:
         if shard is None:
             shard = self._shards[path] = StoredRows(path)
         names = [name for name in shard.names if name.startswith(group)]
+        if not names:
+            raise UserError(f"{path} lacks the tensors of {group!r}: delete it, it is built anew")
         return {name.removeprefix(group): shard.read(name, row) for name in names}
 
     def note(self, key: str) -> str:

@@ -92,7 +92,7 @@ def _origin(config: PriorConfig, system: System) -> dict[str, Any]:
 def _read_origin(folder: Path) -> dict[str, Any]:
     """What the folder's class pictures were drawn from; nothing where it doesn't say."""
     path = folder / _ORIGIN
-    with suppress(UserError):  # it only saves drawing them
+    with suppress(UserError):  # a damaged one says nothing, and `check_class` what to do
         return json_object(read_text(path), path)
     return {}
 
