@@ -42,21 +42,40 @@ class Guidance:
 class Request:
     """Pictures to draw together, all under one plan.
 
-    condition: B rows; where guided 2B, the first B without the prompt. noise: of B images.
-    notes: what the user should know of how the prompts were read.
+    condition: B rows; where guided 2B, the first B without the prompt. noise: of B images. latents: (B, C, h, w), the
+    first noise, of unit variance; None takes it from `noise`. notes: what the user should know of how the prompts were
+    read.
     """
 
     plan: Plan
     condition: Condition
     noise: Noise
+    latents: Tensor | None = None
     guidance: Guidance = field(default_factory=Guidance)
     notes: tuple[str, ...] = ()
+
+
+def encode(
+    system: System,
+    prompts: Sequence[str],
+    negatives: Sequence[str] | None = None,
+    guides: bool = True,
+    clip_skip: int = 0,
+) -> tuple[Condition, list[str]]:
+    """Encode B prompts: B rows of text, or where the pictures are guided 2B, the negatives first; and notes.
+
+    negatives: B of them, or None for no negative prompt. Raises UserError.
+    """
+    if not guides:
+        return system.text.encode(prompts, clip_skip=clip_skip)
+    positive, negative, notes = encode_pair(system.text, prompts, negatives, clip_skip)
+    return concatenate([negative, positive]), notes
 
 
 def prepare(
     system: System,
     plan: Plan,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Condition,
     seeds: Sequence[int | torch.Generator],
     *,
     negatives: Sequence[str] | None = None,
@@ -65,24 +84,24 @@ def prepare(
     size: tuple[int, int] | None = None,
     sizes: Sequence[int] | None = None,
     channels: Tensor | None = None,
+    latents: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Request:
     """Encode B prompts and put together all that drawing them needs.
 
-    negatives: B of them, or None for no negative prompt. size: (height, width) in pixels, multiples of the
+    prompts, negatives: see `encode`; or in their place what it gives. size: (height, width) in pixels, multiples of the
     autoencoder's factor; None is the model's own. sizes: the six numbers that SDXL is told (see `Condition.time_ids`);
     None tells it of a whole picture of `size`. channels: (B, c, h, w), for a network that takes more than latents.
-    device: where the network computes; None is where its weights are. Raises UserError.
+    latents: see `Request`. device: where the network computes; None is where its weights are. Raises UserError.
     """
     guidance = guidance or Guidance()
     device = torch.device(device or system.network.device)
     height, width = size or (system.default_size, system.default_size)
-    if guidance.guides:
-        positive, negative, notes = encode_pair(system.text, prompts, negatives, clip_skip)
-        text = concatenate([negative, positive])
-        channels = None if channels is None else torch.cat([channels, channels])
-    else:
-        text, notes = system.text.encode(prompts, clip_skip=clip_skip)
+    text, notes = prompts, list[str]()
+    if not isinstance(text, Condition):
+        text, notes = encode(system, text, negatives, guidance.guides, clip_skip)
+    if channels is not None and guidance.guides:
+        channels = torch.cat([channels, channels])
     if channels is None and "channels" in system.wants:
         channels = nothing_seen(system, text.rows, (height, width), device)
     told = torch.tensor([sizes or (height, width, 0, 0, height, width)], dtype=torch.float32)
@@ -93,6 +112,7 @@ def prepare(
         plan,
         condition.to(device, system.network.dtype),
         Noise(seeds, shape, device),
+        None if latents is None else latents.to(device),
         guidance,
         tuple(notes),
     )
@@ -127,7 +147,7 @@ def sample(system: System, request: Request, callback: Callable[[Step], bool | N
     denoiser = request.plan.denoiser(system.bind(request.condition))
     guidance = request.guidance
     denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
-    return request.plan.sample(denoise, request.noise, callback)
+    return request.plan.sample(denoise, request.noise, callback, request.latents)
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
