@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition, concatenate
+from ldm.conditioning.control import Control, Controls
 from ldm.conditioning.text import encode_pair
 from ldm.diffusion.driver import Noise, Step
 from ldm.diffusion.guidance import classifier_free
@@ -43,7 +44,7 @@ class Request:
     """Pictures to draw together, all under one plan.
 
     condition: B rows; where guided 2B, the first B without the prompt. noise: of B images.
-    notes: what the user should know of how the prompts were read.
+    notes: what the user should know of how the prompts were read. controls: what steers the network beside the text.
     """
 
     plan: Plan
@@ -51,6 +52,7 @@ class Request:
     noise: Noise
     guidance: Guidance = field(default_factory=Guidance)
     notes: tuple[str, ...] = ()
+    controls: tuple[Control, ...] = ()
 
 
 def prepare(
@@ -65,6 +67,7 @@ def prepare(
     size: tuple[int, int] | None = None,
     sizes: Sequence[int] | None = None,
     channels: Tensor | None = None,
+    controls: Sequence[Control] = (),
     device: torch.device | str | None = None,
 ) -> Request:
     """Encode B prompts and put together all that drawing them needs.
@@ -72,11 +75,18 @@ def prepare(
     negatives: B of them, or None for no negative prompt. size: (height, width) in pixels, multiples of the
     autoencoder's factor; None is the model's own. sizes: the six numbers that SDXL is told (see `Condition.time_ids`);
     None tells it of a whole picture of `size`. channels: (B, c, h, w), for a network that takes more than latents.
-    device: where the network computes; None is where its weights are. Raises UserError.
+    controls: ControlNets with their pictures, on the same device. device: where the network computes; None is where its
+    weights are. Raises UserError.
     """
     guidance = guidance or Guidance()
     device = torch.device(device or system.network.device)
     height, width = size or (system.default_size, system.default_size)
+    config = system.autoencoder.config
+    for k, each in enumerate(controls):
+        where = "the ControlNet" if len(controls) == 1 else f"ControlNet {k + 1} of {len(controls)}"
+        each.check(
+            system.network, config.latent_channels, config.factor, len(prompts), (height, width), where
+        )
     if guidance.guides:
         positive, negative, notes = encode_pair(system.text, prompts, negatives, clip_skip)
         text = concatenate([negative, positive])
@@ -87,7 +97,6 @@ def prepare(
         channels = nothing_seen(system, text.rows, (height, width), device)
     told = torch.tensor([sizes or (height, width, 0, 0, height, width)], dtype=torch.float32)
     condition = system.condition(text, told.expand(text.rows, -1), channels)
-    config = system.autoencoder.config
     shape = (config.latent_channels, height // config.factor, width // config.factor)
     return Request(
         plan,
@@ -95,6 +104,7 @@ def prepare(
         Noise(seeds, shape, device),
         guidance,
         tuple(notes),
+        tuple(controls),
     )
 
 
@@ -124,10 +134,18 @@ def nothing_seen(system: System, rows: int, size: tuple[int, int], device: torch
 
 def sample(system: System, request: Request, callback: Callable[[Step], bool | None] | None = None) -> Tensor:
     """Draw the latents (B, C, h, w), float32, of about unit variance. callback: see `ldm.diffusion.driver.sample`."""
-    denoiser = request.plan.denoiser(system.bind(request.condition))
-    guidance = request.guidance
+    plan, guidance = request.plan, request.guidance
+    controls = None
+    if request.controls:
+        for each in request.controls:
+            wake(each.network)
+        windows = [plan.window(each.start, each.end) for each in request.controls]
+        controls = Controls(
+            request.controls, windows, request.condition.rows // (2 if guidance.guides else 1)
+        )
+    denoiser = plan.denoiser(system.bind(request.condition, controls))
     denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
-    return request.plan.sample(denoise, request.noise, callback)
+    return plan.sample(denoise, request.noise, callback)
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
