@@ -90,9 +90,9 @@ def _read_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], dic
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, _ = unwrapped(read_tensors(path))
+    refuse_others(tensors, path)
     inside = {name.removeprefix(PREFIX): each for name, each in tensors.items() if name.startswith(PREFIX)}
     tensors = inside or tensors
-    refuse_others(tensors, path)
     said = _said_in(read_metadata(path), path)
     if "input_hint_block.0.weight" in tensors:
         rows = controlnet_rows(said or _outline(tensors))
@@ -103,11 +103,11 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def refuse_others(names: Collection[str], where: object) -> None:
     """Raise UserError, which says what these are the names of, unless they are a ControlNet's."""
+    bare = {name.removeprefix(PREFIX) for name in names}
     for sign, title in _OTHERS.items():
-        if any(name.startswith(sign) or name == sign for name in names):
+        if any(name.startswith(sign) for name in bare):
             raise UserError(f"{where}: this is {title}; such files are not supported here")
-    own = ("input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight")
-    if not any(each in names for each in own):
+    if bare.isdisjoint(("input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight")):
         other = other_model(names) or f"a file of names like {a_few(list(names), 1)}"
         raise UserError(f"{where}: this is {other} and no ControlNet")
 
