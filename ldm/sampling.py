@@ -8,15 +8,17 @@ The pipelines, validation in training and evaluation draw through it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition, concatenate
+from ldm.conditioning.control import Control, Controls
 from ldm.conditioning.text import encode_pair
+from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.driver import Noise, Step
-from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.guidance import classifier_free, known_pixels
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
@@ -39,19 +41,39 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class Known:
+    """The parts of B pictures that are known: `latents` (B, C, h, w) where `mask` (B, 1, h, w) is 0, not where it is 1.
+
+    noise: (B, C, h, w), of unit variance, under which the network sees them at every noise level.
+    """
+
+    latents: Tensor
+    mask: Tensor
+    noise: Tensor
+
+    def around(self, denoise: Denoise) -> Denoise:
+        """Put them into what a denoiser sees, and into what it says."""
+        return known_pixels(denoise, self.latents, self.mask, self.noise)
+
+
+@dataclass(frozen=True)
 class Request:
     """Pictures to draw together, all under one plan.
 
     condition: B rows; where guided 2B, the first B without the prompt. noise: of B images. latents: (B, C, h, w), the
-    first noise, of unit variance; None takes it from `noise`. notes: what the user should know of how the prompts were
-    read.
+    first noise, of unit variance; None takes it from `noise`. x0: (B, C, h, w), clean latents that the noise is added
+    to. known: what is not to be drawn. controls: what steers the network beside the text. notes: what the user should
+    know of how the prompts were read.
     """
 
     plan: Plan
     condition: Condition
     noise: Noise
-    latents: Tensor | None = None
     guidance: Guidance = field(default_factory=Guidance)
+    latents: Tensor | None = None
+    x0: Tensor | None = None
+    known: Known | None = None
+    controls: tuple[Control, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -112,10 +134,21 @@ def prepare(
         plan,
         condition.to(device, system.network.dtype),
         Noise(seeds, shape, device),
-        None if latents is None else latents.to(device),
         guidance,
-        tuple(notes),
+        None if latents is None else latents.to(device),
+        notes=tuple(notes),
     )
+
+
+def controlled(system: System, request: Request, controls: Sequence[Control]) -> Request:
+    """Steer a request by ControlNets with their pictures, which are on the same device. Raises UserError."""
+    config = system.autoencoder.config
+    height, width = (side * config.factor for side in request.noise.shape[1:])
+    images = len(request.noise.generators)
+    for k, each in enumerate(controls):
+        where = "the ControlNet" if len(controls) == 1 else f"ControlNet {k + 1} of {len(controls)}"
+        each.check(system.network, config.latent_channels, config.factor, images, (height, width), where)
+    return replace(request, controls=tuple(controls))
 
 
 def check_channels(system: System) -> None:
@@ -144,10 +177,20 @@ def nothing_seen(system: System, rows: int, size: tuple[int, int], device: torch
 
 def sample(system: System, request: Request, callback: Callable[[Step], bool | None] | None = None) -> Tensor:
     """Draw the latents (B, C, h, w), float32, of about unit variance. callback: see `ldm.diffusion.driver.sample`."""
-    denoiser = request.plan.denoiser(system.bind(request.condition))
-    guidance = request.guidance
+    plan, guidance = request.plan, request.guidance
+    controls = None
+    if request.controls:
+        for each in request.controls:
+            wake(each.network)
+        windows = [plan.window(each.start, each.end) for each in request.controls]
+        controls = Controls(
+            request.controls, windows, request.condition.rows // (2 if guidance.guides else 1)
+        )
+    denoiser = plan.denoiser(system.bind(request.condition, controls))
     denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
-    return request.plan.sample(denoise, request.noise, callback, request.latents)
+    if request.known is not None:
+        denoise = request.known.around(denoise)
+    return plan.sample(denoise, request.noise, callback, request.latents, request.x0)
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:

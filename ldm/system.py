@@ -18,6 +18,7 @@ from ldm.checkpoints.folder import write_folder
 from ldm.checkpoints.hub import resolve
 from ldm.checkpoints.single_file import write_single_file
 from ldm.condition import Condition
+from ldm.conditioning.control import Controls
 from ldm.conditioning.load import export, write_tokenizers
 from ldm.conditioning.system import build_conditioning
 from ldm.conditioning.text import TextEncoder
@@ -177,13 +178,23 @@ class System:
         condition.require(wants, f"the {self.network.component}")
         return condition
 
-    def bind(self, condition: Condition) -> Network:
+    def bind(self, condition: Condition, controls: Controls | None = None) -> Network:
         """Return the network under a condition of R rows; a call of fewer rows is under the last of them.
 
-        condition: on the network's device, in its precision.
+        condition: on the network's device, in its precision. controls: what steers it beside that.
         """
         network, dtype = self.network, self.network.dtype
-        return lambda x, timestep: network(x.to(dtype), timestep, condition.last(len(x)))
+        if controls is None:
+            return lambda x, timestep: network(x.to(dtype), timestep, condition.last(len(x)))
+
+        def steered(x: Tensor, timestep: Tensor) -> Tensor:
+            told = condition.last(len(x))
+            residuals = controls(x, timestep, told)
+            if residuals is None:
+                return network(x.to(dtype), timestep, told)
+            return network(x.to(dtype), timestep, told, residuals.map(lambda _, each: each.to(dtype)))
+
+        return steered
 
     def checkpoint(self) -> Checkpoint:
         """Configs and tensors as files hold them.

@@ -19,6 +19,7 @@ PARTS = {
     "ldm.foreign": 1,
     "ldm.config": 2,
     "ldm.pictures": 2,
+    "ldm.preprocess": 2,
     "ldm.condition": 2,
     "ldm.diffusion": 3,
     "ldm.models": 3,

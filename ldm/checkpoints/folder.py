@@ -238,34 +238,49 @@ def _index_of(folder: Path, system: Checkpoint) -> dict[str, Any]:
 
 
 @contextmanager
-def whole_folder(target: str | Path) -> Iterator[Path]:
+def whole_folder(target: str | Path, network: str = "") -> Iterator[Path]:
     """Give a new folder beside `target` to fill; it takes the place of `target` once the block ends well.
 
     The old system is moved away only when the new one is whole and on the disk; what lay in its folder
     besides its components (a model card, logs) is kept. If the block fails, the old one is as it was and the
     new one is removed.
 
+    Args:
+        target: the folder.
+        network: the class, by diffusers' name, of one network that the folder is of; "" for a whole system.
+
     Raises:
-        UserError: the place can't be written to, or `target` holds something that isn't a saved system.
+        UserError: the place can't be written to, or `target` holds something that isn't such a system or network.
     """
     target = Path(target).resolve()
     with writing(target):
-        if target.exists() and not _may_replace(target):
+        if target.exists() and not _may_replace(target, network):
             raise UserError(
-                f"can't write {target}: it is there already and is no saved system; choose another folder"
+                f"can't write {target}: it is there already and is no saved {network or 'system'}; choose another "
+                "folder"
             )
     with replaced_folder(target) as new:
         yield new
         if target.exists():
-            _keep_the_rest(target, new)
+            _keep_the_rest(target, new, network)
 
 
-def _may_replace(target: Path) -> bool:
-    return target.is_dir() and ((target / MODEL_INDEX).is_file() or not any(target.iterdir()))
+def _may_replace(target: Path, network: str) -> bool:
+    if not target.is_dir():
+        return False
+    if not any(target.iterdir()):
+        return True
+    if not network:
+        return (target / MODEL_INDEX).is_file()
+    config = target / "config.json"
+    return config.is_file() and read_json(config).get("_class_name") == network
 
 
-def _keep_the_rest(old: Path, new: Path) -> None:
-    named = {*components(read_index(old)), MODEL_INDEX} if (old / MODEL_INDEX).is_file() else set()
+def _keep_the_rest(old: Path, new: Path, network: str) -> None:
+    if network:
+        named = {"config.json", *(each.name for each in old.glob(f"{_STEMS[0]}*"))}
+    else:
+        named = {*components(read_index(old)), MODEL_INDEX} if (old / MODEL_INDEX).is_file() else set()
     for each in old.iterdir():
         if each.name not in named and not (new / each.name).exists():
             copy = shutil.copytree if each.is_dir() else shutil.copy2

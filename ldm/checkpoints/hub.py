@@ -8,7 +8,8 @@ from ldm.checkpoints.paths import nearby, readable
 from ldm.errors import UserError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_WANTED = ["*.json", "*.txt", "*.model", "model*.safetensors", "*/*.safetensors"]
+_ALONE = ("model*.safetensors", "diffusion_pytorch_model*.safetensors")  # of a network that is all there is
+_WANTED = ["*.json", "*.txt", "*.model", *_ALONE, "*/*.safetensors"]
 _NOT_WANTED = ["safety_checker/*", "*non_ema*"]
 _VARIANTS = ["*.fp16*", "*.bf16*"]
 
@@ -97,7 +98,7 @@ def _without_weights(folder: Path) -> list[str]:
 def _is_whole(folder: Path, variant: str | None) -> bool:
     """Tell whether a cached copy has weights, or, for a whole system, every component that it promises."""
     if not (folder / MODEL_INDEX).is_file():
-        return any(folder.glob("model*.safetensors"))
+        return any(any(folder.glob(each)) for each in _ALONE)
     try:
         read_folder(folder, variant)
     except UserError:

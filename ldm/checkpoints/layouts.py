@@ -100,6 +100,38 @@ def _resnet_rows(ours: str, theirs: str) -> list[Row]:
     return below(theirs, [row(left, right) for left, right in pairs.items()], ours)
 
 
+# ControlNet
+
+
+def controlnet_rows(config: Config) -> list[Row]:
+    """Return the rows of a ControlNet with diffusers' config, without the `control_model.` before them.
+
+    Source: `cldm.ControlNet` of lllyasviel/ControlNet.
+    """
+    down, layers = list(config["down_block_types"]), int(config.get("layers_per_block", 2))
+    blocks = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)
+    rows = [
+        row("conv_in.", "input_blocks.0.0."),
+        row("time_embedding.linear_1.", "time_embed.0."),
+        row("time_embedding.linear_2.", "time_embed.2."),
+        row("controlnet_cond_embedding.conv_in.", "input_hint_block.0."),
+        row("controlnet_cond_embedding.conv_out.", f"input_hint_block.{2 * blocks + 2}."),
+        row("controlnet_mid_block.", "middle_block_out.0."),
+    ]
+    # Activations stand between the convolutions, and are counted.
+    rows += [
+        row(f"controlnet_cond_embedding.blocks.{i}.", f"input_hint_block.{2 * i + 2}.") for i in range(blocks)
+    ]
+    maps = len(down) * (layers + 1)
+    rows += [row(f"controlnet_down_blocks.{i}.", f"zero_convs.{i}.0.") for i in range(maps)]
+    if config.get("addition_embed_type") == "text_time":
+        rows += _label_rows("add_embedding.")
+    middle = _middle_rows()
+    if config.get("mid_block_type") == "UNetMidBlock2D":
+        middle = _resnet_rows("mid_block.resnets.0.", "middle_block.0.")
+    return rows + _down_rows(down, [layers] * len(down)) + middle
+
+
 # The autoencoder
 
 

@@ -163,7 +163,7 @@ def decode(content: bytes) -> Pixels:
     try:
         with open_raster(content) as file:
             _check_range(file)
-            return _rgb(ImageOps.exif_transpose(file))
+            return rgb(ImageOps.exif_transpose(file))
     except UnidentifiedImageError:
         raise ValueError("not a picture of a kind that can be read") from None
     except Image.DecompressionBombError as error:
@@ -183,7 +183,8 @@ def _check_range(file: "ImageFile") -> None:
         raise ValueError("its grey is of 12 bits or inverted: convert it")
 
 
-def _rgb(picture: "Image") -> Pixels:
+def rgb(picture: "Image") -> Pixels:
+    """A picture of any mode as uint8 RGB (H, W, 3): clear parts over white, 16 bits as 8."""
     from PIL import Image
 
     if picture.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255

@@ -27,6 +27,7 @@ from ldm.errors import UserError
 # Stable Diffusion's noise ends at sigma 14.6, which a few dozen steps come down from in reach of each other. With zero
 # terminal SNR the first step is from 4096; DDPM's linear betas end at 157, cosine ones at 20,291.
 _NEARLY_NOISE = 20.0
+_ROUNDED = 1e-3  # of a timestep: more than float32 loses of one below 1000
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,39 @@ class Plan:
         return self.options.get("variance") == "learned_range"
 
     @property
+    def predictions(self) -> tuple[float, ...]:
+        """The noise levels of the predictions that a run asks for, in order; some are visited twice."""
+        zero, levels = torch.zeros(1, 1), list[float]()
+        estimate = torch.zeros(1, 2 if self.learned_variance else 1)
+        driver.sample(
+            lambda x, sigma: estimate, self.steps(zero, lambda: zero), lambda step: levels.append(step.sigma)
+        )
+        return tuple(levels)
+
+    @property
     def evaluations(self) -> int:
         """How many predictions a run asks for: the number of steps of its progress bar."""
-        zero, count = torch.zeros(1, 1), 0
-        estimate = torch.zeros(1, 2 if self.learned_variance else 1)
+        return len(self.predictions)
 
-        def tally(step: driver.Step) -> None:
-            nonlocal count
-            count = step.index + 1
+    def window(self, start: float = 0.0, end: float = 1.0) -> tuple[float, float]:
+        """Return the timesteps, above the first and up to the second, of a run's predictions from `start` to `end`.
 
-        driver.sample(lambda x, sigma: estimate, self.steps(zero, lambda: zero), tally)
-        return count
+        Of N predictions number i lies inside where start <= i / N and (i + 1) / N <= end, as diffusers counts them.
+        What depends on the noise level alone can't tell two visits of one level apart: the later one decides for both.
+        """
+        levels = self.predictions
+        inside = {
+            sigma: start <= i / len(levels) and (i + 1) / len(levels) <= end for i, sigma in enumerate(levels)
+        }
+        sigmas = torch.tensor(sorted(inside, reverse=True), dtype=torch.float64)
+        timesteps = self.denoiser(lambda x, timestep: x).timestep(sigmas).tolist()
+        rows = [timesteps[k] for k, sigma in enumerate(sigmas.tolist()) if inside[sigma]]
+        if not rows:
+            return math.inf, math.inf
+        after = next((each for each in timesteps if each < rows[-1]), -math.inf)
+        before = next((each for each in reversed(timesteps) if each > rows[0]), math.inf)
+        # A float's rounding above the levels' own, which a batch of another length may compute otherwise.
+        return after + min(_ROUNDED, (rows[-1] - after) / 2), rows[0] + min(_ROUNDED, (before - rows[0]) / 2)
 
     def denoiser(self, network: Network) -> Denoiser:
         """The network, with its condition bound, as a denoiser."""

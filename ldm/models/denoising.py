@@ -1,6 +1,7 @@
 """What general code knows of a network that denoises: whoever brings another one gives it these, and no other place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -29,6 +30,27 @@ class DenoisingConfig(Protocol):
     def layers(self) -> int: ...
 
     def to_diffusers(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What is added to the feature maps of a U-Net's B rows, as a ControlNet makes it (Zhang et al. 2023).
+
+    down: one for each map of the way down, the first convolution's first, (B, C_i, h_i, w_i). mid: of the middle
+    block, (B, C, h, w). Those that are pooled have one position, which goes to all.
+    """
+
+    down: tuple[Tensor, ...]
+    mid: Tensor
+
+    def map(self, function: Callable[[int, Tensor], Tensor]) -> "Residuals":
+        """Apply `function` to each, with its number; the middle block's is the last."""
+        down = tuple(function(i, each) for i, each in enumerate(self.down))
+        return Residuals(down, function(len(down), self.mid))
+
+    def __add__(self, other: "Residuals") -> "Residuals":
+        down = tuple(one + more for one, more in zip(self.down, other.down, strict=True))
+        return Residuals(down, self.mid + other.mid)
 
 
 class DenoisingNetwork(nn.Module):

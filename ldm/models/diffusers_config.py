@@ -64,17 +64,17 @@ def to_diffusers(config: Any, class_name: str, ours: Collection[str] = ()) -> di
     return {"_class_name": class_name, **listed}
 
 
-def check_sizes(config: Any, where: str, *names: str) -> None:
-    """Raise UserError unless these settings are whole numbers (or some, or None) from 1 to LARGEST, not an empty list.
+def check_sizes(config: Any, where: str, *names: str, least: int = 1) -> None:
+    """Raise UserError unless these settings are whole numbers (or some, or None), `least` to LARGEST; no empty list.
 
     Layers and levels are at most MOST_LAYERS and MOST_LEVELS: networks are built before their weights are looked for.
     """
     for name in names:
         value = getattr(config, name)
         each = value if isinstance(value, tuple) else () if value is None else (value,)
-        if value == () or min(each, default=1) < 1:
+        if value == () or min(each, default=least) < least:
             shown = list(value) if isinstance(value, tuple) else value
-            raise UserError(f"{where}: {name} is {shown!r:.60}, where sizes of at least 1 are needed")
+            raise UserError(f"{where}: {name} is {shown!r:.60}, where sizes of at least {least} are needed")
         most = MOST_LAYERS if "layers" in name else LARGEST
         if max(each, default=1) > most or len(each) > MOST_LEVELS:
             raise UserError(
