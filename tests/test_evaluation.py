@@ -35,7 +35,7 @@ from ldm.emoji.things import THINGS
 from ldm.errors import UserError
 from ldm.evaluation.frechet import frechet_distance
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.critics import EfficientNetLite0, PerceptualDistance
+from ldm.models.perceptual import EfficientNetLite0, PerceptualDistance
 from ldm.pictures import to_tensor
 from pipelines import TextToImagePipeline
 from scripts import evaluate

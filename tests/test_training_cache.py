@@ -149,7 +149,7 @@ def test_one_of_two_processes_fills(tmp_path: Path) -> None:
         f"""
         import torch
         from ldm.training.data.cache import TensorCache
-        from ldm.training.share import processes
+        from ldm.training.distributed import processes
         def make(keys):
             print("made", *keys)
             return [{{"x": torch.tensor(float(key))}} for key in keys]

@@ -17,11 +17,11 @@ from ldm.checkpoints.files import read_tensors
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training import cli
+from ldm.training.distributed import BatchGenerator
 from ldm.training.loop import LoopConfig, Trainer
 from ldm.training.objectives import text_to_image
 from ldm.training.optimization import OptimizerConfig
 from ldm.training.run import read_run, train
-from ldm.training.share import Draws
 from pipelines import TextToImagePipeline
 
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -99,12 +99,12 @@ def test_loss_and_gradients_are_those_of_diffusers_scripts(
     )
     ours = built(path)
     batch = ours.batch(0, 8, slice(0, 8))
-    value, _ = ours.loss(ours.model, batch, Draws(5, 8, slice(0, 8)))
+    value, _ = ours.loss(ours.model, batch, BatchGenerator(5, 8, slice(0, 8)))
     value.backward()
 
     kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
     pipe = kind.from_pretrained(base)
-    draws = Draws(5, 8, slice(0, 8))
+    draws = BatchGenerator(5, 8, slice(0, 8))
     draws.uniform()
     noise, timesteps = draws.normal(4, 16, 16), draws.integers(1000)
     if shift := loss.get("offset_noise"):
@@ -218,7 +218,7 @@ def test_inpainting_starts_from_either_and_is_what_diffusers_takes(tmp_path: Pat
     if family == "sd1":
         assert not before[:, 4:].any()  # so that training starts from the picture that the base would draw
     batch = objective.batch(0, 8, slice(0, 8))
-    known = objective._known(batch, Draws(0, 8, slice(0, 8)), torch.device("cpu"))
+    known = objective._known(batch, BatchGenerator(0, 8, slice(0, 8)), torch.device("cpu"))
     masks, latents = known[:, :1], known[:, 1:]
     assert masks.shape == (8, 1, 16, 16) and set(masks.unique().tolist()) <= {0.0, 1.0} and masks.any()
     assert latents.shape == batch.latents.shape
@@ -244,10 +244,10 @@ def test_class_pictures_stand_beside_the_instances(tmp_path: Path) -> None:
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "class").glob("*.png")}
     assert len(files) == 5 and Image.open(next(iter(files))).size == (32, 32)
     batch = objective.batch(0, 8, slice(0, 8))
-    assert objective._captions(batch, Draws(0, 8, slice(0, 8))) == ["the dog", "a cat"] * 4
+    assert objective._captions(batch, BatchGenerator(0, 8, slice(0, 8))) == ["the dog", "a cat"] * 4
     part = objective.batch(0, 8, slice(4, 8))
     assert torch.equal(part.latents, batch.latents[4:])
-    value, logs = objective.loss(objective.model, batch, Draws(0, 8, slice(0, 8)))
+    value, logs = objective.loss(objective.model, batch, BatchGenerator(0, 8, slice(0, 8)))
     assert value.item() == pytest.approx((logs["instance"] + 0.5 * logs["prior"]).item())
     assert train(path, ["loop.pictures=16"])
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "class").glob("*.png")} == files

@@ -18,12 +18,12 @@ from ldm.conditioning.tokenizer import text_ids
 from ldm.data.masks import random_mask
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.critics import EfficientNetLite0
+from ldm.models.perceptual import EfficientNetLite0
 from ldm.training import cli
 from ldm.training.data.conditions import Conditions
+from ldm.training.distributed import BatchGenerator
 from ldm.training.objectives import autoencoder
 from ldm.training.run import read_run, train
-from ldm.training.share import Draws
 from pipelines import TextToImagePipeline
 
 WHOLE = slice(0, 8)
@@ -40,10 +40,10 @@ def test_the_inpainting_loss_is_that_of_diffusers_scripts(tmp_path: Path) -> Non
     path, base = setup(tmp_path, "inpaint", inpainting=True, pictures=exact, condition_dropout=0.0)
     ours = built(path)
     batch = ours.batch(0, 8, WHOLE)
-    value, _ = ours.loss(ours.model, batch, Draws(5, 8, WHOLE))
+    value, _ = ours.loss(ours.model, batch, BatchGenerator(5, 8, WHOLE))
 
     pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(base, safety_checker=None)
-    draws = Draws(5, 8, WHOLE)
+    draws = BatchGenerator(5, 8, WHOLE)
     draws.uniform()
     noise, timesteps = draws.normal(4, 16, 16), draws.integers(1000)
     seeds = (draws.uniform() * 2**24).long().tolist()
@@ -77,19 +77,21 @@ def test_the_share_of_captions_that_is_left_out_is_the_one_asked_for(
     monkeypatch.setattr(Conditions, "__call__", noting)
     with torch.no_grad():
         for seed in range(12):
-            objective.loss(objective.model, batch, Draws(seed, 8, WHOLE))
+            objective.loss(objective.model, batch, BatchGenerator(seed, 8, WHOLE))
     share = torch.stack(left_out).float().mean().item()
     assert 0.15 < share < 0.35
-    assert torch.equal(left_out[3], Draws(3, 8, WHOLE).uniform() < 0.25)
+    assert torch.equal(left_out[3], BatchGenerator(3, 8, WHOLE).uniform() < 0.25)
 
 
 def test_captions_of_the_config_come_at_random(tmp_path: Path) -> None:
     given = ["a cat", "the dog", "a photo"]
     objective = built(setup(tmp_path, pictures={"captions": given})[0])
     batch = objective.batch(0, 8, WHOLE)
-    chosen = [each for seed in range(30) for each in objective._captions(batch, Draws(seed, 8, WHOLE))]
+    chosen = [
+        each for seed in range(30) for each in objective._captions(batch, BatchGenerator(seed, 8, WHOLE))
+    ]
     assert all(60 < chosen.count(each) < 100 for each in given) and len(chosen) == 240
-    assert len(set(objective._captions(batch, Draws(0, 8, WHOLE)))) > 1  # within a batch, too
+    assert len(set(objective._captions(batch, BatchGenerator(0, 8, WHOLE)))) > 1  # within a batch, too
 
 
 # Text
@@ -228,7 +230,7 @@ def test_pictures_are_encoded_in_the_precision_asked_for(
     for encoding, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
         objective = built(setup(tmp_path, inpainting=True, pictures={"encoding": encoding})[0])
         batch = objective.batch(0, 8, WHOLE)
-        objective._known(batch, Draws(0, 8, WHOLE), torch.device("cpu"))
+        objective._known(batch, BatchGenerator(0, 8, WHOLE), torch.device("cpu"))
         assert len(used) >= 2 and set(used) == {dtype}
         used.clear()
 
@@ -323,8 +325,8 @@ def test_the_helpers_are_what_is_frozen_beside_the_model(
 
 
 @pytest.fixture
-def critic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, "load_critic", lambda packages: EfficientNetLite0())
+def perceptual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
 
 
 def first_stage(folder: Path, sprites: str, **changes: Any) -> autoencoder.Objective:
@@ -338,7 +340,9 @@ def first_stage(folder: Path, sprites: str, **changes: Any) -> autoencoder.Objec
     return autoencoder.Objective(first_stage_config(sprites, **settings))
 
 
-def test_a_first_stage_learns_from_pictures_of_ones_own(tmp_path: Path, sprites: str, critic: None) -> None:
+def test_a_first_stage_learns_from_pictures_of_ones_own(
+    tmp_path: Path, sprites: str, perceptual: None
+) -> None:
     """Random cuts, anew in each turn, of all but the last tenth, which it is validated on."""
     objective = first_stage(tmp_path, sprites)
     assert set(objective.helpers()) == {"perceptual"}
@@ -381,7 +385,7 @@ def test_a_first_stage_learns_from_pictures_of_ones_own(tmp_path: Path, sprites:
     ],
 )
 def test_first_stages_on_pictures_that_cannot_be_are_refused(
-    tmp_path: Path, sprites: str, critic: None, changes: dict[str, Any], complaint: str
+    tmp_path: Path, sprites: str, perceptual: None, changes: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
         first_stage(tmp_path, sprites, **changes)

