@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from ldm.config import add_kind
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.data.examples import Examples
@@ -18,8 +19,7 @@ class Data:
     kind: ClassVar[str]
 
     def __init_subclass__(cls, kind: str) -> None:
-        cls.kind = kind
-        Data.kinds[kind] = cls
+        add_kind(Data.kinds, cls, kind)
 
     def latents(self, autoencoder: AutoencoderKL, with_pictures: bool) -> LatentSource:
         """Return what a denoising network learns from. Raises UserError."""
