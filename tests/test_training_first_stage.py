@@ -313,8 +313,13 @@ def test_a_killed_run_with_an_adversary_ends_with_the_same_bits(
 def test_a_killed_run_on_pictures_of_ones_own_ends_with_the_same_bits(
     tmp_path: Path, sprites: str, kills: int
 ) -> None:
-    pictures = {"path": str(pictures_in(tmp_path / "pictures", 25)), "resolution": 32, "flip": True}
-    settings = {"pictures": pictures, "data": None}
+    data = {
+        "kind": "pictures",
+        "path": str(pictures_in(tmp_path / "pictures", 25)),
+        "resolution": 32,
+        "flip": True,
+    }
+    settings = {"data": data}
     loop = {"pictures": 8 * BATCHES * kills, "save_every": 8}
     paths = [run_file(tmp_path / name, sprites, "kl", settings, **loop) for name in ("whole", "own")]
     same_bits_after_kills(*paths, kills, HEAD)

@@ -120,8 +120,8 @@ def test_the_shipped_configs_chain() -> None:
     runs = {path.stem: read_run(path) for path in folder.glob("bundled-*.yaml")}
     unet, decoder = runs["bundled-unet"].settings, runs["bundled-decoder"].settings
     first = f"{runs['bundled-autoencoder'].output}/export"
-    assert unet.new.autoencoder == decoder.init == first
-    assert unet.new.text_encoder == str(preparation.TEXT)
+    assert unet.base.autoencoder == decoder.init == first
+    assert unet.base.text_encoder == str(preparation.TEXT)
 
 
 def test_a_half_unpacked_text_encoder_is_not_taken_for_a_whole_one(

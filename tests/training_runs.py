@@ -61,7 +61,7 @@ def config(folder: Path, sprites: str, **changes: object) -> Path:
     tiny_bert_folder(folder)
     recipe = {"size": 32, "things": ["tree", "star", "rocket"], "styles": ["3d"]}
     objective = {
-        "new": {
+        "base": {
             "autoencoder": str(folder),
             "text_encoder": str(folder),
             "unet": {**TINY_UNET, "in_channels": 4, "out_channels": 4},

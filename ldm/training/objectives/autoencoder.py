@@ -22,9 +22,9 @@ from ldm.models.vq import Quantized, VQConfig, codebook_use
 from ldm.pictures import grid, png, to_pil, to_unit_range
 from ldm.training.adversarial import AdversarialConfig, adversarial_loss
 from ldm.training.bounds import refuse_outside
-from ldm.training.data.examples import Batch, Examples, PictureExamples
+from ldm.training.data.examples import Batch
 from ldm.training.data.kinds import Data
-from ldm.training.data.on_disk import PicturesConfig, listed
+from ldm.training.data.on_disk import PicturesConfig
 from ldm.training.distributed import BatchGenerator, mean_over_processes
 from ldm.training.first_stage import (
     FirstStage,
@@ -49,11 +49,11 @@ class Config:
     model, vq_model: the network's settings, without or with a codebook; None takes those of `init`, and Stable
         Diffusion's, or VQ-f8's, where there is none.
     init: a folder that holds the `vae`, or `vqvae`, to start from; None starts from nothing.
-    data, pictures: what it learns from, one of them: data of a kind of one's own, or pictures from disk, of which the
-        last `validation_pictures`, but a tenth at the most, are kept for validation.
+    data: what it learns from, of a kind: `pictures` from disk, of which the last `validation_pictures`, but a tenth at
+        the most, are kept for validation, or one's own.
     train: "decoder" keeps the encoder as it is, so that the latents, and a U-Net trained on them, stay valid.
     crop: training sees square crops of this many pixels (the network is convolutional), at random; None for whole
-        pictures: those of the data, or squares of pictures.resolution, cut as pictures.crop says.
+        pictures: those of the data; of pictures from disk squares of data.resolution, cut as data.crop says.
     noise: standard deviation of what is added to the pictures before encoding, on their scale of [-1, 1]; the target
         stays clean (Vincent et al. 2008). Validation is of clean pictures.
     perceptual: weight of the distance in EfficientNet-Lite0's features, whose package is fetched; with 0 it is only
@@ -65,15 +65,15 @@ class Config:
     renamed: ClassVar[dict[str, str]] = {
         "recipe": "data.recipe, with data.kind",
         "labels": "data.labels, with data.kind",
+        "pictures": "data, with kind: pictures",
     }
 
+    data: Data
     quantizer: Quantizer = "kl"
     model: AutoencoderConfig | None = None
     vq_model: VQConfig | None = None
     init: str | None = None
     train: Literal["all", "decoder"] = "all"
-    data: Data | None = None
-    pictures: PicturesConfig | None = None
     packages: str = str(PACKAGES_FOLDER)
     crop: int | None = 64
     noise: float = 0.0
@@ -101,14 +101,7 @@ class Config:
             raise UserError(
                 "training the decoder alone needs autoencoder.init: a folder that holds the autoencoder"
             )
-        if (self.data is None) == (self.pictures is None):
-            raise UserError("autoencoder needs exactly one of data and pictures")
-        if not self.pictures:
-            return
-        self.pictures.check("autoencoder.pictures")
-        for name in ("captions", "max_ratio", "sample_posterior", "encoding"):
-            if getattr(self.pictures, name) != getattr(PicturesConfig, name):
-                raise UserError(f"autoencoder.pictures.{name} is for a U-Net's training: leave it out")
+        self.data.check("autoencoder.data")
 
 
 class Objective:
@@ -117,7 +110,7 @@ class Objective:
     def __init__(self, config: Config):
         config.check()
         self.config = config
-        self.examples = _examples(config)
+        self.examples = config.data.examples("autoencoder.data", config.crop, config.validation_pictures)
         self.labels = self.examples.labels
         _check_init(config)
         _check_labels(config, self.labels)
@@ -265,16 +258,6 @@ class Objective:
             write_text(folder / part / _LABELS, json.dumps(self.labels) + "\n")
 
 
-def _examples(config: Config) -> Examples:
-    """Raises UserError."""
-    cut, kept = config.pictures, config.validation_pictures
-    if cut is None:
-        assert config.data
-        return config.data.examples(config.crop, kept)
-    found = listed(cut, "autoencoder.pictures", captioned=False)
-    return PictureExamples(found, cut.resolution, config.crop, cut.crop, cut.flip, cut.seed, kept)
-
-
 def _check_init(config: Config) -> None:
     """Raise UserError where the folder to start from is not there."""
     if config.init and not Path(config.init).is_dir():
@@ -295,7 +278,9 @@ def _check_labels(config: Config, names: list[str]) -> None:
 
 def _check_sides(config: Config, side: int, factor: int) -> None:
     """Raise UserError for pictures or crops that the autoencoder can't take, and crops larger than the picture."""
-    whole = "autoencoder.pictures.resolution" if config.pictures else "the side of autoencoder.data"
+    whole = "the side of autoencoder.data"
+    if isinstance(config.data, PicturesConfig):
+        whole = "autoencoder.data.resolution"
     for name, pixels in {whole: side, "autoencoder.crop": config.crop or side}.items():
         if pixels < 1 or pixels % factor:
             raise UserError(f"{name} is {pixels}: make it a multiple of {factor}, the autoencoder's factor")
