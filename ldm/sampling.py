@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition, concatenate
-from ldm.conditioning.text import encode_pair
+from ldm.conditioning.prompts.weighted import Prompt, as_prompts
+from ldm.conditioning.text import TextEncoder, encode_pair
+from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.driver import Noise, Step
-from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.guidance import by_step, classifier_free
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
@@ -43,6 +45,8 @@ class Request:
     """Pictures to draw together, all under one plan.
 
     condition: B rows; where guided 2B, the first B without the prompt. noise: of B images.
+    changes: (step, condition) in ascending order, where prompts change: from step number `step` of the whole plan,
+    counted from 0, that condition holds in place of the one before.
     notes: what the user should know of how the prompts were read.
     """
 
@@ -51,15 +55,16 @@ class Request:
     noise: Noise
     guidance: Guidance = field(default_factory=Guidance)
     notes: tuple[str, ...] = ()
+    changes: tuple[tuple[int, Condition], ...] = ()
 
 
 def prepare(
     system: System,
     plan: Plan,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     seeds: Sequence[int | torch.Generator],
     *,
-    negatives: Sequence[str] | None = None,
+    negatives: Sequence[str | Prompt] | None = None,
     guidance: Guidance | None = None,
     clip_skip: int = 0,
     size: tuple[int, int] | None = None,
@@ -69,33 +74,70 @@ def prepare(
 ) -> Request:
     """Encode B prompts and put together all that drawing them needs.
 
-    negatives: B of them, or None for no negative prompt. size: (height, width) in pixels, multiples of the
-    autoencoder's factor; None is the model's own. sizes: the six numbers that SDXL is told (see `Condition.time_ids`);
-    None tells it of a whole picture of `size`. channels: (B, c, h, w), for a network that takes more than latents.
-    device: where the network computes; None is where its weights are. Raises UserError.
+    prompts: strings are taken as they are; `read_prompt` in ldm.conditioning.prompts.reading makes others, for as many
+    steps as the whole plan has. negatives: B of them, or None for no negative prompt. size: (height, width) in pixels,
+    multiples of the autoencoder's factor; None is the model's own. sizes: the six numbers that SDXL is told (see
+    `Condition.time_ids`); None tells it of a whole picture of `size`. channels: (B, c, h, w), for a network that takes
+    more than latents. device: where the network computes; None is where its weights are. Raises UserError.
     """
     guidance = guidance or Guidance()
     device = torch.device(device or system.network.device)
     height, width = size or (system.default_size, system.default_size)
-    if guidance.guides:
-        positive, negative, notes = encode_pair(system.text, prompts, negatives, clip_skip)
-        text = concatenate([negative, positive])
-        channels = None if channels is None else torch.cat([channels, channels])
-    else:
-        text, notes = system.text.encode(prompts, clip_skip=clip_skip)
-    if channels is None and "channels" in system.wants:
-        channels = nothing_seen(system, text.rows, (height, width), device)
     told = torch.tensor([sizes or (height, width, 0, 0, height, width)], dtype=torch.float32)
-    condition = system.condition(text, told.expand(text.rows, -1), channels)
+
+    def whole(text: Condition) -> Condition:
+        more = channels
+        if more is None and "channels" in system.wants:
+            more = nothing_seen(system, text.rows, (height, width), device)
+        elif more is not None and guidance.guides:
+            more = torch.cat([more, more])
+        condition = system.condition(text, told.expand(text.rows, -1), more)
+        return condition.to(device, system.network.dtype)
+
+    texts, notes = _texts(
+        system.text, prompts, negatives if guidance.guides else None, guidance.guides, clip_skip
+    )
+    made = {id(text): whole(text) for _, text in texts}
+    (_, first), *later = [(step, made[id(text)]) for step, text in texts]
     config = system.autoencoder.config
     shape = (config.latent_channels, height // config.factor, width // config.factor)
-    return Request(
-        plan,
-        condition.to(device, system.network.dtype),
-        Noise(seeds, shape, device),
-        guidance,
-        tuple(notes),
-    )
+    return Request(plan, first, Noise(seeds, shape, device), guidance, tuple(notes), tuple(later))
+
+
+def _texts(
+    encoder: TextEncoder,
+    prompts: Sequence[str | Prompt],
+    negatives: Sequence[str | Prompt] | None,
+    guided: bool,
+    clip_skip: int,
+) -> tuple[list[tuple[int, Condition]], list[str]]:
+    """From which step on which embedding of all prompts holds, and the notes. Equal texts are encoded once.
+
+    Each of B rows; where guided 2B, the negatives first. Steps with the same texts share one embedding.
+    """
+    own = as_prompts(prompts)
+    against = None if negatives is None else as_prompts(negatives)
+    if against is not None and len(against) != len(own):
+        raise UserError(f"{len(against)} negative prompts for {len(own)} prompts: give one for each")
+    everything = [*own, *(against or [])]
+    steps = sorted({segment.step for each in everything for segment in each.segments})
+    at = {step: (tuple(p.at(step) for p in own), tuple(p.at(step) for p in against or ())) for step in steps}
+    kinds = list(dict.fromkeys(at.values()))
+    positives = [text for kind, _ in kinds for text in kind]
+    notes = [note for each in everything for note in each.notes]
+    if guided:
+        others = None if against is None else [text for _, kind in kinds for text in kind]
+        positive, negative, more = encode_pair(encoder, positives, others, clip_skip)
+        halves = [negative, positive]
+    else:
+        positive, more = encoder.encode(positives, clip_skip=clip_skip)
+        halves = [positive]
+    rows = len(own)
+    made = {
+        kind: concatenate([half.map(lambda part, k=k: part[k * rows : (k + 1) * rows]) for half in halves])
+        for k, kind in enumerate(kinds)
+    }
+    return [(step, made[at[step]]) for step in steps], list(dict.fromkeys(notes + more))
 
 
 def check_channels(system: System) -> None:
@@ -124,9 +166,16 @@ def nothing_seen(system: System, rows: int, size: tuple[int, int], device: torch
 
 def sample(system: System, request: Request, callback: Callable[[Step], bool | None] | None = None) -> Tensor:
     """Draw the latents (B, C, h, w), float32, of about unit variance. callback: see `ldm.diffusion.driver.sample`."""
-    denoiser = request.plan.denoiser(system.bind(request.condition))
     guidance = request.guidance
-    denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
+
+    def guided(condition: Condition) -> Denoise:
+        denoiser = request.plan.denoiser(system.bind(condition))
+        return classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
+
+    denoise = guided(request.condition)
+    if request.changes:
+        parts = [(0, denoise), *((step, guided(condition)) for step, condition in request.changes)]
+        denoise = by_step(parts, request.plan.sigmas)
     return request.plan.sample(denoise, request.noise, callback)
 
 
