@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition, concatenate
 from ldm.conditioning.control import Control, Controls
-from ldm.conditioning.text import encode_pair
+from ldm.conditioning.prompts.weighted import Prompt, as_prompts
+from ldm.conditioning.text import TextEncoder, encode_pair
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.driver import Noise, Step
-from ldm.diffusion.guidance import classifier_free, known_pixels
+from ldm.diffusion.guidance import by_step, classifier_free, known_pixels
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
@@ -67,8 +68,9 @@ class Request:
     condition: B rows; where guided 2B, the first B without the prompt. noise: of B images. latents: (B, C, h, w), the
     first noise, of unit variance; None takes it from `noise`. x0: (B, C, h, w), clean latents that the noise is added
     to. state: (B, C, h, w), what a request whose plan ended early gave, to go on from. known: what is not to be
-    drawn. controls: what steers the network beside the text. notes: what the user should know of how the prompts were
-    read.
+    drawn. controls: what steers the network beside the text. changes: (step, condition) in ascending order, where
+    prompts change: from step number `step` of the whole plan, counted from 0, that condition holds in place of the one
+    before. notes: what the user should know of how the prompts were read.
     """
 
     plan: Plan
@@ -81,32 +83,16 @@ class Request:
     known: Known | None = None
     controls: tuple[Control, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-def encode(
-    system: System,
-    prompts: Sequence[str],
-    negatives: Sequence[str] | None = None,
-    guides: bool = True,
-    clip_skip: int = 0,
-) -> tuple[Condition, list[str]]:
-    """Encode B prompts: B rows of text, or where the pictures are guided 2B, the negatives first; and notes.
-
-    negatives: B of them, or None for no negative prompt. Raises UserError.
-    """
-    if not guides:
-        return system.text.encode(prompts, clip_skip=clip_skip)
-    positive, negative, notes = encode_pair(system.text, prompts, negatives, clip_skip)
-    return concatenate([negative, positive]), notes
+    changes: tuple[tuple[int, Condition], ...] = ()
 
 
 def prepare(
     system: System,
     plan: Plan,
-    prompts: Sequence[str] | Condition,
+    prompts: Sequence[str | Prompt] | Condition,
     seeds: Sequence[int | torch.Generator],
     *,
-    negatives: Sequence[str] | None = None,
+    negatives: Sequence[str | Prompt] | None = None,
     guidance: Guidance | None = None,
     clip_skip: int = 0,
     size: tuple[int, int] | None = None,
@@ -117,7 +103,9 @@ def prepare(
 ) -> Request:
     """Encode B prompts and put together all that drawing them needs.
 
-    prompts, negatives: see `encode`; or in their place what it gives. size: (height, width) in pixels, multiples of the
+    prompts: strings are taken as they are; `read_prompt` in ldm.conditioning.prompts.reading makes others, for as many
+    steps as the whole plan has. In their place a Condition: their text of B rows; where guided 2B, the negatives first.
+    negatives: B of them, or None for no negative prompt. size: (height, width) in pixels, multiples of the
     autoencoder's factor; None is the model's own. sizes: the six numbers that SDXL is told (see `Condition.time_ids`);
     None tells it of a whole picture of `size`. channels: (B, c, h, w), for a network that takes more than latents.
     latents: see `Request`. device: where the network computes; None is where its weights are. Raises UserError.
@@ -125,25 +113,71 @@ def prepare(
     guidance = guidance or Guidance()
     device = torch.device(device or system.network.device)
     height, width = size or (system.default_size, system.default_size)
-    text, notes = prompts, list[str]()
-    if not isinstance(text, Condition):
-        text, notes = encode(system, text, negatives, guidance.guides, clip_skip)
-    if channels is not None and guidance.guides:
-        channels = torch.cat([channels, channels])
-    if channels is None and "channels" in system.wants:
-        channels = nothing_seen(system, text.rows, (height, width), device)
     told = torch.tensor([sizes or (height, width, 0, 0, height, width)], dtype=torch.float32)
-    condition = system.condition(text, told.expand(text.rows, -1), channels)
+
+    def whole(text: Condition) -> Condition:
+        more = channels
+        if more is None and "channels" in system.wants:
+            more = nothing_seen(system, text.rows, (height, width), device)
+        elif more is not None and guidance.guides:
+            more = torch.cat([more, more])
+        condition = system.condition(text, told.expand(text.rows, -1), more)
+        return condition.to(device, system.network.dtype)
+
+    if isinstance(prompts, Condition):
+        texts, notes = [(0, prompts)], list[str]()
+    else:
+        against = negatives if guidance.guides else None
+        texts, notes = _texts(system.text, prompts, against, guidance.guides, clip_skip)
+    made = {id(text): whole(text) for _, text in texts}
+    (_, first), *later = [(step, made[id(text)]) for step, text in texts]
     config = system.autoencoder.config
     shape = (config.latent_channels, height // config.factor, width // config.factor)
     return Request(
         plan,
-        condition.to(device, system.network.dtype),
+        first,
         Noise(seeds, shape, device),
         guidance,
         None if latents is None else latents.to(device),
+        changes=tuple(later),
         notes=tuple(notes),
     )
+
+
+def _texts(
+    encoder: TextEncoder,
+    prompts: Sequence[str | Prompt],
+    negatives: Sequence[str | Prompt] | None,
+    guided: bool,
+    clip_skip: int,
+) -> tuple[list[tuple[int, Condition]], list[str]]:
+    """From which step on which embedding of all prompts holds, and the notes. Equal texts are encoded once.
+
+    Each of B rows; where guided 2B, the negatives first. Steps with the same texts share one embedding.
+    """
+    own = as_prompts(prompts)
+    against = None if negatives is None else as_prompts(negatives)
+    if against is not None and len(against) != len(own):
+        raise UserError(f"{len(against)} negative prompts for {len(own)} prompts: give one for each")
+    everything = [*own, *(against or [])]
+    steps = sorted({segment.step for each in everything for segment in each.segments})
+    at = {step: (tuple(p.at(step) for p in own), tuple(p.at(step) for p in against or ())) for step in steps}
+    kinds = list(dict.fromkeys(at.values()))
+    positives = [text for kind, _ in kinds for text in kind]
+    notes = [note for each in everything for note in each.notes]
+    if guided:
+        others = None if against is None else [text for _, kind in kinds for text in kind]
+        positive, negative, more = encode_pair(encoder, positives, others, clip_skip)
+        halves = [negative, positive]
+    else:
+        positive, more = encoder.encode(positives, clip_skip=clip_skip)
+        halves = [positive]
+    rows = len(own)
+    made = {
+        kind: concatenate([half.map(lambda part, k=k: part[k * rows : (k + 1) * rows]) for half in halves])
+        for k, kind in enumerate(kinds)
+    }
+    return [(step, made[at[step]]) for step in steps], list(dict.fromkeys(notes + more))
 
 
 def controlled(system: System, request: Request, controls: Sequence[Control]) -> Request:
@@ -192,8 +226,15 @@ def sample(system: System, request: Request, callback: Callable[[Step], bool | N
         controls = Controls(
             request.controls, windows, request.condition.rows // (2 if guidance.guides else 1)
         )
-    denoiser = plan.denoiser(system.bind(request.condition, controls))
-    denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
+
+    def guided(condition: Condition) -> Denoise:
+        denoiser = plan.denoiser(system.bind(condition, controls))
+        return classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
+
+    denoise = guided(request.condition)
+    if request.changes:
+        parts = [(0, denoise), *((step, guided(condition)) for step, condition in request.changes)]
+        denoise = by_step(parts, plan.sigmas)
     if request.known is not None:
         denoise = request.known.around(denoise, plan.first_sigma)
     latents = plan.sample(denoise, request.noise, callback, request.latents, request.x0, request.state)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ldm.condition import Condition, concatenate
 from ldm.errors import UserError
-from ldm.sampling import encode
 from ldm.system import System
 from pipelines.recipe import Recipe
 
@@ -88,10 +87,11 @@ def given_for(
 
 def encode_given(
     system: System, recipes: Sequence[Recipe], given: Sequence[Given], guides: bool
-) -> tuple[Condition, list[str]]:
-    """Return what `ldm.sampling.encode` does, with the embeddings that were given in place of prompts.
+) -> tuple[Condition | None, list[str]]:
+    """Put together the text of a request from embeddings in place of prompts; None where none were given.
 
-    recipes, given: of one batch, either all or none of which have a kind of embedding. Raises UserError.
+    recipes, given: of one batch, either all or none of which have a kind of embedding. Returns B rows, where guided 2B,
+    the negatives first, and notes. Raises UserError.
     """
     prompts, clip_skip = [recipe.prompt for recipe in recipes], recipes[0].clip_skip
     without = all(recipe.negative_prompt is None for recipe in recipes)
@@ -99,7 +99,7 @@ def encode_given(
     positives = [each.prompt_embeds for each in given if each.prompt_embeds]
     negatives = [each.negative_prompt_embeds for each in given if each.negative_prompt_embeds]
     if not positives and not negatives:
-        return encode(system, prompts, None if without else against, guides, clip_skip)
+        return None, []
     text, notes, device = system.text, list[str](), system.network.device
     length = (positives or negatives)[0].text.shape[1]
     if positives:

@@ -377,14 +377,17 @@ class TextToImagePipeline:
         guidance = Guidance(
             shared.guidance_scale, shared.guidance_rescale, shared.guidance_interval or (0.0, math.inf)
         )
+        none = all(recipe.negative_prompt is None for recipe in recipes)
         text, notes = encode_given(self.system, recipes, given, guidance.guides)
         latents = [each.latents for each in given if each.latents is not None]
         request = prepare(
             self.system,
             drawings[0].plan,
-            text,
+            [recipe.prompt for recipe in recipes] if text is None else text,
             [each.given.generator or each.recipe.seed or 0 for each in drawings],
+            negatives=None if none else [recipe.negative_prompt or "" for recipe in recipes],
             guidance=guidance,
+            clip_skip=shared.clip_skip,
             size=(shared.height, shared.width),
             sizes=shared.sizes(),
             latents=torch.stack(latents) if latents else None,
@@ -392,7 +395,7 @@ class TextToImagePipeline:
         )
         if shared.image is not None:
             request = begun(self.system, request, drawings)
-        return sample(self.system, request, watch), notes
+        return sample(self.system, request, watch), [*notes, *request.notes]
 
     def complete(self, recipe: Recipe, given: Given | None = None, like: Drawing | None = None) -> Drawing:
         """Return the recipe with the model's defaults in place of every None, and how it is sampled.

@@ -21,6 +21,7 @@ from ldm.condition import Condition, concatenate
 from ldm.conditioning.cleaning import clean
 from ldm.conditioning.inversion import NewWords
 from ldm.conditioning.load import build_text_encoder, export, load_text_encoder, write_tokenizers
+from ldm.conditioning.prompts.chunks import chunks_of
 from ldm.conditioning.sdxl import JoinedEncoder, parts_of
 from ldm.conditioning.system import build_conditioning
 from ldm.conditioning.text import Window, encode_pair
@@ -209,7 +210,7 @@ def test_minilm_is_prepared_for_both_libraries(tmp_path: Path, monkeypatch: pyte
 def test_a_long_clip_prompt_becomes_chunks(tmp_path: Path):
     encoder = load_text_encoder(tiny.tiny_clip_folder(tmp_path, projection=True))
     tokens = encoder.tokenize(LONG)
-    assert len(tokens) > 75 and 77 * encoder.window.chunks(len(tokens)) == encoder.length([LONG])
+    assert len(tokens) > 75 and 77 * -(-len(tokens) // 75) == encoder.length([LONG])
     embedding, notes = encoder.encode([LONG, "a photo"])
     start, stop, pad = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id, encoder.window.pad
     chunks = [tokens[i : i + 75] for i in range(0, len(tokens), 75)]
@@ -276,8 +277,10 @@ def test_windows():
     window = Window(5, (1,), (2,), 0)
     assert window.capacity == 3
     assert window.fill([7]) == ([1, 7, 2, 0, 0], [1, 1, 1, 0, 0])
-    assert window.split([7, 8, 9, 10], 3) == [[7, 8, 9], [10], []]
-    assert [window.chunks(n) for n in (0, 3, 4, 6, 7)] == [1, 1, 2, 2, 3]
+    parts = {
+        text: chunks_of(text, lambda text: [*text.encode()], 3) for text in ("", "abc", "abcd", "abcdefg")
+    }
+    assert [len(each) for each in parts.values()] == [1, 1, 2, 3] and parts["abcd"][1].ids == (ord("d"),)
     assert window.stretched(2) == window and window.stretched(8).size == 10
 
 

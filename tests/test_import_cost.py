@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("transformers", "diffusers", "accelerate", "open_clip", "huggingface_hub", "PIL")
+HEAVY = ("transformers", "diffusers", "accelerate", "open_clip", "huggingface_hub", "PIL", "lark")
 PROGRAM = """
 import sys, time
 import torch

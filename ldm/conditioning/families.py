@@ -56,17 +56,17 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     return FAMILIES[named]
 
 
-def states_of(family: Family, masked: bool, penultimate: bool) -> States:
+def states_of(family: Family, penultimate: bool) -> States:
     """How to run the family's network.
 
     penultimate: take CLIP's states before its last layer and without the final norm, as SDXL does
     (Podell et al. 2023, sec. 2.1); else the last ones, normalised.
     """
     if family.name == "clip":
-        return lambda module, ids, mask, skip: _clip(module, ids, mask if masked else None, skip, penultimate)
+        return lambda module, ids, mask, skip: _clip(module, ids, mask, skip, penultimate)
     if penultimate:
         raise UserError(f"SDXL's conditioning takes CLIP text encoders, not {family.model}")
-    return lambda module, ids, mask, skip: _plain(module, ids, mask if masked else None, skip)
+    return _plain
 
 
 def _clip(

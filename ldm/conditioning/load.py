@@ -73,8 +73,9 @@ def build_text_encoder(
         module=module.eval().requires_grad_(False),
         tokenize=lambda text: text_ids(tokenizer, text),
         window=window_of(tokenizer, limit),
-        states=states_of(family, masked, penultimate),
+        states=states_of(family, penultimate),
         name=name,
+        masked=masked,
         stretches=family.stretches,
         tokenizer=tokenizer,
     )

@@ -51,7 +51,7 @@ def build_open_clip(
         module=tower.eval().requires_grad_(False),
         tokenize=lambda text: text_ids(tokenizer, text),
         window=window_of(tokenizer, tower.context_length),
-        states=lambda module, ids, mask, skip: _states(module, ids, skip, penultimate),
+        states=lambda module, ids, mask, skip: _states(module, ids, mask, skip, penultimate),
         name=name,
         tokenizer=tokenizer,
     )
@@ -123,7 +123,14 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str)
     return tower
 
 
-def _states(tower: Any, ids: Tensor, skip: int, penultimate: bool) -> tuple[Tensor, Tensor | None]:
+def _states(
+    tower: Any, ids: Tensor, mask: Tensor | None, skip: int, penultimate: bool
+) -> tuple[Tensor, Tensor | None]:
+    if mask is not None:
+        raise UserError(
+            "compel's weights under 1 hide words from the text encoder, which one run by open_clip can't do: "
+            "save the model as a folder and load that, or take prompt syntax comfyui"
+        )
     output = tower.forward_intermediates(ids, output_fmt="NLC")
     layers = output["text_intermediates"]
     check_skip(skip, len(layers) - penultimate)

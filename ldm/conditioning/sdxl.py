@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ldm.condition import Condition
+from ldm.conditioning.prompts.weighted import Text
 from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.errors import UserError
 
@@ -34,11 +35,11 @@ class JoinedEncoder:
     def tokenizers(self) -> dict[str, Any]:
         return {part.name: part.tokenizer for part in self.parts}
 
-    def length(self, prompts: Sequence[str]) -> int:
+    def length(self, prompts: Sequence[Text]) -> int:
         return max(part.length(prompts) for part in self.parts)
 
     def encode(
-        self, prompts: Sequence[str], *, clip_skip: int = 0, length: int = 0
+        self, prompts: Sequence[Text], *, clip_skip: int = 0, length: int = 0
     ) -> tuple[Condition, list[str]]:
         length = max(length, self.length(prompts))
         done = [part.encode(prompts, clip_skip=clip_skip, length=length) for part in self.parts]

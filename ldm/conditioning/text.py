@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.conditioning.prompts.chunks import Chunk, chunks_of
+from ldm.conditioning.prompts.weighted import Text, WeightedText
+from ldm.conditioning.prompts.weights import Weights
 from ldm.errors import UserError
 
 
@@ -34,14 +37,14 @@ class TextEncoder(Protocol):
         """The tokenizers, by the same names as the networks they serve."""
         ...
 
-    def length(self, prompts: Sequence[str]) -> int:
+    def length(self, prompts: Sequence[Text]) -> int:
         """The L that `encode` gives to these prompts: a whole number of windows."""
         ...
 
     def encode(
-        self, prompts: Sequence[str], *, clip_skip: int = 0, length: int = 0
+        self, prompts: Sequence[Text], *, clip_skip: int = 0, length: int = 0
     ) -> tuple[Condition, list[str]]:
-        """Embed the prompts, all at one L of at least `length`.
+        """Embed the prompts, each a string or a text with weights, all at one L of at least `length`.
 
         clip_skip: how many more of the last layers to leave out (CLIP only).
         Returns the embedding and a note for each prompt that did not fit one window.
@@ -50,7 +53,7 @@ class TextEncoder(Protocol):
 
 
 def encode_pair(
-    encoder: TextEncoder, prompts: Sequence[str], negatives: Sequence[str] | None = None, clip_skip: int = 0
+    encoder: TextEncoder, prompts: Sequence[Text], negatives: Sequence[Text] | None = None, clip_skip: int = 0
 ) -> tuple[Condition, Condition, list[str]]:
     """The prompts and their negatives at the same L, as classifier-free guidance needs them, and the notes.
 
@@ -88,21 +91,13 @@ class Window:
         padding = self.size - len(used)
         return used + [self.pad] * padding, [1] * len(used) + [0] * padding
 
-    def split(self, text: Sequence[int], chunks: int) -> list[Sequence[int]]:
-        """The text in pieces that fill one window each; pieces past its end are empty."""
-        return [text[i * self.capacity : (i + 1) * self.capacity] for i in range(chunks)]
-
-    def chunks(self, tokens: int) -> int:
-        """Windows that a text of so many tokens takes."""
-        return max(1, -(-tokens // self.capacity))
-
     def stretched(self, tokens: int) -> "Window":
         """The window grown, where needed, to hold so many tokens of text."""
         return replace(self, size=max(self.size, self.size - self.capacity + tokens))
 
 
-# (module, token ids (N, S), mask (N, S), clip_skip) -> hidden states (N, S, D), pooled (N, P) or None
-States = Callable[[nn.Module, Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
+# (module, token ids (N, S), mask (N, S) or None, clip_skip) -> hidden states (N, S, D), pooled (N, P) or None
+States = Callable[[nn.Module, Tensor, Tensor | None, int], tuple[Tensor, Tensor | None]]
 
 
 @dataclass
@@ -112,6 +107,7 @@ class WindowedEncoder:
     tokenize: a prompt to its token ids, without special ones.
     states: the family's way to run the network.
     name: the component's name in a diffusers folder.
+    masked: the network does not see padding.
     stretches: the network reads longer sequences too (T5's relative positions), so a long prompt stays whole.
     tokenizer: what `tokenize` comes from, for whoever saves it or adds tokens.
     """
@@ -121,6 +117,7 @@ class WindowedEncoder:
     window: Window
     states: States
     name: str = "text_encoder"
+    masked: bool = False
     stretches: bool = False
     zeros_without_negative: bool = False
     tokenizer: Any = None
@@ -133,45 +130,73 @@ class WindowedEncoder:
     def tokenizers(self) -> dict[str, Any]:
         return {self.name: self.tokenizer}
 
-    def length(self, prompts: Sequence[str]) -> int:
-        longest = max(len(self.tokenize(prompt)) for prompt in _distinct(prompts))
-        if self.stretches:
-            return self.window.stretched(longest).size
-        return self.window.chunks(longest) * self.window.size
+    def length(self, prompts: Sequence[Text]) -> int:
+        return self._length([self._chunks(prompt) for prompt in _distinct(prompts)])
 
     def encode(
-        self, prompts: Sequence[str], *, clip_skip: int = 0, length: int = 0
+        self, prompts: Sequence[Text], *, clip_skip: int = 0, length: int = 0
     ) -> tuple[Condition, list[str]]:
         each = _distinct(prompts)
-        texts = [self.tokenize(prompt) for prompt in each]
-        length = max(length, self.length(each))
+        texts = [self._chunks(prompt) for prompt in each]
+        length = max(length, self._length(texts))
         window = replace(self.window, size=length) if self.stretches else self.window
-        chunks = length // window.size
-        rows = [window.fill(piece) for text in texts for piece in window.split(text, chunks)]
-        device = execution_device(self.module)
-        ids = torch.tensor([row for row, _ in rows], device=device)
-        mask = torch.tensor([row for _, row in rows], device=device)
-        hidden, pooled = self.states(self.module, ids, mask, clip_skip)
-        # (B * chunks, S, D) -> (B, chunks * S, D); the first chunk speaks for the prompt.
+        count = length // window.size
+        chunks = [chunk for own in texts for chunk in own + [_EMPTY] * (count - len(own))]
+        hidden, pooled = self._run(chunks, window, clip_skip)
+        # (B * count, S, D) -> (B, count * S, D); the first chunk speaks for the prompt.
         embedding = Condition(
-            hidden.reshape(len(texts), length, -1), None if pooled is None else pooled[::chunks]
+            hidden.reshape(len(texts), length, -1), None if pooled is None else pooled[::count]
         )
-        notes = [self._note(prompt, len(text)) for prompt, text in zip(each, texts, strict=True)]
+        notes = [self._note(prompt, own) for prompt, own in zip(each, texts, strict=True)]
         places = torch.tensor([each.index(prompt) for prompt in prompts], device=hidden.device)
         return embedding.map(lambda part: part[places]), [note for note in notes if note]
 
-    def _note(self, prompt: str, tokens: int) -> str:
-        if tokens <= self.window.capacity:
+    def _run(self, chunks: Sequence[Chunk], window: Window, clip_skip: int) -> tuple[Tensor, Tensor | None]:
+        """The states (N, S, D) of the chunks under their weights, and the pooled vectors (N, P) of their words."""
+        weights = Weights(chunks, len(window.prefix))
+        rows: list[list[int]] = []
+        masks: list[list[int]] = []
+        texts = [(chunk.ids, frozenset[int]()) for chunk in chunks]
+        texts += [(chunks[place].ids, tokens) for place, tokens in weights.hidden]
+        texts += [((), frozenset[int]())] if weights.wants_empty else []
+        for text, unseen in texts:
+            row, mask = window.fill(text)
+            rows.append(row)
+            masks.append([0 if k in unseen else int(not self.masked or bit) for k, bit in enumerate(mask)])
+        device = execution_device(self.module)
+        ids = torch.tensor(rows, device=device)
+        mask = torch.tensor(masks, device=device) if self.masked or weights.hidden else None
+        states, pooled = self.states(self.module, ids, mask, clip_skip)
+        n, hidden = len(chunks), len(chunks) + len(weights.hidden)
+        found = weights.apply(states[:n], states[-1] if weights.wants_empty else None, states[n:hidden])
+        return found, None if pooled is None else pooled[:n]
+
+    def _chunks(self, prompt: Text) -> list[Chunk]:
+        return chunks_of(prompt, self.tokenize, None if self.stretches else self.window.capacity)
+
+    def _length(self, texts: Sequence[Sequence[Chunk]]) -> int:
+        if self.stretches:
+            return self.window.stretched(max(len(own[0].ids) for own in texts)).size
+        return max(len(own) for own in texts) * self.window.size
+
+    def _note(self, prompt: Text, chunks: Sequence[Chunk]) -> str:
+        tokens = sum(len(chunk.ids) for chunk in chunks)
+        wanted = len(prompt.windows) if isinstance(prompt, WeightedText) else 1
+        if tokens <= self.window.capacity or (len(chunks) <= wanted and not self.stretches):
             return ""
-        which = f'prompt "{prompt[:24].strip()}..." of {tokens} tokens was encoded'
+        words = prompt if isinstance(prompt, str) else prompt.text
+        which = f'prompt "{words[:24].strip()}..." of {tokens} tokens was encoded'
         if self.stretches:
             return f"{which} whole, beyond the usual {self.window.capacity}"
-        return f"{which} in {self.window.chunks(tokens)} chunks of {self.window.capacity}"
+        return f"{which} in {len(chunks)} chunks of {self.window.capacity}"
 
 
-def _distinct(prompts: Sequence[str]) -> list[str]:
+_EMPTY = Chunk((), (), (), "")
+
+
+def _distinct(prompts: Sequence[Text]) -> list[Text]:
     """Each prompt once: those given many times, like the empty negative, need one run of the network."""
-    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+    if isinstance(prompts, str) or not prompts or not all(isinstance(each, Text) for each in prompts):
         raise UserError("give a list of at least one prompt, each a string")
     return list(dict.fromkeys(prompts))
 

@@ -1,4 +1,4 @@
-"""Wrappers that return another `Denoise`: guidance, limits on x0, known pixels, the consistency boundary."""
+"""Wrappers that return another `Denoise`: guidance, change by step, limits on x0, known pixels, consistency."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -61,6 +61,27 @@ def rescale_output(guided: Tensor, cond: Tensor, rescale: float | Tensor) -> Ten
     ratio = cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
     share = per_image(torch.as_tensor(rescale).to(guided).reshape(-1), guided)
     return torch.where(share > 0, guided * (share * ratio + 1 - share), guided)
+
+
+def by_step(parts: Sequence[tuple[int, Denoise]], sigmas: Sequence[float]) -> Denoise:
+    """Ask another denoiser from certain steps on, such as one with another prompt bound.
+
+    parts: (step, denoiser) with ascending numbers of steps, the first 0: each holds until the next begins. sigmas: the
+    plan's noise levels. A row belongs to the step in which its noise level lies, sigmas[step] >= sigma >
+    sigmas[step + 1], so a solver that asks several times a step asks the next one where it looks ahead to its end.
+    """
+    # float32's rounding of a level must not make it the step before.
+    levels = torch.tensor([sigmas[step] * (1 + 1e-6) for step, _ in parts], dtype=torch.float64)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        own = (sigma.double()[:, None] <= levels.to(sigma.device)).sum(1).clamp(min=1) - 1
+        wanted = own.unique().tolist()
+        found = parts[wanted[0]][1](x, sigma)
+        for k in wanted[1:]:
+            found = torch.where(per_image(own == k, found), parts[k][1](x, sigma), found)
+        return found
+
+    return denoise
 
 
 def limited(denoise: Denoise, limit: Limit | Sequence[Limit | None]) -> Denoise:

@@ -1,0 +1,1 @@
+"""Prompts in which words have weights, and which may change between steps."""
