@@ -43,22 +43,41 @@ class Guidance:
 class Request:
     """Pictures to draw together, all under one plan.
 
-    condition: B rows; where guided 2B, the first B without the prompt. noise: of B images.
-    notes: what the user should know of how the prompts were read. controls: what steers the network beside the text.
+    condition: B rows; where guided 2B, the first B without the prompt. noise: of B images. latents: (B, C, h, w), the
+    first noise, of unit variance; None takes it from `noise`. notes: what the user should know of how the prompts were
+    read. controls: what steers the network beside the text.
     """
 
     plan: Plan
     condition: Condition
     noise: Noise
+    latents: Tensor | None = None
     guidance: Guidance = field(default_factory=Guidance)
     notes: tuple[str, ...] = ()
     controls: tuple[Control, ...] = ()
 
 
+def encode(
+    system: System,
+    prompts: Sequence[str],
+    negatives: Sequence[str] | None = None,
+    guides: bool = True,
+    clip_skip: int = 0,
+) -> tuple[Condition, list[str]]:
+    """Encode B prompts: B rows of text, or where the pictures are guided 2B, the negatives first; and notes.
+
+    negatives: B of them, or None for no negative prompt. Raises UserError.
+    """
+    if not guides:
+        return system.text.encode(prompts, clip_skip=clip_skip)
+    positive, negative, notes = encode_pair(system.text, prompts, negatives, clip_skip)
+    return concatenate([negative, positive]), notes
+
+
 def prepare(
     system: System,
     plan: Plan,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Condition,
     seeds: Sequence[int | torch.Generator],
     *,
     negatives: Sequence[str] | None = None,
@@ -68,15 +87,16 @@ def prepare(
     sizes: Sequence[int] | None = None,
     channels: Tensor | None = None,
     controls: Sequence[Control] = (),
+    latents: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Request:
     """Encode B prompts and put together all that drawing them needs.
 
-    negatives: B of them, or None for no negative prompt. size: (height, width) in pixels, multiples of the
+    prompts, negatives: see `encode`; or in their place what it gives. size: (height, width) in pixels, multiples of the
     autoencoder's factor; None is the model's own. sizes: the six numbers that SDXL is told (see `Condition.time_ids`);
     None tells it of a whole picture of `size`. channels: (B, c, h, w), for a network that takes more than latents.
-    controls: ControlNets with their pictures, on the same device. device: where the network computes; None is where its
-    weights are. Raises UserError.
+    controls: ControlNets with their pictures, on the same device. latents: see `Request`. device: where the network
+    computes; None is where its weights are. Raises UserError.
     """
     guidance = guidance or Guidance()
     device = torch.device(device or system.network.device)
@@ -84,15 +104,12 @@ def prepare(
     config = system.autoencoder.config
     for k, each in enumerate(controls):
         where = "the ControlNet" if len(controls) == 1 else f"ControlNet {k + 1} of {len(controls)}"
-        each.check(
-            system.network, config.latent_channels, config.factor, len(prompts), (height, width), where
-        )
-    if guidance.guides:
-        positive, negative, notes = encode_pair(system.text, prompts, negatives, clip_skip)
-        text = concatenate([negative, positive])
-        channels = None if channels is None else torch.cat([channels, channels])
-    else:
-        text, notes = system.text.encode(prompts, clip_skip=clip_skip)
+        each.check(system.network, config.latent_channels, config.factor, len(seeds), (height, width), where)
+    text, notes = prompts, list[str]()
+    if not isinstance(text, Condition):
+        text, notes = encode(system, text, negatives, guidance.guides, clip_skip)
+    if channels is not None and guidance.guides:
+        channels = torch.cat([channels, channels])
     if channels is None and "channels" in system.wants:
         channels = nothing_seen(system, text.rows, (height, width), device)
     told = torch.tensor([sizes or (height, width, 0, 0, height, width)], dtype=torch.float32)
@@ -102,6 +119,7 @@ def prepare(
         plan,
         condition.to(device, system.network.dtype),
         Noise(seeds, shape, device),
+        None if latents is None else latents.to(device),
         guidance,
         tuple(notes),
         tuple(controls),
@@ -134,18 +152,20 @@ def nothing_seen(system: System, rows: int, size: tuple[int, int], device: torch
 
 def sample(system: System, request: Request, callback: Callable[[Step], bool | None] | None = None) -> Tensor:
     """Draw the latents (B, C, h, w), float32, of about unit variance. callback: see `ldm.diffusion.driver.sample`."""
-    plan, guidance = request.plan, request.guidance
-    controls = None
-    if request.controls:
-        for each in request.controls:
-            wake(each.network)
-        windows = [plan.window(each.start, each.end) for each in request.controls]
-        controls = Controls(
-            request.controls, windows, request.condition.rows // (2 if guidance.guides else 1)
-        )
-    denoiser = plan.denoiser(system.bind(request.condition, controls))
+    guidance = request.guidance
+    denoiser = request.plan.denoiser(system.bind(request.condition, _bound(request)))
     denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
-    return plan.sample(denoise, request.noise, callback)
+    return request.plan.sample(denoise, request.noise, callback, request.latents)
+
+
+def _bound(request: Request) -> Controls | None:
+    """The request's controls with their pictures embedded, each for its part of the steps."""
+    if not request.controls:
+        return None
+    for each in request.controls:
+        wake(each.network)
+    windows = [request.plan.window(each.start, each.end) for each in request.controls]
+    return Controls(request.controls, windows, len(request.noise.generators))
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:

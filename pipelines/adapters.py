@@ -4,6 +4,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ldm.models.lora import LoRA
 from ldm.system import System
 from pipelines.files import whole_path
 from pipelines.recipe import EmbeddingUse, LoRAUse
+from pipelines.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -38,31 +40,42 @@ class _Loaded:
 
 
 class Adapters:
-    """What is loaded into one system.
+    """LoRAs and new words of one system: `pipe.adapters`. Each method that changes or saves something is a turn.
 
     LoRAs stay on the device where the system works, even while its own parts rest elsewhere: they are small.
     """
 
-    def __init__(self, system: System, device: torch.device):
+    def __init__(self, system: System, device: torch.device, turns: Turns):
         self.system = system
         self.device = device
+        self._turns = turns
         self._loras: dict[str, _Loaded] = {}
         self._words = {part.name: inversion.NewWords(part) for part in parts_of(system.text)}
         self._embeddings: dict[EmbeddingUse, list[str]] = {}
 
     def to(self, device: torch.device) -> None:
-        """Follow the system to a device and into its precision."""
+        """Follow the system to a device and into its precision, within a turn."""
         self.device = device
         for loaded in self._loras.values():
             self._place(loaded.parts)
 
+    def _turn(self) -> AbstractContextManager[None]:
+        return self._turns.turn(self.device)
+
     # LoRA
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
-        """See `TextToImagePipeline.load_lora`."""
-        name, notes = self._load(path, weight, name)
+        """Put a LoRA over the networks that it is for, beside those that are there; returns its name.
+
+        LoHa, LoKr, DoRA, (IA)^3, norms and differences of weights count as LoRAs; words that came along are taught too.
+        path: a file of diffusers', kohya's, LyCORIS', ComfyUI's or peft's, or a folder of diffusers' or peft's. weight:
+        how much of it. name: for `set_weights` and `unload_loras`; None is the file's. Warns of what is passed over.
+        Raises UserError.
+        """
+        with self._turn():
+            name, notes = self._load(path, weight, name)
         for note in notes:
-            warnings.warn(note, stacklevel=3)
+            warnings.warn(note, stacklevel=2)
         return name
 
     def _load(self, path: str | Path, weight: float, name: str | None) -> tuple[str, list[str]]:
@@ -108,34 +121,51 @@ class Adapters:
             notes.append(f"{path} brings words of its own, to be used in prompts: {', '.join(loaded)}")
         return loaded
 
-    def set_loras(self, weights: Mapping[str, float]) -> None:
-        """See `TextToImagePipeline.set_loras`."""
-        for name, weight in weights.items():
-            self._check_name(name)
-            _check_weight(name, weight)
-        for name in self._loras:
-            self._weigh(name, weights.get(name, 0.0))
+    def weights(self) -> dict[str, float]:
+        """The weight of every LoRA that is loaded, by its name."""
+        return {name: each.weight for name, each in self._loras.items()}
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Use these LoRAs, with these weights; others that are loaded get weight 0. Raises UserError."""
+        with self._turn():
+            for name, weight in weights.items():
+                self._check_name(name)
+                _check_weight(name, weight)
+            for name in self._loras:
+                self._weigh(name, weights.get(name, 0.0))
 
     def unload_loras(self, names: Iterable[str] | None = None) -> None:
-        """See `TextToImagePipeline.unload_loras`."""
-        names = list(self._loras if names is None else names)
-        for name in names:
-            self._check_name(name)
-        for name in names:
-            loaded = self._loras.pop(name)
-            for part in loaded.parts.values():
-                part.detach()
-            self._forget(loaded.words)
+        """Take LoRAs out, merged or not; None takes all. The weights are then those of the model. Raises UserError."""
+        with self._turn():
+            names = list(self._loras if names is None else names)
+            for name in names:
+                self._check_name(name)
+            for name in names:
+                loaded = self._loras.pop(name)
+                for part in loaded.parts.values():
+                    part.detach()
+                self._forget(loaded.words)
 
-    def merge_loras(self) -> None:
-        """See `TextToImagePipeline.merge_loras`."""
-        for part in self._parts():
-            part.merge()
+    def merge(self, names: Iterable[str] | None = None, scale: float = 1.0) -> None:
+        """Add LoRAs, as weighed, to the networks' weights: they cost no time any more, and are saved with them.
 
-    def unmerge_loras(self) -> None:
-        """See `TextToImagePipeline.unmerge_loras`."""
-        for part in self._parts():
-            part.unmerge()
+        names: None is all. scale: their weights are multiplied by it first. Raises UserError.
+        """
+        with self._turn():
+            names = list(self._loras if names is None else names)
+            for name in names:
+                self._check_name(name)
+                _check_weight(name, scale)
+            for name in names:
+                self._weigh(name, self._loras[name].weight * scale)
+                for part in self._loras[name].parts.values():
+                    part.merge()
+
+    def unmerge(self) -> None:
+        """Give the networks the very weights from before `merge`; the LoRAs are beside them again."""
+        with self._turn():
+            for part in self._parts():
+                part.unmerge()
 
     def _networks(self) -> dict[str, nn.Module]:
         return {**self.system.text.modules, self.system.network.component: self.system.network}
@@ -159,7 +189,14 @@ class Adapters:
     # New words
 
     def load_words(self, path: str | Path, token: str | None = None) -> list[str]:
-        """See `TextToImagePipeline.load_textual_inversion`."""
+        """Teach the text encoders new words, by an embedding of diffusers' or AUTOMATIC1111's; returns the words.
+
+        token: the word to use in prompts, in place of the file's own. Raises UserError.
+        """
+        with self._turn():
+            return self._load_words(path, token)
+
+    def _load_words(self, path: str | Path, token: str | None) -> list[str]:
         words = inversion.read_inversion(path, token)
         self._add_words(words, path)
         use = EmbeddingUse(whole_path(path), token, file_hash(file_in(path, inversion.FILE)))
@@ -188,15 +225,16 @@ class Adapters:
             each.remove_all(gone & set(each.words))
 
     def unload_words(self) -> None:
-        """See `TextToImagePipeline.unload_textual_inversion`."""
-        self._embeddings.clear()
-        for each in self._words.values():
-            each.remove_all(each.words)
+        """Forget all words that were loaded."""
+        with self._turn():
+            self._embeddings.clear()
+            for each in self._words.values():
+                each.remove_all(each.words)
 
     # What is told of them
 
     def recipe(self) -> dict[str, Any]:
-        """Recipe's `loras` and `embeddings`: what takes part in a picture drawn now."""
+        """Return Recipe's `loras` and `embeddings`: what takes part in a picture drawn now."""
         used = [each for each in self._loras.values() if each.weight or each.words]
         loras = tuple(LoRAUse(each.path, each.weight, each.hash) for each in used)
         return {"loras": loras, "embeddings": tuple(self._embeddings)}
@@ -206,7 +244,7 @@ class Adapters:
         merged = [name for name, each in self._loras.items() if next(iter(each.parts.values())).merged]
         said = {
             "these LoRAs are written as part of the weights, into which they are merged": merged,
-            "these LoRAs are not written, they stay in their own files (merge_loras() makes them part of the "
+            "these LoRAs are not written, they stay in their own files (fuse_lora() makes them part of the "
             "weights)": [name for name in self._loras if name not in merged],
             "these words are not written, they stay in their own files": [
                 word for words in self._embeddings.values() for word in words
@@ -219,8 +257,13 @@ class Adapters:
     def load_again(self, loras: Iterable[LoRAUse], embeddings: Iterable[EmbeddingUse]) -> list[str]:
         """Load what a recipe names, in order; returns notes on files: what is passed over, what has changed since.
 
+        It loads from anywhere: of a stranger's recipe look at the paths first, as `pipelines.trust` does.
         Raises UserError, also for a file that a recipe names and that is gone.
         """
+        with self._turn():
+            return self._load_again(loras, embeddings)
+
+    def _load_again(self, loras: Iterable[LoRAUse], embeddings: Iterable[EmbeddingUse]) -> list[str]:
         uses = [*loras, *embeddings]
         for use in uses:
             with readable(use.path):
@@ -235,7 +278,7 @@ class Adapters:
                 notes += said
                 found = self._loras[name].hash
             else:
-                words = self.load_words(use.path, use.token)
+                words = self._load_words(use.path, use.token)
                 found = next(each.hash for each, its in self._embeddings.items() if its == words)
             if use.hash and use.hash != found:
                 notes.append(f"{use.path} has changed since the picture was drawn ({use.hash}, now {found})")

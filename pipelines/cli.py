@@ -167,7 +167,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     pipe = _load(arguments)
     if expected and expected != pipe.system.fingerprint:
         note(f"{arguments.from_image} was drawn by other weights ({expected})")
-    for each in pipe.load_adapters_of(Recipe("", loras=loras, embeddings=embeddings)):
+    for each in pipe.adapters.load_again(loras, embeddings):
         note(each)
     columns = arguments.columns or (arguments.num_images if arguments.num_images > 1 else None)
     notes = jobs.run(

@@ -1,5 +1,6 @@
 """Batch generation: recipes from prompts, files and rows; every picture into its file as soon as it is drawn."""
 
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -10,6 +11,7 @@ from ldm.checkpoints.files import write_bytes
 from ldm.errors import UserError
 from ldm.foreign import parse_json, read_plain
 from ldm.pictures import grid, grid_size, png
+from pipelines.completion import Drawing
 from pipelines.files import save_picture
 from pipelines.recipe import MOST, Recipe, check_seed
 from pipelines.text_to_image import TextToImagePipeline
@@ -35,6 +37,7 @@ _NOT_IN_A_ROW = (
     "loras",
     "embeddings",
     "version",
+    "beside",
 )  # of a run, not of a row
 
 
@@ -72,16 +75,18 @@ def _object(where: str, line: str) -> dict[str, Any]:
     return row
 
 
-def several(recipes: Iterable[Recipe], count: int) -> Iterator[Recipe]:
-    """`count` recipes of each, with seeds that follow its own (drawn at random where it has none), one by one."""
-    for recipe in recipes:
+def several(drawings: Iterable[Drawing], count: int) -> Iterator[Drawing]:
+    """`count` of each, one by one, with seeds that follow its own, or drawn at random where it has none."""
+    for drawing in drawings:
+        seed = drawing.recipe.seed
         for k in range(count):
-            yield recipe if recipe.seed is None else replace(recipe, seed=recipe.seed + k)
+            own = secrets.randbelow(2**32) if seed is None else seed + k
+            yield replace(drawing, recipe=replace(drawing.recipe, seed=own))
 
 
-def batches(recipes: Iterable[Recipe], size: int) -> Iterator[list[Recipe]]:
-    """The recipes in runs that can be drawn together, of at most `size`; their order is kept."""
-    for _, run in groupby(recipes, key=Recipe.shared):
+def batches(drawings: Iterable[Drawing], size: int) -> Iterator[list[Drawing]]:
+    """The drawings in runs that one call can draw, of at most `size`; their order is kept."""
+    for _, run in groupby(drawings, key=lambda each: each.recipe.shared()):
         while members := list(islice(run, min(size, MOST))):
             yield members
 
@@ -104,7 +109,10 @@ def run(
     Every recipe is checked before the first is drawn, so that a mistake in the last row costs nothing. `saved` is
     called with every file that is written. Raises UserError.
     """
-    recipes = [_complete(pipe, job, count) for job in jobs]
+    ready: list[Drawing] = []
+    for job in jobs:
+        ready.append(_complete(pipe, job, count, ready[-1] if ready else None))
+    recipes = [each.recipe for each in ready]
     total = len(recipes) * count
     columns = columns or max(1, round(total**0.5))
     if grid_path:
@@ -115,7 +123,7 @@ def run(
         grid_size(total, columns, recipes[0].width or 1, recipes[0].height or 1)
     notes: dict[str, None] = {}
     pictures: list[Image] = []
-    for batch in batches(several(recipes, count), batch_size):
+    for batch in batches(several(ready, count), batch_size):
         output = pipe.draw(batch, progress=progress)
         notes |= dict.fromkeys(output.notes)
         for picture, recipe in zip(output.images, output.recipes, strict=True):
@@ -128,14 +136,15 @@ def run(
     return list(notes)
 
 
-def _complete(pipe: TextToImagePipeline, job: Job, count: int) -> Recipe:
-    """The job's recipe, complete but for a seed that is to be drawn at random for each picture."""
+def _complete(pipe: TextToImagePipeline, job: Job, count: int, like: Drawing | None) -> Drawing:
+    """The job's drawing, complete but for a seed that is to be drawn at random for each picture."""
     seed = job.recipe.seed
     try:
         if seed is not None:
             check_seed(seed + count - 1)  # of the last picture
-        return replace(pipe.complete(job.recipe), seed=seed)
+        drawing = pipe.complete(job.recipe, like=like)
     except UserError as error:
         if not job.where:
             raise
         raise UserError(f"{job.where}: {error}") from error
+    return replace(drawing, recipe=replace(drawing.recipe, seed=seed))

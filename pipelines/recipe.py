@@ -23,7 +23,7 @@ _LARGEST = 16_384  # pixels along a side
 _FARTHEST = 1_000_000  # pixels of what SDXL is told
 _LONGEST = 20_000  # characters of a prompt
 MOST = 1_000_000  # pictures of one call or command
-PER_IMAGE = ("prompt", "negative_prompt", "seed")  # what may differ between the images of one call
+PER_IMAGE = ("prompt", "negative_prompt", "seed", "beside")  # what may differ between the images of one call
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Recipe:
 
     The names are those of `TextToImagePipeline.__call__` and `.from_pretrained`. model is what was asked for (a path
     or a hub id; None is the bundled model), model_hash the fingerprint of the weights that drew it, without adapters,
-    loras and embeddings the adapters that were loaded, version that of this package.
+    loras and embeddings the adapters that were loaded, version that of this package. beside: what the picture was given
+    that no recipe holds (see `pipelines.given.Given`), without which it can't be drawn again.
     """
 
     prompt: str
@@ -77,6 +78,7 @@ class Recipe:
     loras: tuple[LoRAUse, ...] = ()
     embeddings: tuple[EmbeddingUse, ...] = ()
     version: str | None = None
+    beside: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, mapping: Mapping[str, Any], where: str) -> "Recipe":
@@ -110,7 +112,7 @@ def recipes_for(
     images_per_prompt: SupportsIndex,
     settings: Mapping[str, Any],
 ) -> list[Recipe]:
-    """The recipes of a call, prompt by prompt; see `TextToImagePipeline.__call__`. Raises UserError."""
+    """Make the recipes of a call, prompt by prompt; see `TextToImagePipeline.__call__`. Raises UserError."""
     prompts = [] if prompt is None else arguments.texts(prompt, "prompt")
     if not prompts:
         raise UserError("there is no prompt: give a string, or a list of at least one")

@@ -5,26 +5,27 @@ pipe("a raccoon astronaut").save("raccoon.png")
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, SupportsFloat, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.plan import Plan
 from ldm.errors import UserError, nearest
 from ldm.sampling import Guidance, check_channels, prepare, sample
 from ldm.system import System
 from pipelines.adapters import Adapters
-from pipelines.completion import batches_of, completed, plan_of
+from pipelines.completion import Drawing, batches_of, completed
 from pipelines.files import whole_path
+from pipelines.given import Given, encode_given, given_for
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import Offload, choose_device, offload_where_needed
 from pipelines.preview import LatentPreview
 from pipelines.progress import Progress, StepCallback, Watch
-from pipelines.recipe import Recipe, recipes_for
+from pipelines.recipe import PER_IMAGE, Recipe, recipes_for
 from pipelines.turns import Turns
 
 
@@ -48,8 +49,8 @@ class TextToImagePipeline:
         self._offload = offload
         self._identity: dict[str, Any] = identity or {}
         self._preview: LatentPreview | None = None
-        self._adapters = Adapters(system, self.device)
         self._turns = Turns()
+        self.adapters = Adapters(system, self.device, self._turns)
 
     @classmethod
     def from_pretrained(
@@ -104,7 +105,7 @@ class TextToImagePipeline:
                 self._offload = None
             self.device = self.device if device is None else choose_device(device)
             self.system.to(self.device, dtype or self.dtype)
-            self._adapters.to(self.device)
+            self.adapters.to(self.device)
         return self
 
     def _turn(self) -> AbstractContextManager[None]:
@@ -121,74 +122,71 @@ class TextToImagePipeline:
         """The precision of the U-Net; samplers keep their state in float32 all the same."""
         return self.system.network.dtype
 
-    def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
-        """Put a LoRA over the networks that it is for, beside those that are there; returns its name.
+    def load_lora_weights(
+        self, path: str | Path, weight_name: str | None = None, adapter_name: str | None = None
+    ) -> str:
+        """As diffusers': load a LoRA with weight 1 (see `Adapters.load_lora`); returns its name.
 
-        LoHa, LoKr, DoRA, (IA)^3, norms and differences of weights count as LoRAs; words that came along are taught too.
-        path: a file of diffusers', kohya's, LyCORIS', ComfyUI's or peft's, or a folder of diffusers' or peft's. weight:
-        how much of it. name: for `set_loras` and `unload_loras`; None is the file's. Warns of what is passed over.
-        Raises UserError.
+        weight_name: of the file, where `path` is a folder of several. adapter_name: None is the file's name.
         """
-        with self._turn():
-            return self._adapters.load_lora(path, weight, name)
+        return self.adapters.load_lora(Path(path, weight_name) if weight_name else path, name=adapter_name)
 
-    def set_loras(self, weights: Mapping[str, float]) -> None:
-        """Use these LoRAs, with these weights; others that are loaded get weight 0. Raises UserError."""
-        with self._turn():
-            self._adapters.set_loras(weights)
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """As diffusers': use these LoRAs, with these weights (None is 1), and no others. Raises UserError."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = 1.0 if adapter_weights is None else adapter_weights
+        each = [float(weights)] * len(names) if isinstance(weights, int | float) else list(weights)
+        if len(each) != len(names):
+            raise UserError(
+                f"there are {len(each)} adapter_weights for {len(names)} adapter_names: one, or one each"
+            )
+        self.adapters.set_weights(dict(zip(names, each, strict=True)))
 
-    def unload_loras(self, names: Iterable[str] | None = None) -> None:
-        """Take LoRAs out, merged or not; None takes all. The weights are then those of the model. Raises UserError."""
-        with self._turn():
-            self._adapters.unload_loras(names)
+    def get_active_adapters(self) -> list[str]:
+        """As diffusers': the names of the LoRAs whose weight is not 0."""
+        return [name for name, weight in self.adapters.weights().items() if weight]
 
-    def merge_loras(self) -> None:
-        """Add all LoRAs, as weighed, to the networks' weights: they cost no time any more, and are saved with them."""
-        with self._turn():
-            self._adapters.merge_loras()
+    def delete_adapters(self, adapter_names: str | Iterable[str]) -> None:
+        """As diffusers': take these LoRAs out. Raises UserError."""
+        self.adapters.unload_loras([adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
-    def unmerge_loras(self) -> None:
-        """Give the networks the very weights from before `merge_loras`; the LoRAs are beside them again."""
-        with self._turn():
-            self._adapters.unmerge_loras()
+    def unload_lora_weights(self) -> None:
+        """As diffusers': take all LoRAs out, merged or not; the weights are then the model's own."""
+        self.adapters.unload_loras()
+
+    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
+        """As diffusers': add LoRAs to the weights (see `Adapters.merge`). Raises UserError."""
+        self.adapters.merge(adapter_names, lora_scale)
+
+    def unfuse_lora(self) -> None:
+        """As diffusers': give the networks the very weights from before; the LoRAs are beside them again."""
+        self.adapters.unmerge()
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
-        """Teach the text encoders new words, by an embedding of diffusers' or AUTOMATIC1111's; returns the words.
-
-        token: the word to use in prompts, in place of the file's own. Raises UserError.
-        """
-        with self._turn():
-            return self._adapters.load_words(path, token)
+        """As diffusers': teach the text encoders new words (see `Adapters.load_words`); returns the words."""
+        return self.adapters.load_words(path, token)
 
     def unload_textual_inversion(self) -> None:
-        """Forget all words that were loaded."""
-        with self._turn():
-            self._adapters.unload_words()
-
-    def load_adapters_of(self, recipe: Recipe) -> list[str]:
-        """Load the LoRAs and embeddings that a recipe names; returns notes: of changes since, of what is passed over.
-
-        It loads from anywhere: of a stranger's recipe look at the paths first, as `pipelines.trust` does.
-        Raises UserError, also where a file is gone.
-        """
-        with self._turn():
-            return self._adapters.load_again(recipe.loras, recipe.embeddings)
+        """As diffusers': forget all words that were loaded."""
+        self.adapters.unload_words()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that diffusers loads too. Of adapters it holds what is merged; a warning says so."""
         with self._turn():
-            self._adapters.warn_of_saving()
+            self.adapters.warn_of_saving()
             self.system.save(folder)
 
     def save_single_file(self, path: str | Path) -> None:
         """Write one `.safetensors` in the LDM layout. Of adapters it holds what is merged; a warning says so."""
         with self._turn():
-            self._adapters.warn_of_saving()
+            self.adapters.warn_of_saving()
             self.system.save_single_file(path)
 
     def __call__(
         self,
-        prompt: str | Iterable[str],
+        prompt: str | Iterable[str] | None = None,
         *,
         height: SupportsIndex | None = None,
         width: SupportsIndex | None = None,
@@ -197,6 +195,12 @@ class TextToImagePipeline:
         negative_prompt: str | Iterable[str | None] | None = None,
         num_images_per_prompt: SupportsIndex = 1,
         seed: SupportsIndex | Iterable[SupportsIndex] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         sampler: str | None = None,
         schedule: str | None = None,
         eta: SupportsFloat = 0.0,
@@ -221,6 +225,9 @@ class TextToImagePipeline:
         seed: an int (image k gets seed + k), or one an image; None draws them. An image depends on its own seed
             only: not on its neighbours, the batch's size or the device.
         All numbers may be numpy's, or tensors without dimensions.
+        generator: in place of a seed, one for all images, of which each draws on, or a list of one an image. latents:
+            (B, C, h, w), the first noise, of unit variance. prompt_embeds and negative_prompt_embeds (P, L, D), SDXL's
+            pooled ones (P, D'): in place of prompts, a row a prompt. What no recipe holds of these, its `beside` names.
         sampler, schedule: in place of the model's own solver and spacing; karras and exponential have one range with
             every sampler (docs/compatibility.md). eta: DDIM's noise, 0 to 1.
         guidance_rescale: Lin et al. 2023, in [0, 1]. guidance_interval: guided only where low < sigma <= high.
@@ -246,22 +253,40 @@ class TextToImagePipeline:
             "target_size": target_size,
             "crops_coords_top_left": crops_coords_top_left,
         }
+        if prompt is None and prompt_embeds is not None:
+            prompt = [""] * len(prompt_embeds)
+        elif prompt_embeds is not None:
+            raise UserError("prompt and prompt_embeds are the same thing twice: give one of them")
+        if generator is not None and seed is not None:
+            raise UserError("generator and seed are the same thing twice: give one of them")
         recipes = recipes_for(prompt, negative_prompt, seed, num_images_per_prompt, settings)
-        return self.draw(recipes, output_type, callback_on_step_end, progress)
+        given = given_for(
+            len(recipes),
+            int(num_images_per_prompt),
+            generator,
+            latents,
+            prompt_embeds,
+            pooled_prompt_embeds,
+            negative_prompt_embeds,
+            negative_pooled_prompt_embeds,
+        )
+        return self.draw(recipes, output_type, callback_on_step_end, progress, given)
 
     @torch.no_grad()
     def draw(
         self,
-        recipes: Sequence[Recipe],
+        recipes: Sequence[Recipe | Drawing],
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         progress: bool = False,
+        given: Sequence[Given] | None = None,
     ) -> TextToImageOutput:
-        """Draw recipes that differ in prompt, negative prompt and seed only.
+        """Draw recipes, or what `complete` made of them, that differ in what is of one image only.
 
-        One batch, unless some conditions would change for standing beside others: prompts of more windows than
-        their neighbours, and with SDXL those without a negative prompt, make batches of their own. Where the callback
-        ends the call before all batches have begun, the output holds those that have. Raises UserError.
+        That is prompt, negative prompt and seed, and what is given beside a recipe. One batch, unless some conditions
+        would change for standing beside others: prompts of more windows than their neighbours, and with SDXL those
+        without a negative prompt, make batches of their own. Where the callback ends the call before all batches have
+        begun, the output holds those that have. Raises UserError.
         """
         if output_type not in get_args(OutputType):
             raise UserError(
@@ -269,27 +294,27 @@ class TextToImagePipeline:
             )
         # All within one turn: the recipes name the adapters that draw, whatever other threads load meanwhile.
         with self._turn():
-            recipes = [self._completed(recipe) for recipe in recipes]
-            if len({recipe.shared() for recipe in recipes}) != 1:
-                raise ValueError(
-                    "the recipes of one call may differ in prompt, negative_prompt and seed only"
-                )
-            return self._drawn(recipes, output_type, callback_on_step_end, progress)
+            drawings: list[Drawing] = []
+            for recipe, each in zip(recipes, given or [Given()] * len(recipes), strict=True):
+                drawings.append(self._completed(recipe, each, drawings[-1] if drawings else None))
+            if len({drawing.recipe.shared() for drawing in drawings}) != 1:
+                raise ValueError(f"the recipes of one call may differ in {', '.join(PER_IMAGE)} only")
+            return self._drawn(drawings, output_type, callback_on_step_end, progress)
 
     def _drawn(
         self,
-        recipes: Sequence[Recipe],
+        drawings: Sequence[Drawing],
         output_type: OutputType,
         callback: StepCallback | None,
         progress: bool,
     ) -> TextToImageOutput:
-        """Draw complete recipes that differ in prompt, negative prompt and seed only, within the turn."""
-        batches, how = batches_of(self.system.text, recipes), plan_of(self.system, recipes[0])
+        """Draw what one call may draw together, within the turn."""
+        batches, how = batches_of(drawings), drawings[0].plan
         notes, drawn = list(self.system.notes), dict[int, Tensor]()
         with Progress(self, how, len(batches), callback, progress) as watch:
             try:
                 for places in batches:
-                    latents, more = self._draw([recipes[k] for k in places], how, watch.of(places))
+                    latents, more = self._draw([drawings[k] for k in places], watch.of(places))
                     notes += [note for note in more if note not in notes]
                     drawn |= zip(places, latents, strict=True)
                     if watch.stopped:
@@ -300,37 +325,50 @@ class TextToImagePipeline:
             finally:
                 if self._offload:
                     self._offload.rest()
-        return TextToImageOutput(images, [recipes[k] for k in places], notes)
+        return TextToImageOutput(images, [drawings[k].recipe for k in places], notes)
 
-    def _draw(self, recipes: Sequence[Recipe], how: Plan, watch: Watch) -> tuple[Tensor, list[str]]:
-        """The latents (B, C, h, w) of complete recipes, in one batch, and the notes on their prompts."""
+    def _draw(self, drawings: Sequence[Drawing], watch: Watch) -> tuple[Tensor, list[str]]:
+        """The latents (B, C, h, w) of drawings, in one batch, and the notes on their prompts."""
+        recipes, given = [each.recipe for each in drawings], [each.given for each in drawings]
         shared = recipes[0]
         assert shared.guidance_scale is not None
         assert shared.height and shared.width
-        none = all(recipe.negative_prompt is None for recipe in recipes)
+        guidance = Guidance(
+            shared.guidance_scale, shared.guidance_rescale, shared.guidance_interval or (0.0, math.inf)
+        )
+        text, notes = encode_given(self.system, recipes, given, guidance.guides)
+        latents = [each.latents for each in given if each.latents is not None]
         request = prepare(
             self.system,
-            how,
-            [recipe.prompt for recipe in recipes],
-            [recipe.seed for recipe in recipes if recipe.seed is not None],
-            negatives=None if none else [recipe.negative_prompt or "" for recipe in recipes],
-            guidance=Guidance(
-                shared.guidance_scale, shared.guidance_rescale, shared.guidance_interval or (0.0, math.inf)
-            ),
-            clip_skip=shared.clip_skip,
+            drawings[0].plan,
+            text,
+            [each.given.generator or each.recipe.seed or 0 for each in drawings],
+            guidance=guidance,
             size=(shared.height, shared.width),
             sizes=shared.sizes(),
+            latents=torch.stack(latents) if latents else None,
             device=self.device,
         )
-        return sample(self.system, request, watch), list(request.notes)
+        return sample(self.system, request, watch), notes
 
-    def complete(self, recipe: Recipe) -> Recipe:
-        """The recipe with the model's defaults in place of every None. Raises UserError for impossible values."""
+    def complete(self, recipe: Recipe, given: Given | None = None, like: Drawing | None = None) -> Drawing:
+        """Return the recipe with the model's defaults in place of every None, and how it is sampled.
+
+        like: a drawing of before, to save time where it is sampled the same. Raises UserError for impossible values.
+        """
         with self._turns.look(self.device):
-            return self._completed(recipe)
+            return self._completed(recipe, given or Given(), like)
 
-    def _completed(self, recipe: Recipe) -> Recipe:
-        return completed(self.system, recipe, {**self._identity, **self._adapters.recipe()})
+    def _completed(self, recipe: Recipe | Drawing, given: Given, like: Drawing | None) -> Drawing:
+        now = {
+            **self._identity,
+            **self.adapters.recipe(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "model_hash": self.system.fingerprint,
+        }
+        if isinstance(recipe, Drawing):
+            return replace(recipe, recipe=replace(recipe.recipe, **now))
+        return completed(self.system, recipe, given, now, like)
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Any:

@@ -83,15 +83,15 @@ def beside(work: Callable[[], None], other: Callable[[], None]) -> None:
 
 def test_recipes_name_what_drew_beside_a_thread_that_loads(pipe: TextToImagePipeline, lora: Path) -> None:
     plain = pipe("a cat", **DRAW).images
-    pipe.load_lora(lora)
+    pipe.adapters.load_lora(lora)
     changed = pipe("a cat", **DRAW).images
-    pipe.unload_loras()
+    pipe.adapters.unload_loras()
     assert not torch.equal(plain, changed)
 
     def toggle() -> None:
-        pipe.load_lora(lora)
+        pipe.adapters.load_lora(lora)
         time.sleep(0.002)
-        pipe.unload_loras()
+        pipe.adapters.unload_loras()
         time.sleep(0.002)
 
     def work() -> None:
@@ -115,17 +115,17 @@ def test_what_is_saved_beside_a_merge_is_merged_or_not(
             pipe.save_pretrained(tmp_path / "folder")
             return load_file(tmp_path / "folder" / WEIGHTS)
 
-    pipe.load_lora(lora)
+    pipe.adapters.load_lora(lora)
     plain = saved()
-    pipe.merge_loras()
+    pipe.adapters.merge()
     merged = saved()
-    pipe.unmerge_loras()
+    pipe.adapters.unmerge()
     differ = [name for name in plain if not torch.equal(plain[name], merged[name])]
     assert len(differ) == 3  # to_q, to_k and to_v
 
     def toggle() -> None:
-        pipe.merge_loras()
-        pipe.unmerge_loras()
+        pipe.adapters.merge()
+        pipe.adapters.unmerge()
 
     def work() -> None:
         for _ in range(8):
@@ -146,14 +146,14 @@ def test_a_lora_that_fails_half_way_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr("pipelines.adapters.Adapters._place", fail)
         with pytest.raises(RuntimeError):
-            pipe.load_lora(lora, 100.0)
+            pipe.adapters.load_lora(lora, 100.0)
     assert torch.equal(pipe("a cat", **DRAW).images, plain)
-    assert pipe.load_lora(lora) == "style"
+    assert pipe.adapters.load_lora(lora) == "style"
 
 
 def test_a_callback_may_look_but_not_change(pipe: TextToImagePipeline, tmp_path: Path) -> None:
     def look(owner: TextToImagePipeline, *state: Any) -> None:
-        assert owner.complete(Recipe("a dog", seed=1)).sampler
+        assert owner.complete(Recipe("a dog", seed=1)).recipe.sampler
 
     pipe("a cat", callback_on_step_end=look, **DRAW)
     for change in (

@@ -156,8 +156,8 @@ def test_several_at_once_and_what_is_saved(folder: Callable[[str], Path], tmp_pa
     names = set(pipe.system.checkpoint().tensors["unet"])
     plain = pipe("cat", **DRAW).images
     assert [
-        pipe.load_lora(tmp_path / "one.safetensors", 0.5),
-        pipe.load_lora(tmp_path / "two.safetensors", 0.25),
+        pipe.adapters.load_lora(tmp_path / "one.safetensors", 0.5),
+        pipe.adapters.load_lora(tmp_path / "two.safetensors", 0.25),
     ] == [
         "one",
         "two",
@@ -167,22 +167,22 @@ def test_several_at_once_and_what_is_saved(folder: Callable[[str], Path], tmp_pa
         (str(tmp_path / "one.safetensors"), 0.5),
         (str(tmp_path / "two.safetensors"), 0.25),
     ]
-    pipe.set_loras({"two": 0.5})  # the same change as half of each
+    pipe.adapters.set_weights({"two": 0.5})  # the same change as half of each
     assert psnr(pipe("cat", **DRAW).images, both.images) > 60
     assert set(pipe.system.checkpoint().tensors["unet"]) == names
     with pytest.warns(UserWarning, match=r"not written, .*: one, two"):
         pipe.save_pretrained(tmp_path / "apart")
-    pipe.merge_loras()
+    pipe.adapters.merge()
     with pytest.warns(UserWarning, match=r"written as part of the weights.*: one, two"):
         pipe.save_pretrained(tmp_path / "merged")
     for saved, expected in (("apart", plain), ("merged", both.images)):
         again = TextToImagePipeline.from_pretrained(tmp_path / saved, device="cpu")
         assert psnr(again("cat", **DRAW).images, expected) > 60
-    pipe.unload_loras(["two", "one"])
+    pipe.adapters.unload_loras(["two", "one"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe.save_pretrained(tmp_path / "plain")
-    for call in (lambda: pipe.set_loras({"on": 1.0}), lambda: pipe.unload_loras(["one"])):
+    for call in (lambda: pipe.adapters.set_weights({"on": 1.0}), lambda: pipe.adapters.unload_loras(["one"])):
         with pytest.raises(UserError, match="no LoRA is named"):
             call()
 
@@ -192,11 +192,11 @@ def test_offloaded_and_in_another_precision(folder: Callable[[str], Path], tmp_p
     offloaded = TextToImagePipeline.from_pretrained(folder("sd1"), device="cpu", low_memory=True)
     write_lora(tmp_path / "a.safetensors", made(pipe, CASES["sd1"]))
     for each in (pipe, offloaded):
-        each.load_lora(tmp_path / "a.safetensors")
+        each.adapters.load_lora(tmp_path / "a.safetensors")
     expected = pipe("cat", **DRAW).images
     np.testing.assert_array_equal(offloaded("cat", **DRAW).images, expected)
     half = pipe.to("cpu", torch.bfloat16)
-    assert all(each.dtype == torch.bfloat16 for part in half._adapters._parts() for each in part.parameters())
+    assert all(each.dtype == torch.bfloat16 for part in half.adapters._parts() for each in part.parameters())
     assert psnr(half("cat", **DRAW).images, expected) > 20
 
 
@@ -209,10 +209,10 @@ def test_half_precision_on_cuda(folder: Callable[[str], Path], tmp_path: Path, l
         folder("sdxl"), device="cuda", torch_dtype=torch.float16, low_memory=low_memory
     )
     for each in (on_cpu, pipe):
-        each.load_lora(tmp_path / "a.safetensors", 0.5)
+        each.adapters.load_lora(tmp_path / "a.safetensors", 0.5)
     expected = on_cpu("cat", **DRAW).images
     assert psnr(pipe("cat", **DRAW).images, expected) > 30
-    pipe.merge_loras()
+    pipe.adapters.merge()
     assert psnr(pipe("cat", **DRAW).images, expected) > 30
 
 

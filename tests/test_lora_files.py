@@ -40,7 +40,7 @@ def test_diffusers_draws_the_same_picture_from_our_file(
     weights = made(pipe, CASES[family])
     write_lora(tmp_path / files.FILE, weights, layout, unet_config(pipe))
     plain = pipe("the cat", **DRAW).images
-    pipe.load_lora(tmp_path, weight=0.8)
+    pipe.adapters.load_lora(tmp_path, weight=0.8)
     drawn = pipe("the cat", **DRAW).images
     theirs = diffusers.DiffusionPipeline.from_pretrained(folder(family), local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
@@ -50,9 +50,9 @@ def test_diffusers_draws_the_same_picture_from_our_file(
     expected = theirs("the cat", generator=torch.Generator().manual_seed(3), **settings).images
     assert psnr(drawn, plain) < 40  # the LoRA does something
     assert psnr(drawn, expected) > 60
-    pipe.merge_loras()
+    pipe.adapters.merge()
     assert psnr(pipe("the cat", **DRAW).images, drawn) > 60
-    pipe.unload_loras()
+    pipe.adapters.unload_loras()
     np.testing.assert_array_equal(pipe("the cat", **DRAW).images, plain)
 
 
@@ -215,4 +215,4 @@ def test_files_that_do_not_fit(
         tensors.pop(name) if shape is None else tensors.update({name: torch.ones(shape)})
     save_file(tensors, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match=words.replace("ATT", re.escape(attention))):
-        pipe.load_lora(tmp_path / "b.safetensors")
+        pipe.adapters.load_lora(tmp_path / "b.safetensors")

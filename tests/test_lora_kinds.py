@@ -205,14 +205,14 @@ def test_words_that_come_along(tmp_path: Path) -> None:
     said = read_metadata(tmp_path / "a.safetensors")
     save_file(tensors | bundled | odd, tmp_path / "b.safetensors", said)
     save_file({name: each for name, each in words.items()}, tmp_path / "a.dog.safetensors")
-    pipe.load_lora(tmp_path / "a.safetensors")
+    pipe.adapters.load_lora(tmp_path / "a.safetensors")
     pipe.load_textual_inversion(tmp_path / "a.dog.safetensors")
     expected = pipe("the a.dog", **DRAW)
-    pipe.unload_loras()
+    pipe.adapters.unload_loras()
     pipe.unload_textual_inversion()
     plain = pipe("the a.dog", **DRAW)
     with pytest.warns(UserWarning) as warned:
-        pipe.load_lora(tmp_path / "b.safetensors")
+        pipe.adapters.load_lora(tmp_path / "b.safetensors")
     said = " ".join(str(each.message) for each in warned)
     assert (
         "brings words of its own" in said
@@ -222,9 +222,9 @@ def test_words_that_come_along(tmp_path: Path) -> None:
     drawn = pipe("the a.dog", **DRAW)
     assert psnr(drawn.images, expected.images) > 60 and psnr(plain.images, expected.images) < 40
     again = TextToImagePipeline.from_pretrained(model, device="cpu")
-    assert any("a.dog" in note for note in again.load_adapters_of(drawn.recipes[0]))
+    assert any("a.dog" in note for note in again.adapters.load_again(drawn.recipes[0].loras, ()))
     assert psnr(again("the a.dog", **DRAW).images, drawn.images) > 60
-    pipe.unload_loras()
+    pipe.adapters.unload_loras()
     assert psnr(pipe("the a.dog", **DRAW).images, plain.images) > 60
     only = TextToImagePipeline.from_pretrained(model, device="cpu")
     save_file(tensors | bundled, tmp_path / "c.safetensors")
@@ -251,14 +251,14 @@ def test_other_kinds_in_a_pipeline(tmp_path: Path) -> None:
     write_lora(tmp_path / "b.safetensors", made(pipe, CASES["sd1"]))
     plain = pipe("cat", **DRAW).images
     for each in (pipe, offloaded):
-        each.load_lora(tmp_path / "a.safetensors", 0.5)
-        each.load_lora(tmp_path / "b.safetensors", 0.5)
+        each.adapters.load_lora(tmp_path / "a.safetensors", 0.5)
+        each.adapters.load_lora(tmp_path / "b.safetensors", 0.5)
     drawn = pipe("cat", **DRAW).images
     assert psnr(drawn, plain) < 40
     assert psnr(offloaded("cat", **DRAW).images, drawn) > 100
-    pipe.merge_loras()
+    pipe.adapters.merge()
     assert psnr(pipe("cat", **DRAW).images, drawn) > 60
-    pipe.unload_loras()
+    pipe.adapters.unload_loras()
     assert (pipe("cat", **DRAW).images == plain).all()
     half = offloaded.to("cpu", torch.bfloat16)
     assert psnr(half("cat", **DRAW).images, drawn) > 15

@@ -167,7 +167,7 @@ def test_a_lora_draws_the_same_picture_in_diffusers(tmp_path: Path) -> None:
     ours = TextToImagePipeline.from_pretrained(base, device="cpu")
     call = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
     plain = ours("a cat", seed=1, **call).images
-    ours.load_lora(file)
+    ours.adapters.load_lora(file)
     changed = ours("a cat", seed=1, **call).images
     assert psnr(plain, changed) < 40
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
