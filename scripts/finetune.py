@@ -1,6 +1,6 @@
 """Fine-tune a model, from a config file: whole, LoRA, DreamBooth, textual inversion, inpainting.
 
-accelerate launch -q scripts/finetune.py --config configs/lora.yaml [--set text_to_image.pictures.path=my-pictures ...]
+accelerate launch -q scripts/finetune.py --config configs/lora.yaml [--set text_to_image.data.path=my-pictures ...]
 
 Without -q, accelerate puts a stack trace of its own below every message. python scripts/finetune.py works too.
 Several processes: see --help.

@@ -35,7 +35,7 @@ from ldm.emoji.things import THINGS
 from ldm.errors import UserError
 from ldm.evaluation.frechet import frechet_distance
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.critics import EfficientNetLite0, PerceptualDistance
+from ldm.models.perceptual import EfficientNetLite0, PerceptualDistance
 from ldm.pictures import to_tensor
 from pipelines import TextToImagePipeline
 from scripts import evaluate
@@ -439,7 +439,11 @@ def test_bad_input_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     config = tmp_path / "c.yaml"
-    config.write_text(json.dumps({"output": "x", "loop": {"pictures": 16}, "autoencoder": {}}))
+    config.write_text(
+        json.dumps(
+            {"output": "x", "loop": {"pictures": 16}, "autoencoder": {"data": {"kind": "compositions"}}}
+        )
+    )
     monkeypatch.chdir(tmp_path)
     cases = {
         "--prompts must be 16 to 100,000": ["--prompts", "3"],

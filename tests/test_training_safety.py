@@ -266,13 +266,13 @@ def test_a_dry_run_counts_what_is_frozen_once(
             return {
                 "unet": self.model,
                 "vae": vae,
-                "critic": torch.nn.ModuleList([vae, torch.nn.Linear(1, 1)]),
+                "perceptual": torch.nn.ModuleList([vae, torch.nn.Linear(1, 1)]),
             }
 
     assert dry_run(tmp_path, monkeypatch, Helped) == 0
     out = capsys.readouterr().out
     assert "21 trained, 0 frozen in the same model" in out and "0.25 GiB for what is frozen" in out
-    assert "beside it    vae 134,217,728, critic 2, frozen" in out
+    assert "beside it    vae 134,217,728, perceptual 2, frozen" in out
     assert "10 to come, of 8 pictures" in out and not (tmp_path / "run").exists()
 
 

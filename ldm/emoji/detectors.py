@@ -19,7 +19,7 @@ from ldm.checkpoints.files import read_metadata, read_tensors, write_tensors
 from ldm.emoji.questions import WHOLE, Place, Question
 from ldm.errors import UserError
 from ldm.foreign import foreign, json_object
-from ldm.models.critics import EfficientNetLite0
+from ldm.models.perceptual import EfficientNetLite0
 
 _MAP = 8  # the map of colours has so many cells along each side
 _AT_ONCE = 16
