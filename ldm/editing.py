@@ -4,7 +4,8 @@
     request = begin_from(system, request, pictures, strength=0.6)
 
 Draws of noise come in diffusers' order, image by image from its own generator: first the autoencoder's, for the
-picture; then the noise that is added to it; then the autoencoder's for the masked picture.
+picture; then the noise that is added to it; then the autoencoder's for the masked picture (also where no network sees
+it).
 """
 
 from dataclasses import dataclass, replace
@@ -24,14 +25,14 @@ class Pictures:
     """B pictures to begin from, of one size.
 
     pixels: (B, 3, H, W) in [-1, 1]; or latents (B, C, h, w) as the network has them, where `encoded`. mask: (B, 1, H,
-    W), 1 where something is to be drawn and 0 where the picture stays; None draws all of it anew. noisy: (B,) bool, the
-    pictures whose masked part begins as noise, in place of what the picture has there.
+    W), 1 where something is to be drawn and 0 where the picture stays; None draws all of it anew. noisy: the masked
+    part begins as noise, in place of what the picture has there.
     """
 
     pixels: Tensor
     encoded: bool = False
     mask: Tensor | None = None
-    noisy: Tensor | None = None
+    noisy: bool = False
 
 
 def from_strength(plan: Plan, strength: float) -> Plan:
@@ -73,14 +74,14 @@ def begin_from(system: System, request: Request, pictures: Pictures) -> Request:
         return replace(request, latents=latents, x0=x0)
     mask = pictures.mask.to(device).float()
     small = F.interpolate(mask, size=latents.shape[-2:])
-    if pictures.noisy is not None and x0 is not None:
-        blank = pictures.noisy.view(-1, 1, 1, 1).to(device) & (small > 0.5)
-        x0 = torch.where(blank, noise(), x0)
+    masked_noise = noise()
     begin = None if at_full_strength else x0
+    if pictures.noisy and begin is not None:
+        begin = torch.where(small > 0.5, noise(), begin)
     if takes_mask:
         if pictures.encoded:
             raise UserError("an inpainting model is shown the masked picture: give a picture, not latents")
-        seen = encode(system, pixels * (mask < 0.5), noise())
+        seen = encode(system, pixels * (mask < 0.5), masked_noise)
         return _shown(replace(request, latents=latents, x0=begin), torch.cat([small, seen], dim=1))
     assert x0 is not None
     return replace(request, latents=latents, x0=begin, known=Known(x0, small, latents))

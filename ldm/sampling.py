@@ -51,9 +51,13 @@ class Known:
     mask: Tensor
     noise: Tensor
 
-    def around(self, denoise: Denoise) -> Denoise:
-        """Put them into what a denoiser sees, and into what it says."""
-        return known_pixels(denoise, self.latents, self.mask, self.noise)
+    def around(self, denoise: Denoise, first_sigma: float) -> Denoise:
+        """Put them into what a denoiser sees after the first noise level, and into all that it says."""
+        return known_pixels(denoise, self.latents, self.mask, self.noise, first_sigma)
+
+    def onto(self, latents: Tensor) -> Tensor:
+        """Put them into what was drawn: a last noise level above zero leaves something of the noise."""
+        return self.latents + self.mask * (latents - self.latents)
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ class Request:
 
     condition: B rows; where guided 2B, the first B without the prompt. noise: of B images. latents: (B, C, h, w), the
     first noise, of unit variance; None takes it from `noise`. x0: (B, C, h, w), clean latents that the noise is added
-    to. known: what is not to be drawn. controls: what steers the network beside the text. notes: what the user should
-    know of how the prompts were read.
+    to. state: (B, C, h, w), what a request whose plan ended early gave, to go on from. known: what is not to be
+    drawn. controls: what steers the network beside the text. notes: what the user should know of how the prompts were
+    read.
     """
 
     plan: Plan
@@ -72,6 +77,7 @@ class Request:
     guidance: Guidance = field(default_factory=Guidance)
     latents: Tensor | None = None
     x0: Tensor | None = None
+    state: Tensor | None = None
     known: Known | None = None
     controls: tuple[Control, ...] = ()
     notes: tuple[str, ...] = ()
@@ -189,8 +195,10 @@ def sample(system: System, request: Request, callback: Callable[[Step], bool | N
     denoiser = plan.denoiser(system.bind(request.condition, controls))
     denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
     if request.known is not None:
-        denoise = request.known.around(denoise)
-    return plan.sample(denoise, request.noise, callback, request.latents, request.x0)
+        denoise = request.known.around(denoise, plan.first_sigma)
+    latents = plan.sample(denoise, request.noise, callback, request.latents, request.x0, request.state)
+    whole = plan.span is None or plan.span.stop == len(plan.sigmas) - 1
+    return latents if request.known is None or not whole else request.known.onto(latents)
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ class Canvas:
     """A picture to draw on.
 
     picture: (H, W, 3) float32 in [0, 1], what stands where nothing is drawn. begin: (h, w, 3), what the drawing begins
-    from, of the size that the network draws. mask: (h, w) bool, what it draws; None is all. share: (H, W) in [0, 1], how
-    much of every pixel of the result is what was drawn. region: the part of `picture` that is drawn.
+    from, of the size that the network draws. mask: (h, w) bool, what it draws; None is all. share: (H, W) in [0, 1],
+    how much of every pixel of the result is what was drawn. region: the part of `picture` that is drawn.
     """
 
     picture: np.ndarray
@@ -35,7 +35,7 @@ class Canvas:
     share: np.ndarray | None = None
 
     def finish(self, drawn: Tensor) -> Tensor:
-        """Put a drawing (3, h, w) in [0, 1] on the picture; returns (3, H, W), where `share` is 0 to the bit as it was."""
+        """Put a drawing (3, h, w) in [0, 1] on the picture: (3, H, W), to the bit as it was where `share` is 0."""
         if self.share is None:
             return drawn
         left, top, right, bottom = self.region
@@ -65,14 +65,14 @@ def canvas_of(
 ) -> Canvas:
     """Make the canvas of a picture and of what is to be drawn anew in it.
 
-    image: (H, W, 3) float32 in [0, 1]. mask: (H, W) in [0, 1], drawn anew from 0.5 on; None is all of it. size: (height,
-    width) that the network draws.
+    image: (H, W, 3) float32 in [0, 1]. mask: (H, W) in [0, 1], drawn anew from 0.5 on; None is all of it. size:
+    (height, width) that the network draws.
     resize_mode: how a picture of another shape comes to size: stretched, cropped in the middle, or whole with its edges
-    spread. mask_blur: pixels over which the drawn part fades into the picture. mask_content: what the masked part begins
-    as: the picture, or a blur of what is around it ("noise" is `ldm.editing`'s). padding_mask_crop: draw only the mask
-    and so many pixels around it, at full size, then put it back (the picture keeps its size). outpaint: pixels added at
-    the left, top, right and bottom; outpaint_feathering: pixels of the old picture next to them that are drawn anew too,
-    fading. Raises UserError.
+    spread. mask_blur: pixels over which the drawn part fades into the picture. mask_content: what the masked part
+    begins as: the picture, or a blur of what is around it ("noise" is `ldm.editing`'s). padding_mask_crop: draw only
+    the mask and so many pixels around it, at full size, then put it back (the picture keeps its size). outpaint:
+    pixels added at the left, top, right and bottom; outpaint_feathering: pixels of the old picture next to them that
+    are drawn anew too, fading. Raises UserError.
     """
     soft = None
     if mask is not None:
@@ -84,7 +84,6 @@ def canvas_of(
             raise UserError("mask_image has no white part: nothing would be drawn (white is drawn anew)")
     if outpaint is not None and any(outpaint):
         image, soft = _padded(image, soft, outpaint, outpaint_feathering)
-    height, width = image.shape[:2]
     if soft is None or padding_mask_crop is None:
         image = resized(image, size, resize_mode)
         soft = None if soft is None else resized(soft, size, resize_mode)
@@ -111,7 +110,7 @@ def fitting(height: int, width: int, factor: int) -> tuple[int, int]:
 
 
 def resized(picture: np.ndarray, size: tuple[int, int], mode: ResizeMode) -> np.ndarray:
-    """Bring a picture (H, W, 3), or a mask (H, W), in [0, 1] to (height, width) by Lanczos, in 8 bits as PIL does it."""
+    """Bring a picture (H, W, 3), or a mask (H, W), in [0, 1] to (height, width) by PIL's Lanczos, in 8 bits."""
     from PIL import Image, ImageOps
 
     if picture.shape[:2] == size:
@@ -136,8 +135,6 @@ def _padded(
     image: np.ndarray, mask: np.ndarray | None, sides: Box, feathering: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A larger picture, its edges spread, and its mask: 1 in what is new, fading over `feathering` pixels."""
-    if min(sides) < 0:
-        raise UserError(f"outpaint is {sides}: give pixels of 0 or more for left, top, right and bottom")
     left, top, right, bottom = sides
     around = [(top, bottom), (left, right)]
     height, width = image.shape[:2]
@@ -184,7 +181,7 @@ def _blurred(mask: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _filled(picture: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """The picture with blurs of its surroundings where something is drawn, coarse ones first, finer ones at its edge."""
+    """The picture with blurs of its surroundings where something is drawn, finer ones towards its edge."""
     known = (~drawn).astype(np.float32)
     if not known.any():
         return np.full_like(picture, 0.5)
@@ -214,8 +211,8 @@ def _gaussian(values: np.ndarray, radius: float) -> np.ndarray:
 def pixels_of(picture: "Image | np.ndarray | Tensor", name: str) -> np.ndarray:
     """Bring one picture to (H, W, 3) float32 in [0, 1].
 
-    picture: of PIL in any mode (turned as EXIF says, clear parts over white, 16 bits as 8); an array (H, W, 3), uint8 or
-    in [0, 1]; or a tensor (3, H, W) in [0, 1]. Raises UserError.
+    picture: of PIL in any mode (turned as EXIF says, clear parts over white, 16 bits as 8); an array (H, W, 3), uint8
+    or in [0, 1]; or a tensor (3, H, W) in [0, 1]. Raises UserError.
     """
     from PIL import Image, ImageOps
 
@@ -223,9 +220,13 @@ def pixels_of(picture: "Image | np.ndarray | Tensor", name: str) -> np.ndarray:
 
     if isinstance(picture, Image.Image):
         return rgb(ImageOps.exif_transpose(picture)).astype(np.float32) / 255
-    array = picture.detach().cpu().float().permute(1, 2, 0).numpy() if _is_tensor(picture, 3) else picture
+    array = picture
+    if isinstance(picture, Tensor) and picture.ndim == 3 and len(picture) == 3:
+        array = picture.detach().cpu().float().permute(1, 2, 0).numpy()
     if not isinstance(array, np.ndarray) or array.ndim != 3 or array.shape[2] != 3:
-        raise UserError(f"{name} is {_shown(picture)}: give a PIL picture, an array (H, W, 3) or a file's path")
+        raise UserError(
+            f"{name} is {_shown(picture)}: give a PIL picture, an array (H, W, 3) or a file's path"
+        )
     return _unit(array, name)
 
 
@@ -250,10 +251,6 @@ def _unit(array: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
         raise UserError(f"{name} has values outside of 0 to 1: give numbers in [0, 1], or uint8")
     return values
-
-
-def _is_tensor(picture: object, channels: int) -> bool:
-    return isinstance(picture, Tensor) and picture.ndim == 3 and len(picture) == channels
 
 
 def _shown(value: object) -> str:

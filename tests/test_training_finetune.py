@@ -382,7 +382,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, kind: str, kills: 
     objective: dict[str, Any] = (
         {"train": {"kind": "lora", "rank": 2, "dropout": 0.1}} if kind == "lora" else {}
     )
-    loop = {"pictures": 8 * BATCHES * kills, "save_every": 8, "precision": "bf16" if kind == "bf16" else "no"}
+    loop = {"pictures": 2 * BATCHES * kills, "batch_size": 2, "save_every": 2}
+    loop |= {"precision": "bf16" if kind == "bf16" else "no"}
     paths: list[Path] = []
     for name in ("whole", kind):
         cache = {"cache": str(tmp_path / name / "cache")} if kind == "bf16" else {}
@@ -395,10 +396,11 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, kind: str, kills: 
 def test_two_processes_do_what_one_does(tmp_path: Path, sharded: bool) -> None:
     """With DDP, and with FSDP2, which saves, stops and resumes: every figure, and the averages, but for rounding."""
     loop = {
-        "pictures": 32,
-        "log_every": 8,
+        "pictures": 12,
+        "batch_size": 4,
+        "log_every": 4,
         "save_every": 1000,
-        "optimizer": {"learning_rate": 1e-4, "warmup": 16},
+        "optimizer": {"learning_rate": 1e-4, "warmup": 8},
     }
     paths = [setup(tmp_path / name, loop=loop)[0] for name in ("one", "two")]
     assert train(paths[0])
@@ -427,7 +429,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, sharded: bool) -> None:
         """
     )
     logs = [[json.loads(x) for x in (path.parent / "run" / "log.jsonl").open()] for path in paths]
-    assert [line["seen"] for line in logs[0]] == [line["seen"] for line in logs[1]] == [8, 16, 24, 32]
+    assert [line["seen"] for line in logs[0]] == [line["seen"] for line in logs[1]] == [4, 8, 12]
     for one, two in zip(*logs, strict=True):
         for key in ("loss", "grad_norm", "lr"):
             assert two[key] == pytest.approx(one[key], rel=1e-4), key

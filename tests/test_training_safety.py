@@ -325,8 +325,8 @@ def test_two_processes_of_a_real_launcher_do_what_one_does(tmp_path: Path) -> No
                 return Trainer(toy, config, Path({str(tmp_path)!r}) / name)
 
             write = state.write
-            state.write = lambda *args: (time.sleep(1), write(*args))
-            Toy.export = lambda self, model, folder, config: (time.sleep(1), folder.mkdir())
+            state.write = lambda *args: (time.sleep(0.5), write(*args))
+            Toy.export = lambda self, model, folder, config: (time.sleep(0.5), folder.mkdir())
             trainer = made("two", max_seconds=0.0)
             assert trainer.accelerator.num_processes == 2
             assert not trainer.run() and made("two").run() and (trainer.folder / "export").exists()

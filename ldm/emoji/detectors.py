@@ -57,7 +57,7 @@ class Features:
 
     def pooled(self, pictures: Tensor) -> Tensor:
         """The network's alone (B, 1280): for distances between pictures."""
-        return self(pictures)[:, :1280]
+        return self(pictures)[:, : self.network.fc.in_features]
 
 
 @dataclass(frozen=True)

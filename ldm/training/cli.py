@@ -1,4 +1,4 @@
-"""The command line of training: `scripts/train.py` and `scripts/finetune.py`."""
+"""The command line of training: `scripts/train.py`, which `scripts/finetune.py` is another name of."""
 
 import importlib
 from collections.abc import Sequence
