@@ -8,6 +8,7 @@ import os
 from functools import partial
 from mimetypes import guess_type
 from pathlib import Path
+from typing import Any
 
 from ldm.data.listing import (
     SUFFIXES,
@@ -28,13 +29,16 @@ from ldm.errors import UserError, nearest, printable
 from ldm.foreign import read_plain
 
 
-def list_folder(root: Path, caption_column: str = "text", outside: bool = False) -> Listing:
+def list_folder(
+    root: Path, caption_column: str = "text", outside: bool = False, conditioning_column: str = ""
+) -> Listing:
     """List the pictures below `root`.
 
     In and below a folder with metadata, the pictures are those that the metadata names (one named twice, with two
     captions, counts twice); the others are left out, and counted in a note. Elsewhere every picture counts, its
     caption the text file of its name ("" without one). `caption_column` "" leaves all captions empty.
-    outside: metadata may also name files that are not below `root`.
+    outside: metadata may also name files that are not below `root`. conditioning_column: the metadata's column with
+    the file names of control pictures, which are then no pictures themselves; "" for none.
 
     Raises:
         UserError: a line that is no JSON object or no whole CSV, has no file_name or a caption that is no text, or
@@ -52,7 +56,8 @@ def list_folder(root: Path, caption_column: str = "text", outside: bool = False)
         if metadata or folder.parent in covered:
             covered.add(folder)
         if metadata:
-            named.update(_named(listing, root, folder / metadata[0], caption_column, outside))
+            columns = caption_column, conditioning_column
+            named.update(_named(listing, root, folder / metadata[0], *columns, outside))
         for path in (folder / name for name in names):
             if not _is_picture(listing, root, path):
                 continue
@@ -91,33 +96,32 @@ def _beside(listing: Listing, root: Path, path: Path, captioned: bool) -> None:
         _add(listing, root, path, (caption,))
 
 
-def _add(listing: Listing, root: Path, path: Path, captions: tuple[str, ...]) -> None:
+def _add(
+    listing: Listing, root: Path, path: Path, captions: tuple[str, ...], control: Path | None = None
+) -> None:
     name = relative(root, path)
     try:
-        listing.entries.append(Entry(name, captions, stamp_of(path), partial(read_plain, path)))
+        stamp = stamp_of(path) + (f"+{stamp_of(control)}" if control else "")
+        beside = partial(read_plain, control) if control else None
+        listing.entries.append(Entry(name, captions, stamp, partial(read_plain, path), beside))
     except OSError as error:
         listing.broken[name] = f"can't be read: {why(error)}"
 
 
-def _named(listing: Listing, root: Path, path: Path, caption_column: str, outside: bool) -> set[Path]:
-    """Add the pictures that a metadata file names, in its order; returned are their paths."""
+def _named(
+    listing: Listing, root: Path, path: Path, caption_column: str, conditioning_column: str, outside: bool
+) -> set[Path]:
+    """Add the pictures that a metadata file names, in its order; returned are all paths that it names."""
     named, columns = set[Path](), dict[str, None]()
     for place, row in lines_of(path, listing.notes):
         columns |= dict.fromkeys(row)
-        file_name = row.get("file_name")
-        if not isinstance(file_name, str) or not file_name:
-            odd = f"has {str(file_name)[:60]!r} for file_name, which is no text"
-            said = odd if file_name else f"has no file_name{nearest('file_name', row)}"
-            raise UserError(f"{place} {printable(said)}: it names the line's picture")
-        picture, shown = Path(os.path.normpath(path.parent / file_name)), printable(file_name[:200])
-        if not outside and not inside(root, picture):
-            raise UserError(
-                f"{place} names {shown}, which is outside of {root}: move it there, or allow it by outside: "
-                "true"
-            )
-        if not os.path.lexists(picture):
-            raise UserError(f"{place} names {shown}, which is not there")
+        picture = _file(place, path, row, "file_name", "the line's picture", root, outside)
         named.add(picture)
+        control = None
+        if conditioning_column and conditioning_column in row:
+            what = "the picture's control picture"
+            control = _file(place, path, row, conditioning_column, what, root, outside)
+            named.add(control)
         try:
             captions = captions_of(row.get(caption_column)) if caption_column else ("",)
         except UnicodeError as error:
@@ -125,9 +129,29 @@ def _named(listing: Listing, root: Path, path: Path, caption_column: str, outsid
         except ValueError as error:
             raise UserError(f"{place}: {caption_column} is {error}") from None
         else:
-            _add(listing, root, picture, captions)
+            _add(listing, root, picture, captions, control)
     if not columns:
         listing.notes.append(f"{path} names no pictures")
-    elif caption_column and caption_column not in columns:
-        raise no_column(path, caption_column, columns)
+    for column in filter(None, (caption_column, conditioning_column)):
+        if columns and column not in columns:
+            raise no_column(path, column, columns)
     return named
+
+
+def _file(
+    place: str, metadata: Path, row: dict[str, Any], column: str, what: str, root: Path, outside: bool
+) -> Path:
+    """The file that a line names in a column. Raises UserError where it names none, or one that it may not."""
+    name = row.get(column)
+    if not isinstance(name, str) or not name:
+        odd = f"has {str(name)[:60]!r} for {column}, which is no text"
+        said = odd if name else f"has no {column}{nearest(column, row)}"
+        raise UserError(f"{place} {printable(said)}: it names {what}")
+    path, shown = Path(os.path.normpath(metadata.parent / name)), printable(name[:200])
+    if not outside and not inside(root, path):
+        raise UserError(
+            f"{place} names {shown}, which is outside of {root}: move it there, or allow it by outside: true"
+        )
+    if not os.path.lexists(path):
+        raise UserError(f"{place} names {shown}, which is not there")
+    return path

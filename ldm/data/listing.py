@@ -36,12 +36,14 @@ class Entry:
     name: for messages, and what it is known by in an index; stamp: changes whenever its bytes do.
     captions: one or several, of which training takes one each time; ("",) where there is none.
     content: returns the file's bytes; an OSError where they can't be had, a ValueError where there never will be any.
+    conditioning: the same for the control picture that goes with it, where there is one.
     """
 
     name: str
     captions: tuple[str, ...]
     stamp: str
     content: Callable[[], bytes]
+    conditioning: Callable[[], bytes] | None = None
 
 
 @dataclass

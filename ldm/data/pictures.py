@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Row = list[Any]  # of an index: [stamp, height, width, key], or [stamp, reason] of a broken picture
 _VERSION = 2  # of the index; another one is built anew
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF's tags, in which photometric 1 says that 0 is black
+_SHAPE = 0.02  # by how much the sides of a control picture may be others, as a ratio: rounding
 _SAVE_EVERY = 60.0  # seconds between two writings of the index, for a kill to lose little
 
 
@@ -63,12 +64,14 @@ class PictureSet:
 
     items: the whole ones, in a stable order; contents: gives each one's bytes.
     broken: those that are skipped, with the reason by name; notes: what a user may want to know, a line each.
+    conditionings: gives the bytes of each one's control picture; none where there are no such.
     """
 
     items: Sequence[Item]
     contents: Sequence[Callable[[], bytes]]
     broken: dict[str, str]
     notes: list[str]
+    conditionings: Sequence[Callable[[], bytes]] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -94,6 +97,14 @@ class PictureSet:
             )
         return decode(content)
 
+    def read_conditioning(self, i: int) -> Pixels:
+        """uint8 (H, W, 3), the control picture. Raises UserError where it has gone since it was listed."""
+        try:
+            return decode(self.conditionings[i]())
+        except (OSError, ValueError) as error:
+            name = printable(self.items[i].name)
+            raise UserError(f"the control picture of {name} can't be read any more: {why(error)}") from error
+
 
 def open_pictures(
     path: str | Path,
@@ -101,6 +112,7 @@ def open_pictures(
     image_column: str = "image",
     caption_column: str = "text",
     outside: bool = False,
+    conditioning_column: str = "",
     index: Path | None = None,
 ) -> PictureSet:
     """Find the pictures and captions at `path` and decode each once, to tell the broken ones apart.
@@ -112,6 +124,8 @@ def open_pictures(
         caption_column: the captions' column of a saved dataset or of metadata, or their key in a shard's JSON; "" for
             pictures without captions.
         outside: whether metadata and rows may name picture files that are not below `path`.
+        conditioning_column: the column of control pictures, in a saved dataset or, as file names, in metadata; "" for
+            none. They are of the pictures' shape, if not of their size.
         index: a JSON file that keeps what was found: the next time only new and changed pictures are decoded.
 
     Raises:
@@ -120,7 +134,8 @@ def open_pictures(
     path = Path(path)
     before = _read_index(index)
     try:
-        listing, shards = _list(path, image_column, caption_column, outside, before["shards"])
+        columns = image_column, caption_column, conditioning_column
+        listing, shards = _list(path, *columns, outside, before["shards"])
     except OSError as error:  # a name too long, a disk that fails
         raise UserError(f"{path} can't be read: {why(error)}") from error
     if listing.others:
@@ -132,16 +147,23 @@ def open_pictures(
             *listing.notes,
         ]
         raise UserError("; ".join([f"{path} holds no pictures ({', '.join(SUFFIXES)})", *more]))
+    if conditioning_column and (bare := [e for e in listing.entries if e.conditioning is None]):
+        raise UserError(
+            f"{path}: {printable(bare[0].name)} has no {conditioning_column}: control pictures are a column of "
+            "metadata.jsonl, of metadata.csv, or of a saved dataset"
+        )
     rows = _examine(listing.entries, before, shards, index)
     broken = dict(listing.broken)
     items: list[Item] = []
     contents: list[Callable[[], bytes]] = []
+    conditionings: list[Callable[[], bytes]] = []
     for entry, row in zip(listing.entries, rows, strict=True):
         if len(row) == 2:
             broken[entry.name] = row[1]
         else:
             items.append(Item(entry.name, entry.captions, *row[1:]))
             contents.append(entry.content)
+            conditionings += [entry.conditioning] if entry.conditioning else []
     if not items:
         name, reason = next(iter(broken.items()))
         raise UserError(
@@ -152,7 +174,7 @@ def open_pictures(
         listing.notes.append(
             f"{path}: without a caption, so theirs is empty: {bare} of {len(items)} pictures"
         )
-    return PictureSet(items, contents, broken, listing.notes)
+    return PictureSet(items, contents, broken, listing.notes, conditionings)
 
 
 def decode(content: bytes) -> Pixels:
@@ -203,7 +225,12 @@ def rgb(picture: "Image") -> Pixels:
 
 
 def _list(
-    path: Path, image_column: str, caption_column: str, outside: bool, scans: dict[str, Scan]
+    path: Path,
+    image_column: str,
+    caption_column: str,
+    conditioning_column: str,
+    outside: bool,
+    scans: dict[str, Scan],
 ) -> tuple[Listing, dict[str, Scan]]:
     """What lies at `path`, whichever kind of source it is, and the scans of its shards."""
     if path.is_file() and path.suffix.lower() == ".tar":
@@ -214,11 +241,11 @@ def _list(
         packed = ": unpack it to a plain .tar" if other_kind(path.name).startswith((".tar.", ".tgz")) else ""
         raise UserError(f"{path} {what}{packed or nearest(path.name, beside)}")
     if is_saved(path):
-        return list_saved(path, image_column, caption_column, outside), {}
+        return list_saved(path, image_column, caption_column, outside, conditioning_column), {}
     shards = [
         folder / name for folder, names in walk(path, {}) for name in names if name.lower().endswith(".tar")
     ]
-    listing = list_folder(path, caption_column, outside)
+    listing = list_folder(path, caption_column, outside, conditioning_column)
     if not shards:
         return listing, {}
     if listing.entries:
@@ -269,7 +296,20 @@ def _look(entry: Entry) -> Row:
         height, width = decode(content).shape[:2]
     except ValueError as error:
         return [entry.stamp, str(error)]
+    if entry.conditioning and (fault := _unlike(entry.conditioning, height, width)):
+        return [entry.stamp, f"its control picture: {fault}"]
     return [entry.stamp, height, width, _key(content)]
+
+
+def _unlike(conditioning: Callable[[], bytes], height: int, width: int) -> str:
+    """Why a control picture can't go with a picture of this size; "" where it can."""
+    try:
+        own = decode(conditioning())
+    except (OSError, ValueError) as error:
+        return why(error)
+    ratio = len(own) * width / (own.shape[1] * height)
+    shape = f"it has {own.shape[1]} x {len(own)} pixels, another shape than the picture's {width} x {height}"
+    return shape if abs(ratio - 1) > _SHAPE else ""
 
 
 def _key(content: bytes) -> str:

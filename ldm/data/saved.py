@@ -29,11 +29,16 @@ def is_saved(path: Path) -> bool:
 
 
 def list_saved(
-    path: Path, image_column: str = "image", caption_column: str = "text", outside: bool = False
+    path: Path,
+    image_column: str = "image",
+    caption_column: str = "text",
+    outside: bool = False,
+    conditioning_column: str = "",
 ) -> Listing:
     """List a dataset's rows; `caption_column` "" leaves all captions empty, and may hold lists of several.
 
-    outside: rows may also name picture files that are not below `path`.
+    outside: rows may also name picture files that are not below `path`. conditioning_column: of control pictures; ""
+    for none.
 
     Raises:
         UserError: the `datasets` package is missing, a damaged dataset, several splits, no such column, no pictures
@@ -54,22 +59,24 @@ def list_saved(
         features = rows.features
     except Exception as error:  # it and pyarrow stumble over damaged files in any way
         raise UserError(f"{path} is no whole dataset: {one_line(str(error))[:200]}") from error
-    for column in filter(None, (image_column, caption_column)):
+    for column in filter(None, (image_column, caption_column, conditioning_column)):
         if column not in features:
             raise no_column(path, column, features)
-    if isinstance(features[image_column], datasets.Image):
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    elif getattr(features[image_column], "dtype", "") not in ("binary", "large_binary"):
-        raise UserError(f"{path}: the column {image_column!r} holds no pictures")
+    for column in filter(None, (image_column, conditioning_column)):
+        if isinstance(features[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        elif getattr(features[column], "dtype", "") not in ("binary", "large_binary"):
+            raise UserError(f"{path}: the column {column!r} holds no pictures")
     captions = _captions(path, rows, caption_column) if caption_column else [("",)] * len(rows)
     stamp = f"{state.get('_fingerprint') or stamp_of(path / STATE)}{'-outside' * outside}"
+    stamp += f"-{conditioning_column}" if conditioning_column else ""
     within = None if outside else path
-    return Listing(
-        [
-            Entry(f"row {i}", each, stamp, partial(_bytes, rows, i, image_column, within))
-            for i, each in enumerate(captions)
-        ]
-    )
+
+    def entry(i: int, own: tuple[str, ...]) -> Entry:
+        control = partial(_bytes, rows, i, conditioning_column, within) if conditioning_column else None
+        return Entry(f"row {i}", own, stamp, partial(_bytes, rows, i, image_column, within), control)
+
+    return Listing([entry(i, each) for i, each in enumerate(captions)])
 
 
 def _captions(path: Path, rows: Any, column: str) -> list[tuple[str, ...]]:

@@ -1,16 +1,17 @@
 """Pictures of a model in training: what validation shows, and the class pictures of DreamBooth."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ldm.conditioning.control import Control
 from ldm.diffusion.plan import plan
 from ldm.errors import UserError
 from ldm.pictures import grid, to_pil
-from ldm.sampling import Guidance, decode, prepare, sample
+from ldm.sampling import Guidance, controlled, decode, prepare, sample
 from ldm.system import System
 
 if TYPE_CHECKING:
@@ -33,11 +34,18 @@ class ValidationConfig:
         """How many pictures that is."""
         return len(self.prompts) * self.seeds
 
-    def draw(self, system: System, resolution: int | None, channels: Tensor | None = None) -> "Image":
+    def draw(
+        self,
+        system: System,
+        resolution: int | None,
+        channels: Tensor | None = None,
+        controls: Sequence[Control] = (),
+    ) -> "Image":
         """Draw the grid.
 
         resolution: of squares, in pixels; None is the model's own. channels: for an inpainting network,
-        (count, 1 + C, h, w): masks and the latents of what is to be seen, which then decide the size.
+        (count, 1 + C, h, w): masks and the latents of what is to be seen, which then decide the size. controls: with
+        (count, 3, H, W) pictures, which then do.
         """
         prompts = list(self.prompts) * self.seeds
         seeds = [seed for seed in range(self.seeds) for _ in self.prompts]
@@ -46,7 +54,9 @@ class ValidationConfig:
         if channels is not None:
             factor = system.autoencoder.config.factor
             size = (channels.shape[2] * factor, channels.shape[3] * factor)
-        drawn = draw(system, prompts, seeds, self.steps, self.guidance, size, channels)
+        if controls:
+            size = (controls[0].image.shape[2], controls[0].image.shape[3])
+        drawn = draw(system, prompts, seeds, self.steps, self.guidance, size, channels, controls)
         return grid(drawn, len(self.prompts))
 
 
@@ -67,11 +77,12 @@ def draw(
     guidance: float,
     size: tuple[int, int] | None = None,
     channels: Tensor | None = None,
+    controls: Sequence[Control] = (),
 ) -> "list[Image]":
     """Draw one picture for each prompt with its seed, as the system's own scheduler samples, where its network is.
 
     size: (height, width) in pixels; None is the model's own. channels: for an inpainting network, (B, 1 + C, h, w):
-    masks and the latents of what is to be seen.
+    masks and the latents of what is to be seen. controls: with B pictures.
     """
     how = plan(system.scheduler, steps, is_xl=system.is_xl)
     height, width = size or (system.default_size, system.default_size)
@@ -88,5 +99,7 @@ def draw(
             size=(height, width),
             channels=None if channels is None else channels[some],
         )
+        steering = [replace(each, image=each.image[some]) for each in controls]
+        request = controlled(system, request, steering)
         pictures += to_pil(decode(system.autoencoder, sample(system, request)))
     return pictures

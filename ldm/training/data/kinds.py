@@ -27,6 +27,11 @@ class Data:
         """Raise UserError for values that can't be."""
 
     @property
+    def conditioned(self) -> bool:
+        """Whether control pictures come with the latents."""
+        return False
+
+    @property
     def text_cache(self) -> Path | None:
         """A folder that keeps the states of frozen text encoders; None keeps none."""
         return None

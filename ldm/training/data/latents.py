@@ -46,7 +46,8 @@ class LatentBatch:
     latents: (B, C, h, w) float32, scaled to about unit variance, on the CPU or where they were computed.
     time_ids: (B, 6) float32, SDXL's size conditions: original height and width, crop top and left, target height and
     width, in pixels.
-    pictures: (B, 3, H, W) in [-1, 1] where they were asked for.
+    pictures: (B, 3, H, W) in [-1, 1] where they were asked for. conditioning: (B, 3, H, W) in [0, 1], control pictures,
+    where the data have them.
     choices: of each row, captions of which one is drawn in place of its own; none where the own ones stand.
     groups: rows that count apart in the loss; none where it is the mean over all of them.
     """
@@ -57,6 +58,7 @@ class LatentBatch:
     pictures: Tensor | None = None
     choices: Sequence[Sequence[str]] = ()
     groups: Sequence[RowGroup] = ()
+    conditioning: Tensor | None = None
 
     def draw_captions(self, rng: BatchGenerator) -> list[str]:
         """The rows' captions; where there is a choice, one of it at random."""
@@ -161,7 +163,7 @@ class PictureLatents:
         self._chunk = chunk_of(resolution, resolution)
         self._batch_size = 0  # that it was prepared for
         self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders work outside Python's lock
-        self._begun: dict[int, dict[tuple[int, Framing], Future[Pixels]]] = {}  # by the batch's start
+        self._begun: dict[int, dict[tuple[bool, int, Framing], Future[Pixels]]] = {}  # by the batch's start
 
     def notes(self) -> list[str]:
         return self.pictures.report()
@@ -187,6 +189,9 @@ class PictureLatents:
             time_ids=torch.tensor([framing.time_ids for _, framing in chosen], dtype=torch.float32),
             pictures=pictures if self.with_pictures else None,
             choices=[self.choices] * len(chosen) if self.choices else (),
+            conditioning=self._pictures(start, size, rows, control=True) / 2 + 0.5
+            if self.pictures.conditionings
+            else None,
         )
 
     def prepare(self, batch_size: int) -> None:
@@ -257,18 +262,20 @@ class PictureLatents:
             framed.append((index, plan_framing(original, target, crop=self.crop, flip=self.flip, rng=rng)))
         return framed
 
-    def _pictures(self, start: int, size: int, rows: slice) -> Tensor:
-        """The rows' pictures (B, 3, H, W) in [-1, 1]; the same rows of the next batch are begun."""
+    def _pictures(self, start: int, size: int, rows: slice, control: bool = False) -> Tensor:
+        """The rows' pictures, or their control pictures (B, 3, H, W), in [-1, 1]; those of the next batch are begun."""
         following = start + size
         self._begun = {each: self._begun.get(each, {}) for each in (start, following)}
         for at in (start, following):
-            for index, framing in self._framed(at, size, rows):
-                if (index, framing) not in self._begun[at]:
-                    self._begun[at][index, framing] = self._workers.submit(self._cut, index, framing)
-        return to_tensor([self._begun[start][each].result() for each in self._framed(start, size, rows)])
+            for each in self._framed(at, size, rows):
+                if (control, *each) not in self._begun[at]:
+                    self._begun[at][(control, *each)] = self._workers.submit(self._cut, *each, control)
+        framed = self._framed(start, size, rows)
+        return to_tensor([self._begun[start][(control, *each)].result() for each in framed])
 
-    def _cut(self, index: int, framing: Framing) -> Pixels:
-        return cut(self.pictures.read(index), framing)
+    def _cut(self, index: int, framing: Framing, control: bool = False) -> Pixels:
+        read = self.pictures.read_conditioning if control else self.pictures.read
+        return cut(read(index), framing)
 
 
 @torch.no_grad()

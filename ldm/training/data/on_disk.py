@@ -24,6 +24,7 @@ class PicturesConfig(Data, kind="pictures"):
     captions: in place of the pictures' own, one of these each time, at random, as of a picture's own where it has
         several.
     outside: metadata, and rows of a dataset, may name picture files that are not below `path`.
+    conditioning_column: of control pictures, for a ControlNet, such as conditioning_image.
     resolution, max_ratio: of the aspect-ratio buckets, in pixels; a max_ratio of 1 cuts squares.
     crop, flip: how pictures are cut, and whether they are mirrored half of the time.
     cache: a folder that keeps latents and text states, and which pictures are broken; without one all of it is found
@@ -39,6 +40,7 @@ class PicturesConfig(Data, kind="pictures"):
     image_column: str = "image"
     caption_column: str = "text"
     outside: bool = False
+    conditioning_column: str = ""
     max_ratio: float = 1.0
     crop: Literal["center", "random"] = "center"
     flip: bool = False
@@ -57,6 +59,10 @@ class PicturesConfig(Data, kind="pictures"):
                 raise UserError(
                     f"{where}.captions: {each!r} holds half of a surrogate pair: write it anew"
                 ) from None
+
+    @property
+    def conditioned(self) -> bool:
+        return bool(self.conditioning_column)
 
     @property
     def text_cache(self) -> Path | None:
@@ -95,7 +101,7 @@ class PicturesConfig(Data, kind="pictures"):
 
     def examples(self, where: str, crop: int | None, held_out: int) -> PictureExamples:
         """As Data says."""
-        for name in ("captions", "max_ratio", "sample_posterior", "encoding"):
+        for name in ("captions", "conditioning_column", "max_ratio", "sample_posterior", "encoding"):
             if getattr(self, name) != getattr(PicturesConfig, name):
                 raise UserError(f"{where}.{name} is for a U-Net's training: leave it out")
         found = self._found(where, captioned=False)
@@ -111,6 +117,7 @@ class PicturesConfig(Data, kind="pictures"):
                 image_column=self.image_column,
                 caption_column=self.caption_column if captioned else "",
                 outside=self.outside,
+                conditioning_column=self.conditioning_column,
                 index=Path(self.cache) / "pictures.json" if self.cache else None,
             )
         except UserError as error:

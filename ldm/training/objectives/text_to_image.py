@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.conditioning.control import Control
 from ldm.diffusion.losses import LossConfig, prediction_loss
 from ldm.diffusion.parameterization import check
 from ldm.errors import UserError
@@ -28,6 +29,7 @@ from ldm.training.distributed import BatchGenerator, processes
 from ldm.training.drawing import ValidationConfig, check_steps
 from ldm.training.noising import noised_batch
 from ldm.training.start import NewConfig, check_channels, starting_system
+from ldm.training.trainable.controlnet import TrainControlNet
 from ldm.training.trainable.lora import TrainLoRA
 from ldm.training.trainable.model import TrainableModel
 from ldm.training.trainable.textual_inversion import TrainTextualInversion
@@ -41,7 +43,7 @@ class Config:
     base: a model to start from (a folder, a single file, a hub id, or "bundled"), or a section: a U-Net from nothing.
         variant: of the base's files, such as fp16.
     data: of a kind: `pictures` from disk, or of one's own.
-    train: of a kind: the whole `unet`, a `lora`, or a `textual_inversion`.
+    train: of a kind: the whole `unet`, a `lora`, a `textual_inversion`, or a `controlnet`.
     inpainting: the U-Net also sees a random mask and what lies outside of it.
     prior: class pictures beside those of an instance.
     condition_dropout: share of captions left out, for classifier-free guidance (Ho & Salimans 2022).
@@ -64,7 +66,7 @@ class Config:
     base: str | NewConfig
     data: Data
     variant: str | None = None
-    train: TrainUNet | TrainLoRA | TrainTextualInversion = field(default_factory=TrainUNet)
+    train: TrainUNet | TrainLoRA | TrainTextualInversion | TrainControlNet = field(default_factory=TrainUNet)
     inpainting: bool = False
     prior: PriorConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
@@ -78,6 +80,7 @@ class Config:
         """Raises UserError for settings that do not go together."""
         from_nothing = isinstance(self.base, NewConfig)
         self.train.check(from_nothing, self.inpainting)
+        self.train.check_data(self.data.conditioned, self.prior is not None)
         if from_nothing and (self.scheduler or self.prior):
             raise UserError("scheduler and prior go with a base that is there, not with a U-Net from nothing")
         if self.prior:
@@ -114,9 +117,10 @@ class Objective:
         check(self.prediction_type, self.schedule)
         if config.validation.prompts:
             check_steps("text_to_image.validation.steps", self.system, config.validation.steps)
-        self.source = config.data.latents("text_to_image.data", self.system, config.inpainting)
+        with_pictures = config.inpainting or config.train.wants_pictures
+        self.source = config.data.latents("text_to_image.data", self.system, with_pictures)
         if config.prior:
-            arguments = self.source, config.data, self.system, config.inpainting
+            arguments = self.source, config.data, self.system, with_pictures
             self.source = config.prior.source("text_to_image.prior", *arguments)
         self.trained = config.train.model(self.system)
         self.model: nn.Module = self.trained
@@ -168,7 +172,9 @@ class Objective:
             text = self.conditions(captions, dropped).to(device)
             return self.system.condition(text, batch.time_ids.to(device), channels)
 
-        output = model(noised.sample(self.prediction_type), noised.timestep.float(), condition)
+        picture = config.train.control_pictures(batch)
+        arguments = () if picture is None else (picture.to(device),)
+        output = model(noised.sample(self.prediction_type), noised.timestep.float(), condition, *arguments)
         return batch.mean(prediction_loss(output, noised, self.schedule, self.prediction_type, settings))
 
     def _masked(self, batch: LatentBatch, rng: BatchGenerator) -> Tensor:
@@ -179,19 +185,25 @@ class Objective:
 
     @torch.no_grad()
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
-        """Draws the validation prompts; with inpainting, into the first pictures without their middle."""
+        """Draws the validation prompts; with inpainting, into the first pictures without their middle.
+
+        A ControlNet is shown what goes with the first pictures.
+        """
         assert isinstance(model, TrainableModel)
-        shown, channels = self.config.validation, None
+        shown, channels, config = self.config.validation, None, self.config
         if not shown.count:
             return {}
-        system = model.within(self.system)
-        if self.config.inpainting:
-            pictures = self.batch(0, self.batch_size, slice(None)).pictures
-            assert pictures is not None
-            pictures = pictures.repeat(-(-shown.count // len(pictures)), 1, 1, 1)[: shown.count]
-            masks, dtype = middle_masks(pictures), self.source.dtype
-            channels = inpainting_channels(self.system.autoencoder, pictures, masks, dtype)
-        drawn = shown.draw(system, self.source.resolution, channels)
+        system, controls = model.within(self.system), list[Control]()
+        if config.inpainting or config.train.controlled:
+            batch = self.batch(0, self.batch_size, slice(None))
+            if config.inpainting:
+                assert batch.pictures is not None
+                pictures = _repeated(batch.pictures, shown.count)
+                masks, dtype = middle_masks(pictures), self.source.dtype
+                channels = inpainting_channels(self.system.autoencoder, pictures, masks, dtype)
+            control = config.train.control_pictures(batch)
+            controls = model.controls(None if control is None else _repeated(control, shown.count))
+        drawn = shown.draw(system, self.source.resolution, channels, controls)
         write_bytes(folder / f"drawn-{seen:08d}.png", png(drawn))
         return {}
 
@@ -200,6 +212,11 @@ class Objective:
         return self.source.notes() + self.conditions.notes()
 
     def export(self, model: nn.Module, folder: Path, config: str) -> None:
-        """What was trained: a diffusers folder in float16, a LoRA's file, or a token's."""
+        """What was trained: a diffusers folder in float16, a LoRA's file, a token's, or a ControlNet's folder."""
         assert isinstance(model, TrainableModel)
         self.config.train.export(model, self.system, folder, {"config": config})
+
+
+def _repeated(pictures: Tensor, count: int) -> Tensor:
+    """So many of the pictures (B, ...), from the first on, and again from the first."""
+    return pictures.repeat(-(-count // len(pictures)), 1, 1, 1)[:count]

@@ -4,7 +4,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
+from torch import Tensor
+
+from ldm.errors import UserError
 from ldm.system import System
+from ldm.training.data.latents import LatentBatch
 from ldm.training.trainable.model import TrainableModel
 
 
@@ -15,9 +19,24 @@ class Trainable:
     """
 
     kind: ClassVar[str]
+    controlled: ClassVar[bool] = False  # whether the model is shown `control_pictures`
 
     def check(self, from_nothing: bool, inpainting: bool) -> None:
         """Raise UserError where this can't be trained beside a U-Net from nothing, or one for inpainting."""
+
+    def check_data(self, conditioned: bool, prior: bool) -> None:
+        """Raise UserError for data that have control pictures, or lack them, or have class pictures beside, in vain."""
+        if conditioned:
+            raise UserError("data.conditioning_column is for a ControlNet: set train.kind to controlnet")
+
+    @property
+    def wants_pictures(self) -> bool:
+        """Whether it asks for the pictures beside the latents."""
+        return False
+
+    def control_pictures(self, batch: LatentBatch) -> Tensor | None:
+        """Return what the model is shown beside a batch's latents, (B, 3, H, W) in [0, 1]; None for nothing."""
+        return None
 
     def check_captions(self, captions: Iterable[str]) -> None:
         """Raise UserError where captions, all that will come, teach it nothing."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.conditioning.control import Control
 from ldm.conditioning.text import TextEncoder
 from ldm.models.denoising import DenoisingNetwork
 from ldm.system import System
@@ -42,13 +43,33 @@ class TrainableModel(nn.Module):
         assert isinstance(network, DenoisingNetwork)
         return network
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Callable[[], Condition]) -> Tensor:
-        """As the network's own. condition: gives it, with a graph where text encoders are trained."""
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        condition: Callable[[], Condition],
+        picture: Tensor | None = None,
+    ) -> Tensor:
+        """As the network's own. condition: gives it, with a graph where text encoders are trained.
+
+        picture: (B, 3, H, W) in [0, 1], for a model that is shown one.
+        """
         return self.network(x, timestep, condition())
+
+    def controls(self, pictures: Tensor | None) -> list[Control]:
+        """Return what a system draws with beside these networks. pictures: (B, 3, H, W) in [0, 1], those shown."""
+        return []
 
     def within(self, system: System) -> System:
         """The system with these networks: to draw with an average."""
         return replace(system, network=self.network, text=self.text or system.text)
+
+
+def thaw(module: nn.Module) -> None:
+    """Have it trained, in float32 and as copies: training must not write into a mapped file."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float().clone()
+        parameter.requires_grad_(True)
 
 
 def freeze_idle(text: TextEncoder, modules: Sequence[nn.Module]) -> None:

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from torch import nn
-
 from ldm.checkpoints.folder import write_folder
 from ldm.conditioning.load import write_tokenizers
 from ldm.errors import UserError
 from ldm.system import System
 from ldm.training.start import half
 from ldm.training.trainable.base import Trainable
-from ldm.training.trainable.model import TrainableModel, freeze_idle
+from ldm.training.trainable.model import TrainableModel, freeze_idle, thaw
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class TrainUNet(Trainable):
     def model(self, system: System) -> TrainableModel:
         model = TrainableModel(system, with_text=self.text_encoder)
         for module in (model.network, *model.text_encoders.values()):
-            _thaw(module)
+            thaw(module)
         if model.text:
             freeze_idle(model.text, list(model.text_encoders.values()))
         return model
@@ -43,10 +41,3 @@ class TrainUNet(Trainable):
     ) -> None:
         whole = model.within(system)
         write_folder(folder, half(whole.checkpoint()), lambda new: write_tokenizers(whole.text, new))
-
-
-def _thaw(module: nn.Module) -> None:
-    """Have it trained, in float32 and as copies: training must not write into a mapped file."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.float().clone()
-        parameter.requires_grad_(True)
