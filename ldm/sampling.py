@@ -8,13 +8,14 @@ The pipelines, validation in training and evaluation draw through it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition, concatenate
 from ldm.conditioning.control import Control, Controls
+from ldm.conditioning.image_prompt import ImagePrompt, image_parts
 from ldm.conditioning.text import encode_pair
 from ldm.diffusion.driver import Noise, Step
 from ldm.diffusion.guidance import classifier_free
@@ -87,6 +88,7 @@ def prepare(
     sizes: Sequence[int] | None = None,
     channels: Tensor | None = None,
     controls: Sequence[Control] = (),
+    images: Sequence[ImagePrompt] = (),
     latents: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Request:
@@ -95,8 +97,8 @@ def prepare(
     prompts, negatives: see `encode`; or in their place what it gives. size: (height, width) in pixels, multiples of the
     autoencoder's factor; None is the model's own. sizes: the six numbers that SDXL is told (see `Condition.time_ids`);
     None tells it of a whole picture of `size`. channels: (B, c, h, w), for a network that takes more than latents.
-    controls: ControlNets with their pictures, on the same device. latents: see `Request`. device: where the network
-    computes; None is where its weights are. Raises UserError.
+    controls: ControlNets with their pictures, on the same device. images: pictures as prompts. latents: see `Request`.
+    device: where the network computes; None is where its weights are. Raises UserError.
     """
     guidance = guidance or Guidance()
     device = torch.device(device or system.network.device)
@@ -114,6 +116,10 @@ def prepare(
         channels = nothing_seen(system, text.rows, (height, width), device)
     told = torch.tensor([sizes or (height, width, 0, 0, height, width)], dtype=torch.float32)
     condition = system.condition(text, told.expand(text.rows, -1), channels)
+    if images:
+        condition = replace(
+            condition, images=image_parts(images, system.network, len(seeds), guidance.guides)
+        )
     shape = (config.latent_channels, height // config.factor, width // config.factor)
     return Request(
         plan,
