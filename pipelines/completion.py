@@ -5,13 +5,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from ldm import __version__
 from ldm.diffusion.plan import Plan, plan
+from ldm.editing import Pictures, begin_from, from_strength
 from ldm.errors import UserError
+from ldm.sampling import Request
 from ldm.system import System
+from pipelines.canvas import Canvas, canvas_of
 from pipelines.given import Given
-from pipelines.recipe import Recipe, check
+from pipelines.limits import check
+from pipelines.originals import changed, latents_of, read
+from pipelines.recipe import Recipe
 
+_OF_A_CANVAS = (
+    "resize_mode",
+    "mask_blur",
+    "mask_content",
+    "padding_mask_crop",
+    "outpaint",
+    "outpaint_feathering",
+)  # of Recipe
 _MOST_TOKENS = 8192  # of a prompt: the U-Net attends to each of them in every step
 
 
@@ -19,13 +36,15 @@ _MOST_TOKENS = 8192  # of a prompt: the U-Net attends to each of them in every s
 class Drawing:
     """A picture that can be drawn: its complete recipe, how it is sampled, and what it is given beside the recipe.
 
-    batch: equal for those whose conditions are the same together as alone; such may share a batch.
+    batch: equal for those whose conditions are the same together as alone; such may share a batch. canvas: what it is
+    drawn on; made anew, by `pipe.draw`, where it was let go.
     """
 
     recipe: Recipe
     plan: Plan
     given: Given = field(default_factory=Given)
     batch: tuple[object, ...] = ()
+    canvas: Canvas | None = None
 
 
 def completed(
@@ -41,16 +60,69 @@ def completed(
             f"the picture was drawn from {' and '.join(lacking)} beside its recipe, which no file holds: it can't be "
             "drawn again without"
         )
-    complete = _filled(system, recipe, given, stated)
+    original = _original(recipe, given)
+    complete = _filled(system, recipe, given, stated, _size_of(system, recipe, original))
     check(complete, system.autoencoder.config.factor, system.is_xl)
     _check_given(system, complete, given)
     how = like.plan if like and _sampling(like.recipe) == _sampling(complete) else _plan_of(system, complete)
-    return Drawing(complete, how, given, _batch_of(system, complete, given))
+    canvas = canvas_for(complete, given, original) if isinstance(original, np.ndarray) else None
+    return Drawing(complete, how, given, _batch_of(system, complete, given), canvas)
 
 
-def _filled(system: System, recipe: Recipe, given: Given, stated: Mapping[str, Any]) -> Recipe:
-    height = system.default_size if recipe.height is None else recipe.height
-    width = system.default_size if recipe.width is None else recipe.width
+def _original(recipe: Recipe, given: Given) -> np.ndarray | Tensor | None:
+    """The picture, or the latents, that it is drawn from."""
+    if given.image is not None or recipe.image is None:
+        return given.image
+    return read(recipe.image, "image")
+
+
+def canvas_for(recipe: Recipe, given: Given, original: np.ndarray | Tensor | None = None) -> Canvas:
+    """The canvas of a complete recipe that has a picture. Raises UserError."""
+    original = _original(recipe, given) if original is None else original
+    mask = given.mask_image
+    if mask is None and recipe.mask_image is not None:
+        mask = read(recipe.mask_image, "mask_image")
+    assert isinstance(original, np.ndarray) and not isinstance(mask, Tensor)
+    assert recipe.height and recipe.width
+    return canvas_of(
+        original,
+        mask,
+        (recipe.height, recipe.width),
+        **{name: getattr(recipe, name) for name in _OF_A_CANVAS},
+    )
+
+
+def _size_of(system: System, recipe: Recipe, original: np.ndarray | Tensor | None) -> tuple[int, int]:
+    """Height and width where the recipe names none: of the picture that it is drawn from, else the model's own."""
+    factor = system.autoencoder.config.factor
+    if isinstance(original, Tensor):
+        return original.shape[-2] * factor, original.shape[-1] * factor
+    if original is None or recipe.padding_mask_crop is not None:
+        return system.default_size, system.default_size
+    left, top, right, bottom = recipe.outpaint or (0, 0, 0, 0)
+    if min(left, top, right, bottom) < 0:
+        raise UserError(
+            f"outpaint is {recipe.outpaint}: give pixels of 0 or more at left, top, right and bottom"
+        )
+    height, width = original.shape[0] + top + bottom, original.shape[1] + left + right
+    fitting = max(height // factor, 1) * factor, max(width // factor, 1) * factor
+    if recipe.outpaint and (height, width) != fitting:
+        raise UserError(
+            f"outpaint makes the picture {width} x {height} pixels, no multiples of {factor}: add {-width % factor} at "
+            f"a side and {-height % factor} at the top or the bottom"
+        )
+    return fitting
+
+
+def _filled(
+    system: System, recipe: Recipe, given: Given, stated: Mapping[str, Any], size: tuple[int, int]
+) -> Recipe:
+    height = size[0] if recipe.height is None else recipe.height
+    width = size[1] if recipe.width is None else recipe.width
+    masked = recipe.mask_image is not None or bool(recipe.outpaint)
+    strength = recipe.strength
+    if strength is None and recipe.image is not None and recipe.denoising_start is None:  # as in diffusers
+        strength = (0.9999 if system.is_xl else 1.0) if masked else (0.3 if system.is_xl else 0.8)
     defaults = {
         "num_inference_steps": 50,
         "guidance_scale": 5.0 if system.is_xl else 7.5,
@@ -65,6 +137,7 @@ def _filled(system: System, recipe: Recipe, given: Given, stated: Mapping[str, A
         sampler=system.scheduler.sampler if recipe.sampler is None else recipe.sampler,
         height=height,
         width=width,
+        strength=strength,
         **{
             name: defaults[name] if getattr(recipe, name) is None else getattr(recipe, name)
             for name in ("num_inference_steps", "guidance_scale")
@@ -78,14 +151,21 @@ def _filled(system: System, recipe: Recipe, given: Given, stated: Mapping[str, A
 def _check_given(system: System, recipe: Recipe, given: Given) -> None:
     """Raise UserError for what does not fit the model, or the recipe."""
     assert recipe.height and recipe.width
-    if given.latents is not None:
-        config = system.autoencoder.config
-        shape = (config.latent_channels, recipe.height // config.factor, recipe.width // config.factor)
-        if given.latents.shape != shape:
+    config = system.autoencoder.config
+    shape = (config.latent_channels, recipe.height // config.factor, recipe.width // config.factor)
+    for name, latents in (
+        ("latents", given.latents),
+        ("the latents that are the image", latents_of(given.image)),
+    ):
+        if latents is not None and latents.shape != shape:
             raise UserError(
-                f"latents are {tuple(given.latents.shape)} an image, where a picture of {recipe.width} x "
-                f"{recipe.height} pixels has {shape}"
+                f"{name} are {tuple(latents.shape)} an image, where a picture of {recipe.width} x {recipe.height} "
+                f"pixels has {shape}"
             )
+    if latents_of(given.image) is not None and (recipe.mask_image is not None or recipe.outpaint):
+        raise UserError(
+            "image is latents, of which no part can be kept: give a picture with mask_image or outpaint"
+        )
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         if (embeds := getattr(given, name)) is None:
             continue
@@ -101,13 +181,18 @@ def _check_given(system: System, recipe: Recipe, given: Given) -> None:
 
 def _sampling(recipe: Recipe) -> tuple[Any, ...]:
     """All that a plan depends on."""
-    return recipe.num_inference_steps, recipe.sampler, recipe.schedule, recipe.eta
+    part = (recipe.strength, recipe.denoising_start, recipe.denoising_end)
+    return recipe.num_inference_steps, recipe.sampler, recipe.schedule, recipe.eta, *part
 
 
 def _plan_of(system: System, recipe: Recipe) -> Plan:
     """How a complete recipe is sampled. Raises UserError for unknown samplers and schedules."""
-    steps, sampler, schedule, eta = _sampling(recipe)
-    return plan(system.scheduler, steps, sampler, schedule, eta, is_xl=system.is_xl)
+    steps, sampler, schedule, eta, strength, start, end = _sampling(recipe)
+    whole = plan(system.scheduler, steps, sampler, schedule, eta, is_xl=system.is_xl)
+    begin, stop = whole.step_at(start or 0.0), None if end is None else whole.step_at(end)
+    if strength is not None:
+        return from_strength(whole, strength)
+    return whole.part(begin, stop) if begin or stop is not None else whole
 
 
 def _batch_of(system: System, recipe: Recipe, given: Given) -> tuple[object, ...]:
@@ -139,3 +224,33 @@ def batches_of(drawings: Sequence[Drawing]) -> list[list[int]]:
     for place, drawing in enumerate(drawings):
         batches.setdefault(drawing.batch, []).append(place)
     return list(batches.values())
+
+
+def begun(system: System, request: Request, drawings: Sequence[Drawing]) -> Request:
+    """Begin the request of drawings from the pictures, or the latents, that their recipes have. Raises UserError."""
+    latents = [each for drawing in drawings if (each := latents_of(drawing.given.image)) is not None]
+    recipe = drawings[0].recipe
+    if recipe.denoising_start is not None:
+        if len(latents) < len(drawings):
+            raise UserError(
+                "denoising_start goes on with latents: give those of a call with denoising_end as image"
+            )
+        return replace(request, state=torch.stack(latents).to(request.noise.device))
+    if latents:
+        return begin_from(system, request, Pictures(torch.stack(latents), encoded=True))
+    canvases = [drawing.canvas for drawing in drawings if drawing.canvas is not None]
+    pixels = torch.from_numpy(np.stack([each.begin for each in canvases])).permute(0, 3, 1, 2) * 2 - 1
+    masks = [each.mask for each in canvases if each.mask is not None]
+    mask = torch.from_numpy(np.stack(masks))[:, None] if masks else None
+    return begin_from(system, request, Pictures(pixels, mask=mask, noisy=recipe.mask_content == "noise"))
+
+
+def picture_notes(drawings: Sequence[Drawing]) -> list[str]:
+    """What the user should know of the pictures that others are drawn from: changed files, masks that are white."""
+    uses = {
+        use for each in drawings for use in (each.recipe.image, each.recipe.mask_image) if use is not None
+    }
+    notes = [note for use in sorted(uses, key=str) if (note := changed(use))]
+    if any(each.canvas and each.canvas.mask is not None and each.canvas.mask.all() for each in drawings):
+        notes.append("mask_image is white everywhere: all of the picture is drawn anew")
+    return notes

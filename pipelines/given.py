@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +19,16 @@ class Given:
     """Of one image, beside its recipe; None is what the recipe says.
 
     generator: where its noise comes from, in place of the seed. seed: what draws as the generator does. latents:
-    (C, h, w), its first noise, of unit variance. prompt_embeds, negative_prompt_embeds: one row of `hidden` and, where
+    (C, h, w), its first noise, of unit variance. image: what it is drawn from, (H, W, 3) in [0, 1], or latents (C, h,
+    w). mask_image: (H, W) in [0, 1]. prompt_embeds, negative_prompt_embeds: one row of `hidden` and, where
     there is one, `pooled`.
     """
 
     generator: torch.Generator | None = None
     seed: int | None = None
     latents: Tensor | None = None
+    image: np.ndarray | Tensor | None = None
+    mask_image: np.ndarray | Tensor | None = None
     prompt_embeds: Condition | None = None
     negative_prompt_embeds: Condition | None = None
 
@@ -42,6 +46,8 @@ def given_for(
     each_prompt: int,
     generator: torch.Generator | Sequence[torch.Generator] | None,
     latents: Tensor | None,
+    images: Sequence[np.ndarray | Tensor | None],
+    masks: Sequence[np.ndarray | Tensor | None],
     prompt_embeds: Tensor | None,
     pooled_prompt_embeds: Tensor | None,
     negative_prompt_embeds: Tensor | None,
@@ -71,6 +77,8 @@ def given_for(
             generators[k],
             _seed_of(generators[k]) if len(generators) == len(set(generators)) else None,
             None if latents is None else latents[k],
+            images[k],
+            masks[k],
             positive[k // each_prompt] if positive else None,
             negative[k // each_prompt] if negative else None,
         )

@@ -13,7 +13,8 @@ from ldm.foreign import parse_json, read_plain
 from ldm.pictures import grid, grid_size, png
 from pipelines.completion import Drawing
 from pipelines.files import save_picture
-from pipelines.recipe import MOST, Recipe, check_seed
+from pipelines.limits import check_seed
+from pipelines.recipe import MOST, Recipe
 from pipelines.text_to_image import TextToImagePipeline
 
 if TYPE_CHECKING:

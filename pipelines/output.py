@@ -1,15 +1,18 @@
 """What a call gives: latents to pictures in the form that is asked for, and their recipes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.pictures import to_numpy, to_pil
 from ldm.sampling import decode
+from pipelines.canvas import Canvas
 from pipelines.files import check_target, save_picture
 from pipelines.recipe import Recipe
 
@@ -39,8 +42,13 @@ class TextToImageOutput:
         return [save_picture(picture, recipe, Path(path)) for picture, recipe in pairs]
 
 
-def pictures(autoencoder: AutoencoderKL, latents: Tensor, output_type: OutputType) -> Any:
-    """The `images` of a TextToImageOutput, of latents (B, C, h, w). Raises UserError where they come out as NaN."""
+def pictures(
+    autoencoder: AutoencoderKL, latents: Tensor, output_type: OutputType, canvases: Sequence[Canvas | None]
+) -> Any:
+    """The `images` of a TextToImageOutput, of latents (B, C, h, w), each on its canvas.
+
+    Raises UserError where they come out as NaN, or are of several sizes and one array is wanted.
+    """
     if output_type == "latent":
         return latents
     decoded = decode(autoencoder, latents)
@@ -49,4 +57,15 @@ def pictures(autoencoder: AutoencoderKL, latents: Tensor, output_type: OutputTyp
             "the picture came out as NaN: in float16 some models overflow (take float32 or bfloat16); else the "
             "guidance_scale is far too high, or the weights are damaged"
         )
-    return {"pil": to_pil, "np": to_numpy, "pt": lambda tensor: tensor}[output_type](decoded)
+    finished = [
+        each if canvas is None else canvas.finish(each.float().cpu())
+        for each, canvas in zip(decoded, canvases, strict=True)
+    ]
+    if output_type == "pil":
+        return [picture for each in finished for picture in to_pil(each[None])]
+    if len({each.shape for each in finished}) > 1:
+        raise UserError(
+            f'the pictures are of several sizes, and output_type "{output_type}" makes one array of them: take "pil"'
+        )
+    stacked = torch.stack([each.to(decoded.device) for each in finished])
+    return to_numpy(stacked) if output_type == "np" else stacked

@@ -13,17 +13,16 @@ from ldm.errors import UserError
 from ldm.foreign import parse_json, read_plain
 from ldm.pictures import open_raster
 from pipelines import arguments
+from pipelines.canvas import MaskContent, ResizeMode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.PngImagePlugin import PngInfo
 
 KEYWORD = "ldm-recipe"  # of the PNG's text chunk
-_LARGEST = 16_384  # pixels along a side
-_FARTHEST = 1_000_000  # pixels of what SDXL is told
-_LONGEST = 20_000  # characters of a prompt
 MOST = 1_000_000  # pictures of one call or command
-PER_IMAGE = ("prompt", "negative_prompt", "seed", "beside")  # what may differ between the images of one call
+# What may differ between the images of one call.
+PER_IMAGE = ("prompt", "negative_prompt", "seed", "image", "mask_image", "beside")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,14 @@ class EmbeddingUse:
 
     path: str
     token: str | None = None
+    hash: str | None = None
+
+
+@dataclass(frozen=True)
+class PictureUse:
+    """A picture that another is drawn from: its file (None where it was none), and the hash of file or pixels."""
+
+    path: str | None
     hash: str | None = None
 
 
@@ -70,6 +77,17 @@ class Recipe:
     original_size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] = (0, 0)
+    image: PictureUse | None = None
+    mask_image: PictureUse | None = None
+    strength: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    resize_mode: ResizeMode = "resize"
+    mask_blur: int = 0
+    mask_content: MaskContent = "original"
+    padding_mask_crop: int | None = None
+    outpaint: tuple[int, int, int, int] | None = None
+    outpaint_feathering: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     model: str | None = None
     variant: str | None = None
@@ -162,76 +180,6 @@ def _seeds(given: SupportsIndex | Iterable[SupportsIndex] | None, count: int) ->
 def _said(found: Sequence[Any], given: Any, count: int) -> str:
     """How many were given; of an iterator no more was read than shows that they are too many."""
     return f"more than {count}" if len(found) > count and not hasattr(given, "__len__") else str(len(found))
-
-
-def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
-    """Raise UserError for values of a complete recipe that no picture can have, or that would change nothing.
-
-    Sizes are multiples of `factor`; those that SDXL is told, and eta, are for nothing else than SDXL and DDIM.
-    """
-    for name, size in (("height", recipe.height), ("width", recipe.width)):
-        if not isinstance(size, int) or not factor <= size <= _LARGEST or size % factor:
-            low = min(max(int(size or 0) // factor, 1) * factor, _LARGEST - factor)
-            near = f"use {low} or {low + factor}"
-            raise UserError(
-                f"{name} {shown(size)} is not a multiple of {factor} from {factor} to {_LARGEST}: {near}"
-            )
-    assert (
-        recipe.guidance_scale is not None
-        and recipe.num_inference_steps is not None
-        and recipe.seed is not None
-    )
-    if recipe.num_inference_steps < 1:
-        raise UserError(f"num_inference_steps is {shown(recipe.num_inference_steps)}: it must be 1 or more")
-    if not math.isfinite(recipe.guidance_scale):
-        raise UserError(f"guidance_scale is {recipe.guidance_scale}: give a number, commonly 1 to 15")
-    for name, value in (("eta", recipe.eta), ("guidance_rescale", recipe.guidance_rescale)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}: it must be between 0 and 1")
-    if recipe.eta and recipe.sampler != "ddim":
-        raise UserError(f"eta is ddim's alone: {recipe.sampler} takes none")
-    low, high = recipe.guidance_interval or (0.0, math.inf)
-    if not low < high:
-        raise UserError(f"guidance_interval is ({low}, {high}): give the lower noise level first")
-    if not 0 <= recipe.clip_skip <= 1000:
-        raise UserError(
-            f"clip_skip is {shown(recipe.clip_skip)}: give 0, or how many more layers to leave out"
-        )
-    check_seed(recipe.seed)
-    _check_told(recipe, is_xl)
-    _check_texts(recipe)
-
-
-def check_seed(seed: int) -> None:
-    """Raise UserError for a seed that no generator takes."""
-    if not -(2**63) <= seed < 2**64:
-        raise UserError(f"the seed {shown(seed)} does not fit in 64 bits")
-
-
-def _check_told(recipe: Recipe, is_xl: bool) -> None:
-    """The sizes that SDXL is told."""
-    told = (recipe.original_size, recipe.target_size, recipe.crops_coords_top_left != (0, 0))
-    if any(told) and not is_xl:
-        raise UserError("original_size, target_size and crops_coords_top_left are for SDXL alone")
-    for name in ("original_size", "target_size", "crops_coords_top_left"):
-        for pixels in getattr(recipe, name) or ():
-            if not 0 <= pixels <= _FARTHEST:
-                raise UserError(f"{name} has {shown(pixels)} pixels: give 0 to {_FARTHEST:,}")
-
-
-def _check_texts(recipe: Recipe) -> None:
-    for text in (recipe.prompt, recipe.negative_prompt or ""):
-        if len(text) > _LONGEST:  # before anything else reads it
-            raise UserError(
-                f"the prompt {text[:24].strip()!r}... has {len(text):,} characters, where {_LONGEST:,} are the most: "
-                "shorten it"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"the prompt {text[:100]!r} is not valid Unicode: is it in another encoding?"
-            ) from error
 
 
 def shown(number: float | None) -> str:

@@ -18,9 +18,11 @@ from ldm.errors import UserError, nearest
 from ldm.sampling import Guidance, check_channels, prepare, sample
 from ldm.system import System
 from pipelines.adapters import Adapters
-from pipelines.completion import Drawing, batches_of, completed
+from pipelines.canvas import MaskContent, ResizeMode
+from pipelines.completion import Drawing, batches_of, begun, canvas_for, completed, picture_notes
 from pipelines.files import whole_path
 from pipelines.given import Given, encode_given, given_for
+from pipelines.originals import Originals, latents_of, originals_for
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import Offload, choose_device, offload_where_needed
 from pipelines.preview import LatentPreview
@@ -213,6 +215,17 @@ class TextToImagePipeline:
         original_size: Sequence[SupportsIndex] | None = None,
         target_size: Sequence[SupportsIndex] | None = None,
         crops_coords_top_left: Sequence[SupportsIndex] | None = None,
+        image: "Originals | None" = None,
+        mask_image: "Originals | None" = None,
+        strength: SupportsFloat | None = None,
+        denoising_start: SupportsFloat | None = None,
+        denoising_end: SupportsFloat | None = None,
+        resize_mode: ResizeMode | None = None,
+        mask_blur: SupportsIndex | None = None,
+        mask_content: MaskContent | None = None,
+        padding_mask_crop: SupportsIndex | None = None,
+        outpaint: Sequence[SupportsIndex] | None = None,
+        outpaint_feathering: SupportsIndex | None = None,
         **unknown: Any,
     ) -> TextToImageOutput:
         """Draw `num_images_per_prompt` pictures of each prompt.
@@ -234,6 +247,15 @@ class TextToImagePipeline:
         callback_on_step_end: called with (pipe, index, timestep, {"latents", "denoised", "preview", "images"}) after
             each prediction; see `pipelines.progress`. Returning False ends the call there.
         original_size, target_size, crops_coords_top_left: what SDXL is told, each (height, width) in pixels.
+        image: what to draw from, one for all, one a prompt or one an image: a PIL picture, a file's path, an array
+        (H, W,
+            3), a tensor (3, H, W) in [0, 1], or latents (C, h, w). Its size is the default of height and width.
+        strength: how much of it is drawn anew: the last int(strength * steps) steps. None is 0.8, SDXL 0.3; with a mask
+            all of it. resize_mode: how it comes to another shape: resize (stretched), crop, fill (edges spread).
+        mask_image: white is drawn anew; the rest comes back to the bit. mask_blur, mask_content, padding_mask_crop,
+            outpaint (left, top, right, bottom in pixels), outpaint_feathering: see `pipelines.canvas.canvas_of`.
+        denoising_end, denoising_start: shares of the noise at which one model ends (with output_type "latent") and
+            another goes on from its latents as `image`: SDXL's base and refiner.
         Raises UserError.
         """
         for name in unknown:
@@ -252,6 +274,15 @@ class TextToImagePipeline:
             "original_size": original_size,
             "target_size": target_size,
             "crops_coords_top_left": crops_coords_top_left,
+            "strength": strength,
+            "denoising_start": denoising_start,
+            "denoising_end": denoising_end,
+            "resize_mode": resize_mode,
+            "mask_blur": mask_blur,
+            "mask_content": mask_content,
+            "padding_mask_crop": padding_mask_crop,
+            "outpaint": outpaint,
+            "outpaint_feathering": outpaint_feathering,
         }
         if prompt is None and prompt_embeds is not None:
             prompt = [""] * len(prompt_embeds)
@@ -260,11 +291,20 @@ class TextToImagePipeline:
         if generator is not None and seed is not None:
             raise UserError("generator and seed are the same thing twice: give one of them")
         recipes = recipes_for(prompt, negative_prompt, seed, num_images_per_prompt, settings)
+        count, each_prompt = len(recipes), int(num_images_per_prompt)
+        uses, images = originals_for(image, count, each_prompt, "image")
+        mask_uses, masks = originals_for(mask_image, count, each_prompt, "mask_image")
+        recipes = [
+            replace(recipe, image=use, mask_image=mask)
+            for recipe, use, mask in zip(recipes, uses, mask_uses, strict=True)
+        ]
         given = given_for(
-            len(recipes),
-            int(num_images_per_prompt),
+            count,
+            each_prompt,
             generator,
             latents,
+            images,
+            masks,
             prompt_embeds,
             pooled_prompt_embeds,
             negative_prompt_embeds,
@@ -310,7 +350,7 @@ class TextToImagePipeline:
     ) -> TextToImageOutput:
         """Draw what one call may draw together, within the turn."""
         batches, how = batches_of(drawings), drawings[0].plan
-        notes, drawn = list(self.system.notes), dict[int, Tensor]()
+        notes, drawn = [*self.system.notes, *picture_notes(drawings)], dict[int, Tensor]()
         with Progress(self, how, len(batches), callback, progress) as watch:
             try:
                 for places in batches:
@@ -321,7 +361,8 @@ class TextToImagePipeline:
                         break
                 places = sorted(drawn)
                 stacked = torch.stack([drawn[k] for k in places])
-                images = pictures(self.system.autoencoder, stacked, output_type)
+                canvases = [drawings[k].canvas for k in places]
+                images = pictures(self.system.autoencoder, stacked, output_type, canvases)
             finally:
                 if self._offload:
                     self._offload.rest()
@@ -349,6 +390,8 @@ class TextToImagePipeline:
             latents=torch.stack(latents) if latents else None,
             device=self.device,
         )
+        if shared.image is not None:
+            request = begun(self.system, request, drawings)
         return sample(self.system, request, watch), notes
 
     def complete(self, recipe: Recipe, given: Given | None = None, like: Drawing | None = None) -> Drawing:
@@ -367,7 +410,10 @@ class TextToImagePipeline:
             "model_hash": self.system.fingerprint,
         }
         if isinstance(recipe, Drawing):
-            return replace(recipe, recipe=replace(recipe.recipe, **now))
+            canvas = recipe.canvas
+            if canvas is None and recipe.recipe.image is not None and latents_of(recipe.given.image) is None:
+                canvas = canvas_for(recipe.recipe, recipe.given)
+            return replace(recipe, recipe=replace(recipe.recipe, **now), canvas=canvas)
         return completed(self.system, recipe, given, now, like)
 
     @torch.no_grad()

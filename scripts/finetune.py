@@ -1,17 +1,10 @@
-"""Fine-tune a model, from a config file: whole, LoRA, DreamBooth, textual inversion, inpainting.
+"""Fine-tune a model: `scripts/train.py` under the name that people look for; what is trained is the config's to say.
 
-accelerate launch -q scripts/finetune.py --config configs/lora.yaml [--set text_to_image.pictures.path=my-pictures ...]
-
-Without -q, accelerate puts a stack trace of its own below every message. python scripts/finetune.py works too.
-Several processes: see --help.
+accelerate launch -q scripts/finetune.py --config configs/lora.yaml [--set text_to_image.data.path=my-pictures ...]
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
-
-from ldm.training.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main(kinds=["ldm.emoji.pools"]))
+    runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")

@@ -1,9 +1,9 @@
-"""Train from nothing, from a config file.
+"""Train what a config file says: from nothing, or fine-tune (whole, LoRA, DreamBooth, textual inversion, inpainting).
 
 accelerate launch -q scripts/train.py --config configs/bundled-autoencoder.yaml [--set loop.pictures=1000 ...]
 
 Without -q, accelerate puts a stack trace of its own below every message. python scripts/train.py works too.
-Several processes: see --help.
+Several processes: see --help. scripts/finetune.py is another name of this.
 """
 
 import sys

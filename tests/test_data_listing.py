@@ -17,7 +17,6 @@ from ldm.data.pictures import PictureSet, decode, open_pictures
 from ldm.errors import UserError, printable
 from ldm.foreign import read_plain
 from ldm.pictures import RASTERS, open_raster
-from ldm.training.data.on_disk import lines_about
 from ldm.training.report import Report
 from pipelines.recipe import open_picture
 
@@ -446,7 +445,7 @@ def test_names_that_are_not_utf8(tmp_path: Path, capsysbinary: pytest.CaptureFix
         found = open_pictures(data, caption_column="", index=tmp_path / "index.json")
         assert sorted(names(found)) == ["a.png", os.fsdecode(b"\x83\x65.png")]
         assert list(found.broken) == [os.fsdecode(b"\xff\x1b[2J\n.png")]
-    lines = lines_about(found.notes, found.broken)
+    lines = found.report()
     assert lines == [
         "skipped \\udcff\\x1b[2J\\n.png: not a picture of a kind that can be read",
         "1 broken pictures were skipped",

@@ -10,16 +10,25 @@ from diffusers.training_utils import compute_snr
 from ldm.diffusion.losses import (
     LossConfig,
     Posterior,
-    diffusion_loss,
     loss_weight,
-    shifted,
+    prediction_loss,
     variational_bound,
 )
+from ldm.diffusion.noising import add_noise, shifted
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
 WEIGHTINGS = ("unit", "snr", "min_snr", "p2", "vlb")
 TIMESTEPS = torch.tensor([1, 10, 400, 999])
+
+
+def diffusion_loss(
+    network, x0, noise, timestep, schedule, prediction_type="epsilon", config=None, seen_noise=None
+):
+    """Noise, a network's output and its loss, as an objective puts them together."""
+    noised = add_noise(x0, noise, timestep, schedule, seen_noise)
+    output = network(noised.sample(prediction_type), noised.timestep)
+    return prediction_loss(output, noised, schedule, prediction_type, config)
 
 
 def roots(schedule: NoiseSchedule, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ import torch
 
 from ldm.diffusion import parameterization
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.losses import diffusion_loss
+from ldm.diffusion.losses import prediction_loss
+from ldm.diffusion.noising import add_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.spacing import SPACINGS, lcm_timesteps, spaced_sigmas, spaced_timesteps
 from ldm.errors import UserError
@@ -131,7 +132,8 @@ def test_epsilon_is_refused_at_zero_terminal_snr():
         with pytest.raises(UserError, match="zero terminal SNR"):
             Denoiser(lambda x, t: x, schedule, prediction_type)
         with pytest.raises(UserError, match="zero terminal SNR"):
-            diffusion_loss(lambda x, t: x, batch, batch, torch.tensor([5]), schedule, prediction_type)
+            noised = add_noise(batch, batch, torch.tensor([5]), schedule)
+            prediction_loss(batch, noised, schedule, prediction_type)
     with pytest.raises(UserError, match="did you mean v_prediction"):
         Denoiser(lambda x, t: x, schedule, "v_predicton")
 

@@ -35,7 +35,8 @@ from ldm.emoji.things import THINGS
 from ldm.errors import UserError
 from ldm.evaluation.frechet import frechet_distance
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.critics import EfficientNetLite0, PerceptualDistance
+from ldm.models.perceptual import _STAGES as STAGES
+from ldm.models.perceptual import EfficientNetLite0, PerceptualDistance, SameConv
 from ldm.pictures import to_tensor
 from pipelines import TextToImagePipeline
 from scripts import evaluate
@@ -66,8 +67,13 @@ def recipe(sprites: SpriteSet) -> Recipe:
 
 @pytest.fixture(scope="module")
 def features() -> Features:
+    """Of a network of the same build, but narrow, as the fits take time with the cube of its last width."""
     torch.manual_seed(0)
-    network = EfficientNetLite0()
+    with pytest.MonkeyPatch.context() as patch:
+        narrow = [(min(expansion, 2), max(8, width // 2), *more) for expansion, width, *more in STAGES]
+        patch.setattr("ldm.models.perceptual._STAGES", narrow)
+        network = EfficientNetLite0()
+    network.conv_head, network.fc = SameConv(narrow[-1][1], 192, 1), torch.nn.Linear(192, 1000)
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)  # or nothing would come through so many layers
@@ -439,7 +445,11 @@ def test_bad_input_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     config = tmp_path / "c.yaml"
-    config.write_text(json.dumps({"output": "x", "loop": {"pictures": 16}, "autoencoder": {}}))
+    config.write_text(
+        json.dumps(
+            {"output": "x", "loop": {"pictures": 16}, "autoencoder": {"data": {"kind": "compositions"}}}
+        )
+    )
     monkeypatch.chdir(tmp_path)
     cases = {
         "--prompts must be 16 to 100,000": ["--prompts", "3"],

@@ -257,7 +257,7 @@ def test_another_network_trains_through_the_loop(stub: Path, tmp_path: Path) -> 
         "loop": {"pictures": 16, "batch_size": 4, "precision": "no", "gradient_checkpointing": True},
         "text_to_image": {
             "base": str(stub),
-            "pictures": {"path": str(pictures), "resolution": 32},
+            "data": {"kind": "pictures", "path": str(pictures), "resolution": 32},
             "validation": {"prompts": ["a cat"], "steps": 2},
         },
     }

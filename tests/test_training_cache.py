@@ -149,7 +149,7 @@ def test_one_of_two_processes_fills(tmp_path: Path) -> None:
         f"""
         import torch
         from ldm.training.data.cache import TensorCache
-        from ldm.training.share import processes
+        from ldm.training.distributed import processes
         def make(keys):
             print("made", *keys)
             return [{{"x": torch.tensor(float(key))}} for key in keys]
@@ -189,7 +189,7 @@ def test_a_pool_knows_what_it_was_made_from(
     batch = pool(with_pictures=True).read(0, 16)
     assert batch.latents.shape == (16, 4, 16, 16) and batch.latents.dtype == torch.float32 and shards() == 2
     examples = [Recipe(names, recipe).sample(i) for i in range(16)]
-    assert batch.captions == [example.caption for example in examples] and not pool().broken
+    assert batch.captions == [example.caption for example in examples] and not pool().notes()
     assert batch.pictures is not None
     assert torch.equal(batch.pictures, to_tensor([example.picture for example in examples]))
     assert torch.equal(batch.time_ids, torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 16))
@@ -233,7 +233,7 @@ def from_disk(tmp_path: Path) -> PictureSet:
 
 
 def latents_of(pictures: PictureSet, autoencoder: AutoencoderKL, **options: Any) -> PictureLatents:
-    settings = {"resolution": 16, "batch_size": 4, "max_ratio": 2.0, "step": 2, "dtype": torch.float32}
+    settings = {"resolution": 16, "max_ratio": 2.0, "step": 2, "dtype": torch.float32}
     return PictureLatents(pictures, autoencoder, **{**settings, **options})
 
 
@@ -243,9 +243,10 @@ def test_latents_are_those_of_the_cut_pictures(from_disk: PictureSet, tmp_path: 
     autoencoder = tiny_autoencoder()
     plain = latents_of(from_disk, autoencoder, flip=True, with_pictures=True)
     cached = latents_of(from_disk, autoencoder, flip=True, cache=tmp_path / "cache")
-    cached.prepare()
+    cached.prepare(4)
+    plain.prepare(4)
     assert cached.cache is not None and len(cached.cache.keys()) == 2 * len(SIZES)
-    assert len(set(plain.targets)) == 3 and plain.broken.keys() == {"broken.png"}
+    assert len(set(plain.targets)) == 3 and len(plain.notes()) == 2 and "broken.png" in plain.notes()[0]
     mirrored: set[bool] = set()
     for start in range(0, 64, 4):
         batch, stored = plain.read(start, 4), cached.read(start, 4)
@@ -354,7 +355,7 @@ def test_an_interrupted_build_of_a_small_set_is_gone_on_from(
         assert source.cache is not None
         source._chunk, source.cache.every = 2, 0.0
         with pytest.raises(KeyboardInterrupt) if fails_after > 0 else nullcontext():
-            source.prepare()
+            source.prepare(4)
     assert sum(encoded) == len(SIZES)
     torch.testing.assert_close(
         source.read(0, 4).latents, latents_of(from_disk, autoencoder).read(0, 4).latents, rtol=2e-3, atol=1e-3

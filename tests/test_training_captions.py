@@ -36,7 +36,7 @@ def data(folder: Path) -> Path:
 def latents(found: PictureSet, seed: int) -> PictureLatents:
     torch.manual_seed(0)
     autoencoder = AutoencoderKL(AutoencoderConfig.from_diffusers(TINY_VAE)).eval()
-    return PictureLatents(found, autoencoder, resolution=32, batch_size=6, step=2, seed=seed)
+    return PictureLatents(found, autoencoder, resolution=32, step=2, seed=seed)
 
 
 def test_one_of_a_pictures_captions_comes_each_time(tmp_path: Path) -> None:
@@ -60,11 +60,12 @@ def test_one_of_a_pictures_captions_comes_each_time(tmp_path: Path) -> None:
 
 def run_of(tmp_path: Path, pictures: Path, **more: Any) -> Path:
     tiny_pipeline_folder(tmp_path / "models", "sd1")
-    cut = {"path": str(pictures), "resolution": 32, "encoding": "float32", **more}
+    cut = {"kind": "pictures", "path": str(pictures), "resolution": 32, "encoding": "float32", **more}
     base = str(tmp_path / "models" / "sd1")
     loop = {**LOOP, "pictures": 8, "batch_size": 4, "validate_every": 1000}
     return write_config(
-        tmp_path, {"loop": loop, "text_to_image": {"base": base, "pictures": cut, "lora": {"rank": 2}}}
+        tmp_path,
+        {"loop": loop, "text_to_image": {"base": base, "data": cut, "train": {"kind": "lora", "rank": 2}}},
     )
 
 
@@ -95,9 +96,7 @@ def test_odd_names_and_captions_end_no_run(tmp_path: Path, capsys: pytest.Captur
 def test_a_config_with_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, data(tmp_path / "data"))
     sections = yaml.safe_load(run.read_text())
-    sections["text_to_image"]["pictures"]["captions"] = ["a cat", "half of \ud83d"]
+    sections["text_to_image"]["data"]["captions"] = ["a cat", "half of \ud83d"]
     run.write_text(json.dumps(sections))
-    with pytest.raises(
-        UserError, match=r"pictures\.captions: 'half of \\ud83d' holds half of a surrogate pair"
-    ):
+    with pytest.raises(UserError, match=r"data\.captions: 'half of \\ud83d' holds half of a surrogate pair"):
         read_run(run).objective()

@@ -1,4 +1,4 @@
-"""Fine-tuning tiny pipelines on pictures made here: whole, LoRA, a word, inpainting, DreamBooth, several processes."""
+"""Fine-tuning tiny pipelines on pictures made here: whole, LoRA, a token, inpainting, DreamBooth, several processes."""
 
 import importlib.util
 import json
@@ -17,13 +17,15 @@ from ldm.checkpoints.files import read_tensors
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training import cli
+from ldm.training.distributed import BatchGenerator
 from ldm.training.loop import LoopConfig, Trainer
 from ldm.training.objectives import text_to_image
 from ldm.training.optimization import OptimizerConfig
 from ldm.training.run import read_run, train
-from ldm.training.share import Draws
 from pipelines import TextToImagePipeline
 
+TRAIN = "text_to_image.train"
+LORA = f"{TRAIN}={{kind: lora, rank: 2}}"
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
@@ -50,11 +52,16 @@ def setup(
     base = tmp / "models" / family
     if not base.exists():
         tiny_pipeline_folder(tmp / "models", family, objective.pop("saved_scheduler", None))
-    cut = {"path": str(pictures(tmp / "pictures")), "resolution": 32, **objective.pop("pictures", {})}
+    cut = {
+        "kind": "pictures",
+        "path": str(pictures(tmp / "pictures")),
+        "resolution": 32,
+        **objective.pop("data", {}),
+    }
     optimizer = {"learning_rate": 1e-3, "warmup": 0}
     sections = {
         "loop": {**LOOP, "optimizer": optimizer, "validate_every": 1000, **(loop or {})},
-        "text_to_image": {"base": str(base), "pictures": cut, **objective},
+        "text_to_image": {"base": str(base), "data": cut, **objective},
     }
     return write_config(tmp, sections), base
 
@@ -95,16 +102,16 @@ def test_loss_and_gradients_are_those_of_diffusers_scripts(
 
     flip = {"flip": family == "sdxl"}
     path, base = setup(
-        tmp_path, family, saved_scheduler=scheduler, loss=loss, pictures=flip, condition_dropout=0.0
+        tmp_path, family, saved_scheduler=scheduler, loss=loss, data=flip, condition_dropout=0.0
     )
     ours = built(path)
     batch = ours.batch(0, 8, slice(0, 8))
-    value, _ = ours.loss(ours.model, batch, Draws(5, 8, slice(0, 8)))
+    value, _ = ours.loss(ours.model, batch, BatchGenerator(5, 8, slice(0, 8)))
     value.backward()
 
     kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
     pipe = kind.from_pretrained(base)
-    draws = Draws(5, 8, slice(0, 8))
+    draws = BatchGenerator(5, 8, slice(0, 8))
     draws.uniform()
     noise, timesteps = draws.normal(4, 16, 16), draws.integers(1000)
     if shift := loss.get("offset_noise"):
@@ -139,7 +146,7 @@ def test_loss_and_gradients_are_those_of_diffusers_scripts(
 def test_captions_are_left_out_as_at_sampling(tmp_path: Path) -> None:
     """The empty prompt; zeros where the pipeline has them for no negative prompt, as SDXL's."""
     for family in ("sd1", "sdxl"):
-        path, _ = setup(tmp_path / family, family, pictures={"cache": str(tmp_path / family / "cache")})
+        path, _ = setup(tmp_path / family, family, data={"cache": str(tmp_path / family / "cache")})
         conditions = built(path).conditions
         dropped = torch.tensor([True, False])
         found = conditions(["a cat", "a cat"], dropped)
@@ -155,8 +162,8 @@ def test_captions_are_left_out_as_at_sampling(tmp_path: Path) -> None:
 def test_a_lora_draws_the_same_picture_in_diffusers(tmp_path: Path) -> None:
     import diffusers
 
-    lora = {"rank": 4, "alpha": 8, "targets": "attention+conv", "text_encoder": True}
-    path, base = setup(tmp_path, lora=lora)
+    lora = {"kind": "lora", "rank": 4, "alpha": 8, "targets": "attention+conv", "text_encoder": True}
+    path, base = setup(tmp_path, train=lora)
     before = {p: p.read_bytes() for p in base.rglob("*.safetensors")}
     assert train(path)
     trained = state(tmp_path / "run")
@@ -180,8 +187,10 @@ def test_a_lora_draws_the_same_picture_in_diffusers(tmp_path: Path) -> None:
 def test_a_word_is_all_that_textual_inversion_trains(tmp_path: Path) -> None:
     import diffusers
 
-    word = {"word": "<toy>", "start": "cat", "vectors": 2}
-    path, base = setup(tmp_path, word=word, pictures={"captions": ["a <toy>", "the <toy>"]})
+    token = {"placeholder_token": "<toy>", "initializer_token": "cat", "num_vectors": 2}
+    path, base = setup(
+        tmp_path, train={"kind": "textual_inversion", **token}, data={"captions": ["a <toy>", "the <toy>"]}
+    )
     assert train(path)
     names = {name for name in state(tmp_path / "run") if name.startswith("model.")}
     assert len(names) == 1 and next(iter(names)).endswith("rows")
@@ -196,7 +205,9 @@ def test_a_word_is_all_that_textual_inversion_trains(tmp_path: Path) -> None:
 
 
 def test_the_text_encoder_trains_with_the_whole(tmp_path: Path) -> None:
-    path, base = setup(tmp_path, text_encoder=True, validation={"prompts": ["a cat"], "steps": 2})
+    path, base = setup(
+        tmp_path, train={"kind": "unet", "text_encoder": True}, validation={"prompts": ["a cat"], "steps": 2}
+    )
     assert train(path, ["loop.validate_every=64"])
     exported = TextToImagePipeline.from_pretrained(tmp_path / "run" / "export", device="cpu")
     before = TextToImagePipeline.from_pretrained(base, device="cpu")
@@ -218,7 +229,7 @@ def test_inpainting_starts_from_either_and_is_what_diffusers_takes(tmp_path: Pat
     if family == "sd1":
         assert not before[:, 4:].any()  # so that training starts from the picture that the base would draw
     batch = objective.batch(0, 8, slice(0, 8))
-    known = objective._known(batch, Draws(0, 8, slice(0, 8)), torch.device("cpu"))
+    known = objective._masked(batch, BatchGenerator(0, 8, slice(0, 8)))
     masks, latents = known[:, :1], known[:, 1:]
     assert masks.shape == (8, 1, 16, 16) and set(masks.unique().tolist()) <= {0.0, 1.0} and masks.any()
     assert latents.shape == batch.latents.shape
@@ -238,16 +249,20 @@ def test_class_pictures_stand_beside_the_instances(tmp_path: Path) -> None:
     """Drawn once; the loss is the sum of both means, the class's weighed; rows alternate however they are shared."""
     prior = {"prompt": "a cat", "folder": str(tmp_path / "class"), "pictures": 5, "weight": 0.5, "steps": 2}
     path, _ = setup(
-        tmp_path, lora={"rank": 2}, prior=prior, pictures={"captions": ["the dog"]}, condition_dropout=0.0
+        tmp_path,
+        train={"kind": "lora", "rank": 2},
+        prior=prior,
+        data={"captions": ["the dog"]},
+        condition_dropout=0.0,
     )
     objective = built(path)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "class").glob("*.png")}
     assert len(files) == 5 and Image.open(next(iter(files))).size == (32, 32)
     batch = objective.batch(0, 8, slice(0, 8))
-    assert objective._captions(batch, Draws(0, 8, slice(0, 8))) == ["the dog", "a cat"] * 4
+    assert batch.draw_captions(BatchGenerator(0, 8, slice(0, 8))) == ["the dog", "a cat"] * 4
     part = objective.batch(0, 8, slice(4, 8))
     assert torch.equal(part.latents, batch.latents[4:])
-    value, logs = objective.loss(objective.model, batch, Draws(0, 8, slice(0, 8)))
+    value, logs = objective.loss(objective.model, batch, BatchGenerator(0, 8, slice(0, 8)))
     assert value.item() == pytest.approx((logs["instance"] + 0.5 * logs["prior"]).item())
     assert train(path, ["loop.pictures=16"])
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "class").glob("*.png")} == files
@@ -268,8 +283,8 @@ def test_a_learned_variance_trains_from_nothing_and_draws(tmp_path: Path) -> Non
         "unet": {**named, "out_channels": 8},
         "steps": 2,
     }
-    settings = {"new": new, "loss": {"variance": 0.001}, "pictures": {"path": "pictures", "resolution": 32}}
-    settings["pictures"]["path"] = str(pictures(tmp_path / "pictures"))
+    data = {"kind": "pictures", "path": str(pictures(tmp_path / "pictures")), "resolution": 32}
+    settings = {"base": new, "loss": {"variance": 0.001}, "data": data}
     path = write_config(tmp_path, {"loop": LOOP, "text_to_image": settings})
     assert train(path)
     pipe = TextToImagePipeline.from_pretrained(tmp_path / "run" / "export", device="cpu")
@@ -281,15 +296,26 @@ def test_a_learned_variance_trains_from_nothing_and_draws(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        (["text_to_image.base=null"], "exactly one of base and new"),
-        (["text_to_image.pictures=null"], "exactly one of data and pictures"),
-        (["text_to_image.inpainting=true", "text_to_image.lora.rank=2"], "inpainting trains the whole"),
+        (["text_to_image.base=null"], "expected str or keys and values"),
+        (["text_to_image.data=null"], "expected keys and values"),
+        (["text_to_image.inpainting=true", LORA], "inpainting trains the whole"),
         (
-            ["text_to_image.word.word=<x>", "text_to_image.word.start=cat", "text_to_image.lora.rank=2"],
-            "one of lora",
+            [f"{TRAIN}={{kind: textual_inversion, placeholder_token: <x>, rank: 2}}"],
+            "goes with text_to_image",
         ),
-        (["text_to_image.pictures.path=nowhere"], "nowhere"),
-        (["text_to_image.lora.targets=to_z"], "match no layer"),
+        (
+            [f"{TRAIN}={{kind: textual_inversion, word: <x>}}"],
+            "is called text_to_image.train.placeholder_token",
+        ),
+        (["text_to_image.data.path=nowhere"], "nowhere"),
+        ([LORA, "text_to_image.train.targets=to_z"], "match no layer"),
+        # Keys of before
+        (["text_to_image.pictures.path=x"], "text_to_image.data, with kind: pictures now"),
+        (["text_to_image.lora.rank=2"], "text_to_image.train, with kind: lora now"),
+        (["text_to_image.word.word=x"], "text_to_image.train, with kind: textual_inversion now"),
+        (["text_to_image.text_encoder=true"], "text_to_image.train.text_encoder, with kind: unet now"),
+        (["text_to_image.new.steps=2"], "'text_to_image.new' is called text_to_image.base now"),
+        (["text_to_image.windows=2"], "text_to_image.caption_windows now"),
         (
             [
                 "text_to_image.scheduler.prediction_type=epsilon",
@@ -297,8 +323,8 @@ def test_a_learned_variance_trains_from_nothing_and_draws(tmp_path: Path) -> Non
             ],
             "zero terminal SNR",
         ),
-        (["text_to_image.pictures.resolution=33"], "33"),
-        (["text_to_image.lora.rnak=2"], "did you mean rank"),
+        (["text_to_image.data.resolution=33"], "33"),
+        ([LORA, "text_to_image.train.rnak=2"], "did you mean rank"),
         (["loop.batch_size=9", "loop.gradient_accumulation_steps=2"], "multiple of 2"),
         (["loop.batch_size=0"], "make it 1 or more"),
         (["loop.precision=fp16"], "is for GPUs"),
@@ -321,7 +347,7 @@ def test_caches_change_nothing_and_are_filled_once(tmp_path: Path, monkeypatch: 
     path, _ = setup(tmp_path)
     without = built(path)
     plain = without.batch(0, 8, slice(0, 8))
-    path, _ = setup(tmp_path, pictures={"cache": str(tmp_path / "cache")})
+    path, _ = setup(tmp_path, data={"cache": str(tmp_path / "cache")})
     first = built(path).batch(0, 8, slice(0, 8))
     assert first.captions == plain.captions
     torch.testing.assert_close(first.latents, plain.latents, rtol=1e-2, atol=2e-2)
@@ -333,7 +359,7 @@ def test_caches_change_nothing_and_are_filled_once(tmp_path: Path, monkeypatch: 
 
 
 def test_broken_pictures_are_named_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, _ = setup(tmp_path, lora={"rank": 2})
+    path, _ = setup(tmp_path, train={"kind": "lora", "rank": 2})
     (tmp_path / "pictures" / "3.png").write_bytes(b"no picture")
     assert train(path, ["loop.pictures=16"])
     out = capsys.readouterr().out
@@ -353,13 +379,16 @@ def test_broken_pictures_are_named_at_the_end(tmp_path: Path, capsys: pytest.Cap
     ],
 )
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, kind: str, kills: int) -> None:
-    objective: dict[str, Any] = {"lora": {"rank": 2, "dropout": 0.1}} if kind == "lora" else {}
-    loop = {"pictures": 8 * BATCHES * kills, "save_every": 8, "precision": "bf16" if kind == "bf16" else "no"}
+    objective: dict[str, Any] = (
+        {"train": {"kind": "lora", "rank": 2, "dropout": 0.1}} if kind == "lora" else {}
+    )
+    loop = {"pictures": 2 * BATCHES * kills, "batch_size": 2, "save_every": 2}
+    loop |= {"precision": "bf16" if kind == "bf16" else "no"}
     paths: list[Path] = []
     for name in ("whole", kind):
         cache = {"cache": str(tmp_path / name / "cache")} if kind == "bf16" else {}
         drawn = {"flip": True, "sample_posterior": kind == "full"}
-        paths.append(setup(tmp_path / name, loop=loop, pictures={**cache, **drawn}, **objective)[0])
+        paths.append(setup(tmp_path / name, loop=loop, data={**cache, **drawn}, **objective)[0])
     same_bits_after_kills(*paths, kills)
 
 
@@ -367,10 +396,11 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, kind: str, kills: 
 def test_two_processes_do_what_one_does(tmp_path: Path, sharded: bool) -> None:
     """With DDP, and with FSDP2, which saves, stops and resumes: every figure, and the averages, but for rounding."""
     loop = {
-        "pictures": 32,
-        "log_every": 8,
+        "pictures": 12,
+        "batch_size": 4,
+        "log_every": 4,
         "save_every": 1000,
-        "optimizer": {"learning_rate": 1e-4, "warmup": 16},
+        "optimizer": {"learning_rate": 1e-4, "warmup": 8},
     }
     paths = [setup(tmp_path / name, loop=loop)[0] for name in ("one", "two")]
     assert train(paths[0])
@@ -399,7 +429,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, sharded: bool) -> None:
         """
     )
     logs = [[json.loads(x) for x in (path.parent / "run" / "log.jsonl").open()] for path in paths]
-    assert [line["seen"] for line in logs[0]] == [line["seen"] for line in logs[1]] == [8, 16, 24, 32]
+    assert [line["seen"] for line in logs[0]] == [line["seen"] for line in logs[1]] == [4, 8, 12]
     for one, two in zip(*logs, strict=True):
         for key in ("loss", "grad_norm", "lr"):
             assert two[key] == pytest.approx(one[key], rel=1e-4), key
@@ -412,7 +442,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, sharded: bool) -> None:
 
 
 def test_a_dry_run_says_what_is_to_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, _ = setup(tmp_path, lora={"rank": 2})
+    path, _ = setup(tmp_path, train={"kind": "lora", "rank": 2})
     assert cli.main(["--config", str(path), "--dry-run", "--set", "loop.pictures=80"]) == 0
     out = capsys.readouterr().out
     assert "rank: 2" in out and "pictures: 80" in out  # the whole config, overrides and defaults in it
@@ -433,7 +463,9 @@ def test_recomputing_activations_changes_no_bit(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_every_precision_trains_on_a_gpu(tmp_path: Path, precision: str) -> None:
-    path, _ = setup(tmp_path, lora={"rank": 4}, frozen="float16" if precision == "fp16" else "float32")
+    path, _ = setup(
+        tmp_path, train={"kind": "lora", "rank": 4}, frozen="float16" if precision == "fp16" else "float32"
+    )
     assert not train(path, [f"loop.precision={precision}", "loop.max_seconds=0"])
     assert train(path, [f"loop.precision={precision}"])
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]

@@ -16,11 +16,11 @@ from training_runs import TOY, Toy, state
 from ldm.checkpoints.files import read_metadata
 from ldm.errors import UserError
 from ldm.models.layers import ResnetBlock, recompute_activations
+from ldm.training.distributed import BatchGenerator, rows_of
 from ldm.training.ema import EMA
 from ldm.training.loop import LoopConfig, Trainer
 from ldm.training.optimization import OptimizerConfig, Schedule, learning_rate
 from ldm.training.run import read_run
-from ldm.training.share import Draws, rows_of
 from ldm.training.state import newest
 
 
@@ -261,6 +261,9 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 
 
 def test_shared_draws_are_those_of_the_whole_batch() -> None:
-    whole, parts = Draws(5, 8, slice(None)), [Draws(5, 8, *rows_of(8, i, 2)) for i in range(2)]
+    whole, parts = (
+        BatchGenerator(5, 8, slice(None)),
+        [BatchGenerator(5, 8, *rows_of(8, i, 2)) for i in range(2)],
+    )
     for draw in (lambda d: d.uniform(), lambda d: d.normal(3, 2), lambda d: d.integers(1000)):
         assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))

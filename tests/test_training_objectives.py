@@ -18,12 +18,12 @@ from ldm.conditioning.tokenizer import text_ids
 from ldm.data.masks import random_mask
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.critics import EfficientNetLite0
+from ldm.models.perceptual import EfficientNetLite0
 from ldm.training import cli
 from ldm.training.data.conditions import Conditions
+from ldm.training.distributed import BatchGenerator
 from ldm.training.objectives import autoencoder
 from ldm.training.run import read_run, train
-from ldm.training.share import Draws
 from pipelines import TextToImagePipeline
 
 WHOLE = slice(0, 8)
@@ -37,13 +37,13 @@ def test_the_inpainting_loss_is_that_of_diffusers_scripts(tmp_path: Path) -> Non
     import diffusers
 
     exact = {"encoding": "float32"}
-    path, base = setup(tmp_path, "inpaint", inpainting=True, pictures=exact, condition_dropout=0.0)
+    path, base = setup(tmp_path, "inpaint", inpainting=True, data=exact, condition_dropout=0.0)
     ours = built(path)
     batch = ours.batch(0, 8, WHOLE)
-    value, _ = ours.loss(ours.model, batch, Draws(5, 8, WHOLE))
+    value, _ = ours.loss(ours.model, batch, BatchGenerator(5, 8, WHOLE))
 
     pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(base, safety_checker=None)
-    draws = Draws(5, 8, WHOLE)
+    draws = BatchGenerator(5, 8, WHOLE)
     draws.uniform()
     noise, timesteps = draws.normal(4, 16, 16), draws.integers(1000)
     seeds = (draws.uniform() * 2**24).long().tolist()
@@ -77,19 +77,19 @@ def test_the_share_of_captions_that_is_left_out_is_the_one_asked_for(
     monkeypatch.setattr(Conditions, "__call__", noting)
     with torch.no_grad():
         for seed in range(12):
-            objective.loss(objective.model, batch, Draws(seed, 8, WHOLE))
+            objective.loss(objective.model, batch, BatchGenerator(seed, 8, WHOLE))
     share = torch.stack(left_out).float().mean().item()
     assert 0.15 < share < 0.35
-    assert torch.equal(left_out[3], Draws(3, 8, WHOLE).uniform() < 0.25)
+    assert torch.equal(left_out[3], BatchGenerator(3, 8, WHOLE).uniform() < 0.25)
 
 
 def test_captions_of_the_config_come_at_random(tmp_path: Path) -> None:
     given = ["a cat", "the dog", "a photo"]
-    objective = built(setup(tmp_path, pictures={"captions": given})[0])
+    objective = built(setup(tmp_path, data={"captions": given})[0])
     batch = objective.batch(0, 8, WHOLE)
-    chosen = [each for seed in range(30) for each in objective._captions(batch, Draws(seed, 8, WHOLE))]
+    chosen = [each for seed in range(30) for each in batch.draw_captions(BatchGenerator(seed, 8, WHOLE))]
     assert all(60 < chosen.count(each) < 100 for each in given) and len(chosen) == 240
-    assert len(set(objective._captions(batch, Draws(0, 8, WHOLE)))) > 1  # within a batch, too
+    assert len(set(batch.draw_captions(BatchGenerator(0, 8, WHOLE)))) > 1  # within a batch, too
 
 
 # Text
@@ -161,20 +161,22 @@ def test_states_in_a_cache_are_of_the_very_encoder(tmp_path: Path) -> None:
 
 
 def test_a_run_tells_which_captions_it_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, _ = setup(tmp_path, lora={"rank": 2})
+    path, _ = setup(tmp_path, train={"kind": "lora", "rank": 2})
     lines = [{"file_name": f"{k}.png", "text": "a cat" if k % 3 else f"{k} {LONG}"} for k in range(12)]
     (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert train(path, ["loop.pictures=8"])
     told = "4 captions are longer than one window of 77 tokens and were cut"
     assert told in capsys.readouterr().out
-    assert train(path, ["loop.pictures=8", "text_to_image.windows=9", f"output={tmp_path / 'more'}"])
+    assert train(path, ["loop.pictures=8", "text_to_image.caption_windows=9", f"output={tmp_path / 'more'}"])
     assert "were cut" not in capsys.readouterr().out
 
 
 def test_a_pair_of_vectors_keeps_its_word(tmp_path: Path) -> None:
     """SDXL's names leave no room for it."""
-    word = {"word": "<toy>", "start": "cat", "vectors": 2}
-    path, base = setup(tmp_path, "sdxl", word=word, pictures={"captions": ["a <toy>"]})
+    token = {"placeholder_token": "<toy>", "initializer_token": "cat", "num_vectors": 2}
+    path, base = setup(
+        tmp_path, "sdxl", train={"kind": "textual_inversion", **token}, data={"captions": ["a <toy>"]}
+    )
     assert train(path, ["loop.pictures=8"])
     file = tmp_path / "run" / "export" / "learned_embeds.safetensors"
     assert read_metadata(file).keys() == {"format", "config", "word"}
@@ -189,10 +191,10 @@ def test_a_pair_of_vectors_keeps_its_word(tmp_path: Path) -> None:
 def test_latents_are_drawn_from_the_posterior_where_that_is_asked_for(tmp_path: Path, family: Any) -> None:
     """With a cache and without; the same draw at the same place, another in the next turn and for another seed."""
     options: dict[str, Any] = {"sample_posterior": True, "encoding": "float32", "flip": True}
-    path, _ = setup(tmp_path, family, pictures=options)
+    path, _ = setup(tmp_path, family, data=options)
     plain = built(path)
-    cached = built(setup(tmp_path, family, pictures={**options, "cache": str(tmp_path / "cache")})[0])
-    mean = built(setup(tmp_path, family, pictures={**options, "sample_posterior": False})[0])
+    cached = built(setup(tmp_path, family, data={**options, "cache": str(tmp_path / "cache")})[0])
+    mean = built(setup(tmp_path, family, data={**options, "sample_posterior": False})[0])
     batches = [plain.batch(start, 8, WHOLE) for start in (0, 8, 16)]
     for start in (16, 0, 8):
         batch = cached.batch(start, 8, WHOLE)
@@ -226,9 +228,9 @@ def test_pictures_are_encoded_in_the_precision_asked_for(
 
     monkeypatch.setattr(AutoencoderKL, "encode", encode)
     for encoding, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
-        objective = built(setup(tmp_path, inpainting=True, pictures={"encoding": encoding})[0])
+        objective = built(setup(tmp_path, inpainting=True, data={"encoding": encoding})[0])
         batch = objective.batch(0, 8, WHOLE)
-        objective._known(batch, Draws(0, 8, WHOLE), torch.device("cpu"))
+        objective._masked(batch, BatchGenerator(0, 8, WHOLE))
         assert len(used) >= 2 and set(used) == {dtype}
         used.clear()
 
@@ -238,7 +240,7 @@ def test_pictures_are_encoded_in_the_precision_asked_for(
 
 def test_class_pictures_of_something_else_are_not_taken(tmp_path: Path) -> None:
     prior = {"prompt": "a cat", "folder": str(tmp_path / "class"), "pictures": 3, "steps": 1}
-    path, _ = setup(tmp_path, lora={"rank": 2}, prior=prior)
+    path, _ = setup(tmp_path, train={"kind": "lora", "rank": 2}, prior=prior)
     built(path)
     built(path)
     for key, value in (("prompt", "the dog"), ("steps", 2), ("guidance", 2.0)):
@@ -266,20 +268,20 @@ def test_class_pictures_of_something_else_are_not_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        (["pictures.resolution=33"], "text_to_image.pictures: resolution is 33: make it a multiple of 4"),
-        (["pictures.resolution=0"], "text_to_image.pictures.resolution is 0"),
-        (["pictures.max_ratio=0.5"], "text_to_image.pictures: max_ratio is 0.5"),
-        (["pictures.crop=random", "pictures.cache=cache"], "can't be cached"),
-        (["pictures.path=nowhere"], "text_to_image.pictures.path: nowhere is not there"),
-        (["pictures.caption_column=words"], "text_to_image.pictures: "),
-        (["pictures.seed=-1"], "text_to_image.pictures.seed is -1"),
+        (["data.resolution=33"], "text_to_image.data: resolution is 33: make it a multiple of 4"),
+        (["data.resolution=0"], "text_to_image.data.resolution is 0"),
+        (["data.max_ratio=0.5"], "text_to_image.data: max_ratio is 0.5"),
+        (["data.crop=random", "data.cache=cache"], "can't be cached"),
+        (["data.path=nowhere"], "text_to_image.data.path: nowhere is not there"),
+        (["data.caption_column=words"], "text_to_image.data: "),
+        (["data.seed=-1"], "text_to_image.data.seed is -1"),
         (["frozen=float16"], "is for GPUs"),
-        (["frozen=bfloat16", "pictures.encoding=float32"], "encoding float32 needs"),
+        (["frozen=bfloat16", "data.encoding=float32"], "encoding float32 needs"),
         (["validation.prompts=[a cat]", "validation.steps=2000"], "text_to_image.validation.steps: "),
         (["validation.steps=0"], "text_to_image.validation.steps is 0"),
         (["validation.seeds=0"], "text_to_image.validation.seeds is 0"),
         (["condition_dropout=5"], "condition_dropout is 5"),
-        (["windows=0"], "text_to_image.windows is 0"),
+        (["caption_windows=0"], "text_to_image.caption_windows is 0"),
         (["loss.gamma=-1"], "text_to_image.loss.gamma is -1"),
         (["loss.variance=-1"], "text_to_image.loss.variance is -1"),
         (["scheduler.beta_start=x"], "beta_start must be like"),
@@ -305,8 +307,8 @@ def test_a_dry_run_refuses_what_cannot_be(
     ("settings", "names"),
     [
         ({}, {"text_encoder", "text_encoder_2", "vae"}),
-        ({"lora": {"rank": 2}}, {"text_encoder", "text_encoder_2", "vae"}),
-        ({"lora": {"rank": 2, "text_encoder": True}}, {"vae"}),
+        ({"train": {"kind": "lora", "rank": 2}}, {"text_encoder", "text_encoder_2", "vae"}),
+        ({"train": {"kind": "lora", "rank": 2, "text_encoder": True}}, {"vae"}),
     ],
 )
 def test_the_helpers_are_what_is_frozen_beside_the_model(
@@ -323,8 +325,8 @@ def test_the_helpers_are_what_is_frozen_beside_the_model(
 
 
 @pytest.fixture
-def critic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, "load_critic", lambda packages: EfficientNetLite0())
+def perceptual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
 
 
 def first_stage(folder: Path, sprites: str, **changes: Any) -> autoencoder.Objective:
@@ -333,12 +335,14 @@ def first_stage(folder: Path, sprites: str, **changes: Any) -> autoencoder.Objec
     from ldm.training.data.on_disk import PicturesConfig
 
     cut = {"path": str(pictures(folder / "pictures", 25)), "resolution": 32, "crop": "random", "flip": True}
-    settings = {"data": None, "pictures": PicturesConfig(**{**cut, **changes.pop("pictures", {})})}
+    settings = {"data": PicturesConfig(**{**cut, **changes.pop("data", {})})}
     settings |= {"model": MODELS["model"], "perceptual": 0.0, **changes}
     return autoencoder.Objective(first_stage_config(sprites, **settings))
 
 
-def test_a_first_stage_learns_from_pictures_of_ones_own(tmp_path: Path, sprites: str, critic: None) -> None:
+def test_a_first_stage_learns_from_pictures_of_ones_own(
+    tmp_path: Path, sprites: str, perceptual: None
+) -> None:
     """Random cuts, anew in each turn, of all but the last tenth, which it is validated on."""
     objective = first_stage(tmp_path, sprites)
     assert set(objective.helpers()) == {"perceptual"}
@@ -368,32 +372,31 @@ def test_a_first_stage_learns_from_pictures_of_ones_own(tmp_path: Path, sprites:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"pictures": {"path": "nowhere"}}, "autoencoder.pictures.path: nowhere is not there"),
-        ({"pictures": {"captions": ("a cat",)}}, "autoencoder.pictures.captions is for a U-Net"),
-        ({"pictures": {"max_ratio": 2.0}}, "autoencoder.pictures.max_ratio is for a U-Net"),
+        ({"data": {"path": "nowhere"}}, "autoencoder.data.path: nowhere is not there"),
+        ({"data": {"captions": ("a cat",)}}, "autoencoder.data.captions is for a U-Net"),
+        ({"data": {"max_ratio": 2.0}}, "autoencoder.data.max_ratio is for a U-Net"),
         (
-            {"pictures": {"resolution": 33}, "crop": None},
-            "pictures.resolution is 33: make it a multiple of 2",
+            {"data": {"resolution": 33}, "crop": None},
+            "data.resolution is 33: make it a multiple of 2",
         ),
-        ({"crop": 34}, "autoencoder.crop is 34, more than autoencoder.pictures.resolution, 32"),
+        ({"crop": 34}, "autoencoder.crop is 34, more than autoencoder.data.resolution, 32"),
         ({"crop": 15}, "autoencoder.crop is 15: make it a multiple of 2"),
         ({"noise": -1.0}, "autoencoder.noise is -1"),
     ],
 )
 def test_first_stages_on_pictures_that_cannot_be_are_refused(
-    tmp_path: Path, sprites: str, critic: None, changes: dict[str, Any], complaint: str
+    tmp_path: Path, sprites: str, perceptual: None, changes: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
         first_stage(tmp_path, sprites, **changes)
 
 
-def test_a_first_stage_has_one_source(tmp_path: Path, sprites: str) -> None:
-    sections = {
-        "loop": {"pictures": 8},
-        "autoencoder": {"data": {"kind": "compositions"}, "pictures": {"path": "p", "resolution": 32}},
-    }
-    with pytest.raises(UserError, match="autoencoder needs exactly one of data and pictures"):
-        read_run(write_config(tmp_path, sections)).objective()
+def test_a_first_stage_needs_more_than_one_picture_and_new_keys(tmp_path: Path, sprites: str) -> None:
+    sections = {"loop": {"pictures": 8}, "autoencoder": {"pictures": {"path": "p", "resolution": 32}}}
+    with pytest.raises(
+        UserError, match=r"'autoencoder.pictures' is called autoencoder.data, with kind: pictures"
+    ):
+        read_run(write_config(tmp_path, sections))
     folder = pictures(tmp_path / "one", 1)
     with pytest.raises(UserError, match="there is one picture, and one is held out"):
-        first_stage(tmp_path, sprites, pictures={"path": str(folder)})
+        first_stage(tmp_path, sprites, data={"path": str(folder)})

@@ -266,13 +266,13 @@ def test_a_dry_run_counts_what_is_frozen_once(
             return {
                 "unet": self.model,
                 "vae": vae,
-                "critic": torch.nn.ModuleList([vae, torch.nn.Linear(1, 1)]),
+                "perceptual": torch.nn.ModuleList([vae, torch.nn.Linear(1, 1)]),
             }
 
     assert dry_run(tmp_path, monkeypatch, Helped) == 0
     out = capsys.readouterr().out
     assert "21 trained, 0 frozen in the same model" in out and "0.25 GiB for what is frozen" in out
-    assert "beside it    vae 134,217,728, critic 2, frozen" in out
+    assert "beside it    vae 134,217,728, perceptual 2, frozen" in out
     assert "10 to come, of 8 pictures" in out and not (tmp_path / "run").exists()
 
 
@@ -325,8 +325,8 @@ def test_two_processes_of_a_real_launcher_do_what_one_does(tmp_path: Path) -> No
                 return Trainer(toy, config, Path({str(tmp_path)!r}) / name)
 
             write = state.write
-            state.write = lambda *args: (time.sleep(1), write(*args))
-            Toy.export = lambda self, model, folder, config: (time.sleep(1), folder.mkdir())
+            state.write = lambda *args: (time.sleep(0.5), write(*args))
+            Toy.export = lambda self, model, folder, config: (time.sleep(0.5), folder.mkdir())
             trainer = made("two", max_seconds=0.0)
             assert trainer.accelerator.num_processes == 2
             assert not trainer.run() and made("two").run() and (trainer.folder / "export").exists()

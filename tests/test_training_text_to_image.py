@@ -12,7 +12,7 @@ from training_runs import LOOP, config, first_stage_config, side_by_side, state
 from ldm.emoji import prepare as preparation
 from ldm.emoji.minilm import LAYERS
 from ldm.errors import UserError
-from ldm.models.critics import EfficientNetLite0
+from ldm.models.perceptual import EfficientNetLite0
 from ldm.training.loop import LoopConfig, Trainer
 from ldm.training.objectives import autoencoder, text_to_image
 from ldm.training.run import read_run, train
@@ -120,8 +120,8 @@ def test_the_shipped_configs_chain() -> None:
     runs = {path.stem: read_run(path) for path in folder.glob("bundled-*.yaml")}
     unet, decoder = runs["bundled-unet"].settings, runs["bundled-decoder"].settings
     first = f"{runs['bundled-autoencoder'].output}/export"
-    assert unet.new.autoencoder == decoder.init == first
-    assert unet.new.text_encoder == str(preparation.TEXT)
+    assert unet.base.autoencoder == decoder.init == first
+    assert unet.base.text_encoder == str(preparation.TEXT)
 
 
 def test_a_half_unpacked_text_encoder_is_not_taken_for_a_whole_one(
@@ -177,7 +177,7 @@ def test_a_damaged_package_is_named(tmp_path: Path, content: bytes | None) -> No
 
 
 def test_all_that_is_frozen_moves(tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, "load_critic", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
     objective = text_to_image.Objective(read_run(config(tmp_path, sprites)).settings)
     objective.prepare(torch.device("meta"), 8)
     frozen = [objective.system.autoencoder, *objective.system.text.modules.values()]
@@ -188,7 +188,7 @@ def test_all_that_is_frozen_moves(tmp_path: Path, sprites: str, monkeypatch: pyt
 
 @pytest.mark.gpu
 def test_both_stages_train_on_a_gpu(tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, "load_critic", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
     path = config(tmp_path, sprites)
     assert not train(path, ["loop.max_seconds=0"])
     assert train(path)

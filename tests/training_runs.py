@@ -18,10 +18,10 @@ from ldm.checkpoints.folder import write_component
 from ldm.emoji.pools import CompositionsConfig
 from ldm.emoji.recipe import RecipeConfig
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.training.distributed import BatchGenerator
 from ldm.training.loop import LoopConfig
 from ldm.training.objectives import autoencoder
 from ldm.training.optimization import OptimizerConfig
-from ldm.training.share import Draws
 from ldm.training.state import newest
 
 TINY_VAE = {
@@ -61,7 +61,7 @@ def config(folder: Path, sprites: str, **changes: object) -> Path:
     tiny_bert_folder(folder)
     recipe = {"size": 32, "things": ["tree", "star", "rocket"], "styles": ["3d"]}
     objective = {
-        "new": {
+        "base": {
             "autoencoder": str(folder),
             "text_encoder": str(folder),
             "unet": {**TINY_UNET, "in_channels": 4, "out_channels": 4},
@@ -116,7 +116,7 @@ class Toy:
         return torch.arange(start, start + size)[rows, None] / torch.tensor([10.0, 20.0, 30.0])
 
     def loss(
-        self, model: torch.nn.Module, batch: torch.Tensor, rng: Draws
+        self, model: torch.nn.Module, batch: torch.Tensor, rng: BatchGenerator
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         error = model((batch + rng.normal(3)).to(self.device)) - 1
         return error.square().mean(), {"error": error.abs().mean()}

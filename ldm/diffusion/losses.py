@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import parameterization
-from ldm.diffusion.denoiser import Network
+from ldm.diffusion.noising import Noised
 from ldm.diffusion.parameterization import per_image
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
@@ -25,7 +25,7 @@ class LossConfig:
     offset_noise: scale of a noise that is the same all over a channel, which teaches very dark and bright pictures.
     input_perturbation: scale of more noise in what the network sees, and not in what it should predict (Ning et al.
         2023; 0.1).
-    timestep_shift: above 1 the network sees more noisy pictures, see `shifted`; 1 draws timesteps uniformly.
+    timestep_shift: above 1 the network sees more noisy pictures, see `noising.shifted`; 1 draws timesteps uniformly.
     variance: true for a network that learns its variance too, and so gives twice the channels: the hybrid loss of
         Nichol & Dhariwal 2021, eq. 16, with the paper's weight of the variational bound. A number is that weight, for
         a bound in nats. The paper's 0.001 is of a bound in bits, as guided-diffusion counts: 0.001 / ln 2 here.
@@ -46,49 +46,29 @@ class LossConfig:
         return PAPER_WEIGHT if self.variance is True else float(self.variance)
 
 
-def shifted(timestep: Tensor, shift: float, num_train_timesteps: int) -> Tensor:
-    """Uniform timesteps (B,), integers, moved towards noise: u to s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
-
-    Half of them lie above s / (1 + s) of the whole: above 0.75 for a shift of 3. Where text decides, at high noise, a
-    network so learns it from more pictures.
-    """
-    share = (timestep.double() + 0.5) / num_train_timesteps
-    moved = shift * share / (1 + (shift - 1) * share)
-    return (moved * num_train_timesteps).long().clamp(0, num_train_timesteps - 1)
-
-
-def diffusion_loss(
-    network: Network,
-    x0: Tensor,
-    noise: Tensor,
-    timestep: Tensor,
+def prediction_loss(
+    output: Tensor,
+    noised: Noised,
     schedule: NoiseSchedule,
     prediction_type: str = "epsilon",
     config: LossConfig | None = None,
-    seen_noise: Tensor | None = None,
 ) -> Tensor:
-    """Weighted squared error of the network's output, one value per picture (B,), float32.
+    """Weighted squared error of a network's output (B, C, h, w), one value per picture (B,), float32.
 
-    x0, noise: (B, C, h, w); timestep: (B,) integers in [0, T-1] (or numbers between them, but for the VLB's terms).
-    The network gets the noised picture at unit variance, `(x0 + sigma * noise) / sqrt(1 + sigma^2)`, in float32;
-    with `seen_noise` in place of the noise where that is given.
-    Raises UserError for a prediction type that the schedule does not allow.
+    The output answers `noised.sample(prediction_type)`; with a learned variance it has twice the channels, and the
+    timesteps are integers. Raises UserError for a prediction type that the schedule does not allow.
     """
     config = config or LossConfig()
     parameterization.check(prediction_type, schedule)
-    schedule, x0, noise = schedule.to(x0.device), x0.float(), noise.float()
-    sigma = schedule.sigma(timestep).to(x0.dtype)
-    level = per_image(sigma, x0)
-    x = x0 + level * noise
-    seen = x if seen_noise is None else x0 + level * seen_noise.float()
-    output = network(seen * parameterization.c_in(prediction_type, level), timestep.to(torch.float32)).float()
+    x0, sigma, timestep = noised.x0, noised.sigma, noised.timestep
+    schedule, output = schedule.to(x0.device), output.float()
     output, fraction = output.chunk(2, dim=1) if config.variance else (output, None)
-    error = output - parameterization.target(prediction_type, x0, x, sigma)
+    error = output - parameterization.target(prediction_type, x0, noised.x, sigma)
     weight = loss_weight(timestep, schedule, prediction_type, config)
     losses = weight.to(error.dtype) * error.square().flatten(1).mean(1)
     if fraction is None:
         return losses
-    found = parameterization.x0_from(prediction_type, output.detach(), seen, sigma)
+    found = parameterization.x0_from(prediction_type, output.detach(), noised.seen, sigma)
     bound = schedule.num_train_timesteps * variational_bound(found - x0, fraction, timestep, schedule)
     return losses + config.bound_weight * bound  # one timestep stands for all the terms of the bound
 

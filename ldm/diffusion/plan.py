@@ -64,6 +64,17 @@ class Plan:
             )
         return replace(self, span=range(begin, end))
 
+    def step_at(self, share: float) -> int:
+        """Return the number of the first step by which `share` of the training's timesteps is gone.
+
+        share: 0 to 1; a plan may end before this step, and another one, of another model, begin with it, as diffusers'
+        denoising_end and denoising_start have it.
+        """
+        total = self.schedule.num_train_timesteps
+        cutoff = round(total - share * total)
+        timesteps = self.schedule.timestep(torch.tensor(self.sigmas[:-1], dtype=torch.float64))
+        return int((timesteps >= cutoff - _ROUNDED).sum()) if share > 0 else 0
+
     @property
     def first_sigma(self) -> float:
         """The noise level that a run begins at."""
@@ -136,18 +147,23 @@ class Plan:
         callback: Callable[[driver.Step], bool | None] | None = None,
         latents: Tensor | None = None,
         x0: Tensor | None = None,
+        state: Tensor | None = None,
     ) -> Tensor:
         """Draw: from `latents` (B, C, h, w) of unit noise, or from the first of `noise()`, to the sample.
 
         denoise: that of `denoiser`, guided or not. The state is float32 whatever the network computes in.
         x0: clean latents (B, C, h, w) that the noise is added to, for a plan that begins on the way (Meng et al. 2022,
-        SDEdit); without them such a plan begins from noise alone. callback: see `driver.sample`.
+        SDEdit); without them such a plan begins from noise alone. state: (B, C, h, w), what a plan that ended at
+        `first_sigma` gave, to go on from, in place of all noise. callback: see `driver.sample`.
         """
-        x = (noise() if latents is None else latents).to(torch.float32)
-        if x0 is not None:
-            x = x0.to(x) + x * self.first_sigma
+        if state is not None:
+            x = state.to(torch.float32) * (math.sqrt(1 + self.first_sigma**2) if self.unit_variance else 1.0)
         else:
-            x = x * (self.initial_scale if self.first_sigma == self.sigmas[0] else self.first_sigma)
+            x = (noise() if latents is None else latents).to(torch.float32)
+            if x0 is not None:
+                x = x0.to(x) + x * self.first_sigma
+            else:
+                x = x * (self.initial_scale if self.first_sigma == self.sigmas[0] else self.first_sigma)
         return driver.sample(self.wrap(denoise), self.steps(x, noise), callback) * self.final_scale
 
 

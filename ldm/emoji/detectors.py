@@ -19,7 +19,7 @@ from ldm.checkpoints.files import read_metadata, read_tensors, write_tensors
 from ldm.emoji.questions import WHOLE, Place, Question
 from ldm.errors import UserError
 from ldm.foreign import foreign, json_object
-from ldm.models.critics import EfficientNetLite0
+from ldm.models.perceptual import EfficientNetLite0
 
 _MAP = 8  # the map of colours has so many cells along each side
 _AT_ONCE = 16
@@ -57,7 +57,7 @@ class Features:
 
     def pooled(self, pictures: Tensor) -> Tensor:
         """The network's alone (B, 1280): for distances between pictures."""
-        return self(pictures)[:, :1280]
+        return self(pictures)[:, : self.network.fc.in_features]
 
 
 @dataclass(frozen=True)

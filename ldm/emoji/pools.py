@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from ldm.emoji.things import choose
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.pictures import to_tensor
+from ldm.system import System
 from ldm.training.data.cache import Entry, TensorCache
 from ldm.training.data.examples import Batch, Examples, random_cut
 from ldm.training.data.kinds import Data
@@ -48,13 +49,13 @@ class CompositionsConfig(Data, kind="compositions"):
         """Return the recipe with its sprites. Raises UserError."""
         return Recipe(load_sprites(self.sprites), self.recipe)
 
-    def latents(self, autoencoder: AutoencoderKL, with_pictures: bool) -> LatentSource:
+    def latents(self, where: str, system: System, with_pictures: bool) -> LatentSource:
         """As Data says."""
         if self.cache is None:
-            raise UserError("data.cache is missing: give a folder for the latents of the compositions")
-        return RecipePool(self.made(), autoencoder, self.pictures, self.cache, with_pictures)
+            raise UserError(f"{where}.cache is missing: give a folder for the latents of the compositions")
+        return RecipePool(self.made(), system.autoencoder, self.pictures, self.cache, with_pictures)
 
-    def examples(self, crop: int | None, held_out: int) -> Examples:
+    def examples(self, where: str, crop: int | None, held_out: int) -> Examples:
         """As Data says."""
         return Compositions(self.made(), crop, self.labels, held_out)
 
@@ -86,12 +87,16 @@ class RecipePool:
             )
         self.recipe, self.autoencoder, self.pictures = recipe, autoencoder, pictures
         self.with_pictures, self.dtype = with_pictures, dtype
-        self.broken: Mapping[str, str] = {}
+        self.captions: Sequence[str] = ()
+        self.resolution: int | None = None
         self.cache = TensorCache(folder)
         self._turn, self._order = 0, np.arange(pictures)
 
-    def prepare(self) -> None:
+    def prepare(self, batch_size: int) -> None:
         """Nothing: the pool is built as it is needed."""
+
+    def notes(self) -> list[str]:
+        return []
 
     def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
         indices = [self._index(i) for i in range(start, start + size)]

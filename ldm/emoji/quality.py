@@ -24,7 +24,7 @@ from ldm.emoji.questions import Question, questions, readings
 from ldm.emoji.recipe import Recipe
 from ldm.evaluation.frechet import frechet_distance
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.critics import PerceptualDistance
+from ldm.models.perceptual import PerceptualDistance
 from ldm.pictures import png, to_tensor
 
 if TYPE_CHECKING:

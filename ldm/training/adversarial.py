@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ldm.models.discriminator import PatchDiscriminator
-from ldm.training.share import mean_over_processes
+from ldm.training.distributed import mean_over_processes
 
 Kind = Literal["hinge", "vanilla"]
 _DELTA = 1e-6  # of Esser et al. 2021, eq. 7

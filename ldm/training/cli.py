@@ -1,4 +1,4 @@
-"""The command line of training: `scripts/train.py` and `scripts/finetune.py`."""
+"""The command line of training: `scripts/train.py`, which `scripts/finetune.py` is another name of."""
 
 import importlib
 from collections.abc import Sequence
@@ -65,9 +65,9 @@ def main(arguments: Sequence[str] | None = None, kinds: Sequence[str] = ()) -> i
 def describe(run: "Run") -> str:
     """What training takes. Raises UserError where it would not begin: this machine, the objective, the optimizer."""
     from ldm.training import state
+    from ldm.training.distributed import launch_notes
     from ldm.training.optimization import build_optimizer
     from ldm.training.settings import accelerator_for
-    from ldm.training.share import launch_notes
 
     accelerator = accelerator_for(run.loop, run.output)
     objective = run.objective()

@@ -1,13 +1,15 @@
 """Pictures of a model in training: what validation shows, and the class pictures of DreamBooth."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.plan import plan
-from ldm.pictures import to_pil
+from ldm.errors import UserError
+from ldm.pictures import grid, to_pil
 from ldm.sampling import Guidance, decode, prepare, sample
 from ldm.system import System
 
@@ -15,6 +17,45 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _PIXELS = 2**19  # drawn at once: 32 pictures of 128 px, 2 of 512 px
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What is drawn at every validation: a column a prompt, a row a seed."""
+
+    prompts: tuple[str, ...] = ()
+    seeds: int = 2
+    steps: int = 20
+    guidance: float = 3.5
+
+    @property
+    def count(self) -> int:
+        """How many pictures that is."""
+        return len(self.prompts) * self.seeds
+
+    def draw(self, system: System, resolution: int | None, channels: Tensor | None = None) -> "Image":
+        """Draw the grid.
+
+        resolution: of squares, in pixels; None is the model's own. channels: for an inpainting network,
+        (count, 1 + C, h, w): masks and the latents of what is to be seen, which then decide the size.
+        """
+        prompts = list(self.prompts) * self.seeds
+        seeds = [seed for seed in range(self.seeds) for _ in self.prompts]
+        side = resolution or system.default_size
+        size = (side, side)
+        if channels is not None:
+            factor = system.autoencoder.config.factor
+            size = (channels.shape[2] * factor, channels.shape[3] * factor)
+        drawn = draw(system, prompts, seeds, self.steps, self.guidance, size, channels)
+        return grid(drawn, len(self.prompts))
+
+
+def check_steps(where: str, system: System, steps: int) -> None:
+    """Raise UserError where the system's scheduler can't draw in so many steps. where: the key."""
+    try:
+        plan(system.scheduler, steps)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ldm.training.share import whole
+from ldm.training.distributed import whole
 
 RAMP_UP = 0.05  # `ema_rampup_ratio` of EDM's training loop
 

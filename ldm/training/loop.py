@@ -22,13 +22,13 @@ from ldm.files import sweep, write_text
 from ldm.models.layers import blocks_of, recompute_activations
 from ldm.system import fingerprint
 from ldm.training import state
+from ldm.training.distributed import BatchGenerator, launch_notes, rows_of, shard_on_cpu, sharded, whole
 from ldm.training.ema import EMA
 from ldm.training.folders import held, make_folder
 from ldm.training.objective import Objective
 from ldm.training.optimization import build_optimizer, learning_rate
 from ldm.training.report import Report
 from ldm.training.settings import LoopConfig, accelerator_for
-from ldm.training.share import Draws, launch_notes, rows_of, shard_on_cpu, sharded, whole
 from ldm.training.stop import noted_signals
 
 
@@ -187,7 +187,9 @@ class Trainer:
             last = rows == self.rows[-1]  # only then do processes exchange their gradients
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    loss, logs = self.objective.loss(self.model, batch, Draws(seed, config.batch_size, rows))
+                    loss, logs = self.objective.loss(
+                        self.model, batch, BatchGenerator(seed, config.batch_size, rows)
+                    )
                 self.accelerator.backward(loss / len(self.rows))
             for name, each in {"loss": loss, **logs}.items():
                 sums[name] = sums.get(name, 0) + each.detach() / len(self.rows)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm.training.share import Draws
+from ldm.training.distributed import BatchGenerator
 
 
 class Objective(Protocol):
@@ -31,7 +31,7 @@ class Objective(Protocol):
         """The `rows` of pictures `start` .. `start + size` of the endless, deterministic data order."""
         ...
 
-    def loss(self, model: nn.Module, batch: Any, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Any, rng: BatchGenerator) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, a mean over the batch's rows, and named scalars for the log. Calls `model` once."""
         ...
 

@@ -18,10 +18,10 @@ import yaml
 from ldm.config import from_dict, load_mapping, override, to_dict
 from ldm.errors import UserError, nearest
 from ldm.training import objectives
+from ldm.training.distributed import processes
 from ldm.training.loop import Trainer
 from ldm.training.objective import Objective
 from ldm.training.settings import LoopConfig
-from ldm.training.share import processes
 from ldm.training.stop import raised_signals
 
 

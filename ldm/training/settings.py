@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ldm.errors import UserError
 from ldm.training.bounds import refuse_outside
+from ldm.training.distributed import processes, rows_of, sharded
 from ldm.training.optimization import OptimizerConfig, warmup_of
-from ldm.training.share import processes, rows_of, sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

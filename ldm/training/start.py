@@ -51,6 +51,44 @@ class NewConfig:
     guidance: float = 3.5
 
 
+def starting_system(
+    base: str | NewConfig,
+    variant: str | None,
+    scheduler: dict[str, Any],
+    torch_dtype: torch.dtype,
+    variance: bool,
+    inpainting: bool,
+) -> System:
+    """The system that training starts from: see `new_system` and `base_system`.
+
+    variance: the U-Net learns it, too. inpainting: see `for_inpainting`. Raises UserError.
+    """
+    if isinstance(base, NewConfig):
+        system = new_system(base)
+    else:
+        system = base_system(base, variant, scheduler, torch_dtype)
+    if variance:  # so that ddpm draws with it
+        system = replace(system, scheduler=system.scheduler.with_values(variance_type="learned_range"))
+    return for_inpainting(system) if inpainting else system
+
+
+def check_channels(system: System, variance: bool, inpainting: bool) -> None:
+    """Raise UserError for a U-Net that takes or gives other channels than training does."""
+    network, channels = system.network.config, system.autoencoder.config.latent_channels
+    out = channels * (2 if variance else 1)
+    if network.out_channels != out:
+        raise UserError(
+            f"the U-Net gives {network.out_channels} channels: {'with' if variance else 'without'} a learned variance "
+            f"(loss.variance) set out_channels to {out}"
+        )
+    taken = 2 * channels + 1 if inpainting else channels
+    if network.in_channels != taken:
+        advice = "" if inpainting else ": set in_channels, or inpainting: true for an inpainting model"
+        raise UserError(
+            f"the U-Net takes {network.in_channels} channels where training gives it {taken}{advice}"
+        )
+
+
 def new_system(config: NewConfig) -> System:
     """The parts in float32, frozen but for the new U-Net; DDIM, trailing, from pure noise. Raises UserError."""
     values = {
@@ -68,13 +106,13 @@ def new_system(config: NewConfig) -> System:
         SchedulerConfig("DDIMScheduler", values),
         options={"num_inference_steps": config.steps, "guidance_scale": config.guidance},
     )
-    system.check("text_to_image.new")
+    system.check("text_to_image.base")
     return system
 
 
 def _there(key: str, folder: str, otherwise: str) -> Path:
     if not Path(folder).is_dir():
-        raise UserError(f"text_to_image.new.{key}: there is no folder {folder}: {otherwise}")
+        raise UserError(f"text_to_image.base.{key}: there is no folder {folder}: {otherwise}")
     return Path(folder)
 
 

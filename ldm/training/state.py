@@ -13,8 +13,8 @@ from ldm.checkpoints.files import a_few, check_finite, read_metadata, read_tenso
 from ldm.errors import UserError
 from ldm.files import writing
 from ldm.foreign import one_line, parse_json
+from ldm.training.distributed import like, whole
 from ldm.training.optimization import odd_moments
-from ldm.training.share import like, whole
 
 _MOMENTS = "optimizer."
 _NAME = re.compile(r"state-[0-9]{12,}\.safetensors")

@@ -15,7 +15,7 @@ from ldm.checkpoints.rows import StoredRows
 from ldm.errors import UserError
 from ldm.files import sweep
 from ldm.foreign import parse_json
-from ldm.training.share import processes
+from ldm.training.distributed import processes
 
 Entry = dict[str, Tensor]  # named tensors of one key, without a batch dimension
 

@@ -20,23 +20,25 @@ from ldm.training.data.cache import Entry, TensorCache
 class Conditions:
     """The conditions that captions become: all of one length, so that none depends on its batch.
 
-    windows: of the text encoder, that every caption is padded to, and cut to.
+    caption_windows: of the text encoder, that every caption is padded to, and cut to.
     cache: a folder that keeps the states of frozen encoders by tokens, for captions that `prepare` was told of.
     """
 
-    def __init__(self, text: TextEncoder, windows: int = 1, cache: Path | None = None):
-        self.windows = windows
+    def __init__(self, text: TextEncoder, caption_windows: int = 1, cache: Path | None = None):
+        self.caption_windows = caption_windows
         self._long: dict[str, None] = {}  # the captions that were cut, in the order of their coming
         parts = [self._cutting(each) for each in parts_of(text)]
         joined = JoinedEncoder(parts, text.zeros_without_negative) if len(parts) > 1 else None
         self.text: TextEncoder = joined or parts[0]
         self.window = parts[0].window
-        fullest = self.window.stretched(windows * self.window.capacity).size
-        self.length = fullest if parts[0].stretches else windows * self.window.size
+        fullest = self.window.stretched(caption_windows * self.window.capacity).size
+        self.length = fullest if parts[0].stretches else caption_windows * self.window.size
         self.cache = TensorCache(cache) if cache else None
 
     def prepare(self, captions: Sequence[str]) -> None:
-        """Compute the states of all captions to come, "" among them; in all processes alike."""
+        """Compute the states of all captions to come, as far as known, and of ""; in all processes alike."""
+        if not captions:  # they are not known yet
+            return
         self.text.length(captions)  # finds those that are cut, whatever is in the cache
         if self.cache is None:
             return
@@ -64,15 +66,15 @@ class Conditions:
             return []
         first, count = next(iter(self._long)), len(self._long)
         which, were = ("caption is", "was") if count == 1 else ("captions are", "were")
-        room = "one window" if self.windows == 1 else f"{self.windows} windows"
+        room = "one window" if self.caption_windows == 1 else f"{self.caption_windows} windows"
         return [
-            f"{count} {which} longer than {room} of {self.window.size} tokens and {were} cut (raise windows to keep "
-            f'more): first "{first[:60]}..."'
+            f"{count} {which} longer than {room} of {self.window.size} tokens and {were} cut (raise caption_windows to "
+            f'keep more): first "{first[:60]}..."'
         ]
 
     def _cutting(self, encoder: WindowedEncoder) -> WindowedEncoder:
         """The same encoder, which reads the beginning of what is too long, as diffusers' scripts do."""
-        whole, room = encoder.tokenize, self.windows * encoder.window.capacity
+        whole, room = encoder.tokenize, self.caption_windows * encoder.window.capacity
 
         def tokenize(text: str) -> list[int]:
             ids = whole(text)
@@ -101,4 +103,4 @@ class Conditions:
     def _key(self, caption: str) -> str:
         """By the tokens, not the caption: how a text is cleaned and split may change, in a new version too."""
         tokens = [each.tokenize(caption) for each in parts_of(self.text)]
-        return hashlib.sha256(f"{self._made_from} {self.windows} {tokens}".encode()).hexdigest()[:24]
+        return hashlib.sha256(f"{self._made_from} {self.caption_windows} {tokens}".encode()).hexdigest()[:24]

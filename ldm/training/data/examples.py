@@ -12,9 +12,7 @@ from torch import Tensor
 from ldm.data.buckets import Crop, Pixels, frame
 from ldm.data.order import Order
 from ldm.data.pictures import PictureSet
-from ldm.errors import UserError
 from ldm.pictures import to_tensor
-from ldm.training.data.on_disk import lines_about
 
 _ALL = slice(None)
 
@@ -60,25 +58,18 @@ class Examples(Protocol):
 
 
 class PictureExamples:
-    """Pictures from disk: the last of them held out, the others shuffled anew in each turn.
+    """Pictures from disk, two or more: the last of them held out, the others shuffled anew in each turn.
 
     Args:
         side: pixels of the square that each is resized and cut to, whole; `crop` says how.
         cut: of that square, training sees one of so many pixels a side, at random; None for the whole.
         flip: mirror half of them, anew in each turn.
         held_out: how many at the most; a tenth is the limit, and one the least.
-
-    Raises:
-        UserError: fewer than two pictures.
     """
 
     def __init__(
         self, found: PictureSet, side: int, cut: int | None, crop: Crop, flip: bool, seed: int, held_out: int
     ):
-        if len(found) < 2:
-            raise UserError(
-                "autoencoder.pictures: there is one picture, and one is held out: give it more of them"
-            )
         self.found, self.side, self.cut, self.flip, self.seed = found, side, cut, flip, seed
         self.crop: Crop = crop
         self.held_out, self.count = min(held_out, max(1, len(found) // 10)), len(found)
@@ -101,7 +92,7 @@ class PictureExamples:
 
     def notes(self) -> list[str]:
         kept = f"the last {self.held_out} of {self.count} pictures were kept for validation"
-        return [*lines_about(self.found.notes, self.found.broken), kept]
+        return [*self.found.report(), kept]
 
     def _plain(self, index: int) -> Pixels:
         return frame(self.found.read(index), (self.side, self.side))[0]

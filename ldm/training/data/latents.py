@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,10 +23,20 @@ from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.pictures import to_tensor
 from ldm.system import fingerprint
 from ldm.training.data.cache import Entry, TensorCache
+from ldm.training.distributed import BatchGenerator
 
 SHARD = 2048
 _ALL = slice(None)
 _PIXELS = 2**20  # a call of the encoder: 64 pictures of 128 px, 4 of 512 px
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of a batch by whose mean, times `weight`, the loss grows; `name` is for the log."""
+
+    name: str
+    rows: slice
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -37,28 +47,57 @@ class LatentBatch:
     time_ids: (B, 6) float32, SDXL's size conditions: original height and width, crop top and left, target height and
     width, in pixels.
     pictures: (B, 3, H, W) in [-1, 1] where they were asked for.
+    choices: of each row, captions of which one is drawn in place of its own; none where the own ones stand.
+    groups: rows that count apart in the loss; none where it is the mean over all of them.
     """
 
     latents: Tensor
     captions: list[str]
     time_ids: Tensor
     pictures: Tensor | None = None
+    choices: Sequence[Sequence[str]] = ()
+    groups: Sequence[RowGroup] = ()
+
+    def draw_captions(self, rng: BatchGenerator) -> list[str]:
+        """The rows' captions; where there is a choice, one of it at random."""
+        if not self.choices:
+            return self.captions
+        drawn = zip(self.choices, rng.uniform().tolist(), strict=True)
+        return [options[int(u * len(options))] for options, u in drawn]
+
+    def mean(self, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of rows (B,) as one: their mean, or the weighted sum of the groups' means, which are named, too."""
+        if not self.groups:
+            return losses.mean(), {}
+        means = {each.name: losses[each.rows].mean() for each in self.groups}
+        weighted = [each.weight * means[each.name] for each in self.groups]
+        return sum(weighted[1:], start=weighted[0]), means
 
 
 class LatentSource(Protocol):
-    """An endless, deterministic order of latents."""
+    """An endless, deterministic order of latents.
 
-    @property
-    def broken(self) -> Mapping[str, str]:
-        """Pictures that are skipped: the reason by name."""
-        ...
+    captions: all that can come; none where they are not known beforehand. resolution: the pictures' in pixels, where
+    the data have one; None is the model's own. dtype: what the encoder computes in, under autocast.
+    """
 
-    def prepare(self) -> None:
+    captions: Sequence[str]
+    resolution: int | None
+    dtype: torch.dtype
+
+    def prepare(self, batch_size: int) -> None:
         """Compute now what `read` would else compute when it is first called. In all processes alike."""
         ...
 
     def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
-        """The `rows` of pictures `start` .. `start + size`. In all processes alike, but for `rows`."""
+        """The `rows` of pictures `start` .. `start + size`. In all processes alike, but for `rows`.
+
+        size: always the same, that of `prepare`.
+        """
+        ...
+
+    def notes(self) -> list[str]:
+        """What the user should know of the pictures, a line each."""
         ...
 
 
@@ -67,8 +106,7 @@ class PictureLatents:
 
     Args:
         resolution, max_ratio, step: of the buckets (see ldm/data/buckets.py), in pixels.
-        batch_size: what `read` is asked for at a time: each batch is of one bucket, which at least so many
-            pictures are cut to.
+        captions: in place of the pictures' own, one of these each time.
         seed: of order, cuts, flips and draws.
         crop, flip: how a picture is cut, and whether it is mirrored half of the time, anew each turn.
         cache: a folder that keeps the latents (two of a picture that may be mirrored); all are computed at the first
@@ -88,7 +126,7 @@ class PictureLatents:
         autoencoder: AutoencoderKL,
         *,
         resolution: int,
-        batch_size: int,
+        captions: Sequence[str] = (),
         seed: int = 0,
         max_ratio: float = 1.0,
         step: int = 64,
@@ -108,25 +146,29 @@ class PictureLatents:
             raise UserError(
                 f"the buckets' step is {step}: make it a multiple of {factor}, the autoencoder's factor"
             )
-        sizes = buckets(resolution, step, max_ratio)
-        self.targets = assign([(item.height, item.width) for item in pictures.items], sizes, batch_size)
-        self.order = Order(self.targets, batch_size, seed)
+        self.sizes = buckets(resolution, step, max_ratio)
+        self.targets: list[tuple[int, int]] = []  # by picture; they and the order are of a batch's size
+        self.order: Order
         self.pictures, self.autoencoder, self.seed = pictures, autoencoder, seed
+        self.resolution: int | None = resolution
+        self.choices = tuple(captions)
+        self.captions: Sequence[str] = self.choices or [
+            each for item in pictures.items for each in item.captions
+        ]
         self.crop: Crop = crop
         self.flip, self.with_pictures, self.sample, self.dtype = flip, with_pictures, sample, dtype
         self.cache = None if cache is None else TensorCache(cache)
         self._chunk = chunk_of(resolution, resolution)
-        self._full = False
+        self._batch_size = 0  # that it was prepared for
         self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders work outside Python's lock
         self._begun: dict[int, dict[tuple[int, Framing], Future[Pixels]]] = {}  # by the batch's start
 
-    @property
-    def broken(self) -> Mapping[str, str]:
-        return self.pictures.broken
+    def notes(self) -> list[str]:
+        return self.pictures.report()
 
     def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
-        """As LatentSource says; `size` is batch_size, and `start` a multiple of it."""
-        self.prepare()
+        """As LatentSource says; `start` is a multiple of `size`."""
+        self.prepare(size)
         chosen = self._framed(start, size, rows)
         pictures = self._pictures(start, size, rows) if self.with_pictures or self.cache is None else None
         if self.cache is not None:
@@ -144,12 +186,22 @@ class PictureLatents:
             captions=self._captions(start, size, rows),
             time_ids=torch.tensor([framing.time_ids for _, framing in chosen], dtype=torch.float32),
             pictures=pictures if self.with_pictures else None,
+            choices=[self.choices] * len(chosen) if self.choices else (),
         )
 
-    def prepare(self) -> None:
-        """Fill the cache, if there is one; what is in it already is left alone."""
-        if self._full or self.cache is None:
+    def prepare(self, batch_size: int) -> None:
+        """Share the pictures out to buckets, of at least a batch each, and fill the cache, if there is one."""
+        if self._batch_size == batch_size:
             return
+        sides = [(item.height, item.width) for item in self.pictures.items]
+        self.targets = assign(sides, self.sizes, batch_size)
+        self.order = Order(self.targets, batch_size, self.seed)
+        self._begun, self._batch_size = {}, batch_size
+        if self.cache is not None:
+            self._fill(self.cache)
+
+    def _fill(self, cache: TensorCache) -> None:
+        """Compute what is not there yet."""
         wanted: dict[str, tuple[int, Framing]] = {}
         by_bucket = sorted(range(len(self.targets)), key=self.targets.__getitem__)
         for index in by_bucket:
@@ -166,8 +218,7 @@ class PictureLatents:
             parts = [(self._parts(each), len(each.mean)) for each in made]
             return [{name: part[name][i] for name in part} for part, count in parts for i in range(count)]
 
-        self.cache.fill(list(wanted), make, self._chunk, SHARD)
-        self._full = True
+        cache.fill(list(wanted), make, self._chunk, SHARD)
 
     def _parts(self, posterior: DiagonalGaussian) -> dict[str, Tensor]:
         """What latents are made of, by name, as a cache holds it."""

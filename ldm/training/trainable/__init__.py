@@ -1,0 +1,1 @@
+"""What a run can train of a system, a file a kind: `train: {kind: ...}`."""

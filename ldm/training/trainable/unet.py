@@ -1,0 +1,52 @@
+"""The whole U-Net and, where that is asked for, the text encoders."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from ldm.checkpoints.folder import write_folder
+from ldm.conditioning.load import write_tokenizers
+from ldm.errors import UserError
+from ldm.system import System
+from ldm.training.start import half
+from ldm.training.trainable.base import Trainable
+from ldm.training.trainable.model import TrainableModel, freeze_idle
+
+
+@dataclass(frozen=True)
+class TrainUNet(Trainable):
+    """The whole U-Net and, with `text_encoder`, the text encoders. The export is a diffusers folder in float16."""
+
+    kind: ClassVar[str] = "unet"
+
+    text_encoder: bool = False
+
+    def check(self, from_nothing: bool, inpainting: bool) -> None:
+        if from_nothing and self.text_encoder:
+            raise UserError(
+                "train.text_encoder goes with a base that is there, not with a U-Net from nothing"
+            )
+
+    def model(self, system: System) -> TrainableModel:
+        model = TrainableModel(system, with_text=self.text_encoder)
+        for module in (model.network, *model.text_encoders.values()):
+            _thaw(module)
+        if model.text:
+            freeze_idle(model.text, list(model.text_encoders.values()))
+        return model
+
+    def export(
+        self, model: TrainableModel, system: System, folder: Path, metadata: Mapping[str, str]
+    ) -> None:
+        whole = model.within(system)
+        write_folder(folder, half(whole.checkpoint()), lambda new: write_tokenizers(whole.text, new))
+
+
+def _thaw(module: nn.Module) -> None:
+    """Have it trained, in float32 and as copies: training must not write into a mapped file."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float().clone()
+        parameter.requires_grad_(True)

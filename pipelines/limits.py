@@ -1,0 +1,115 @@
+"""What no picture can have: the values of a complete recipe, checked before anything is drawn."""
+
+import math
+
+from ldm.errors import UserError
+from pipelines.recipe import Recipe, shown
+
+_LARGEST = 16_384  # pixels along a side
+_FARTHEST = 1_000_000  # pixels of what SDXL is told
+_LONGEST = 20_000  # characters of a prompt
+
+
+def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
+    """Raise UserError for values of a complete recipe that no picture can have, or that would change nothing.
+
+    Sizes are multiples of `factor`; those that SDXL is told, and eta, are for nothing else than SDXL and DDIM.
+    """
+    for name, size in (("height", recipe.height), ("width", recipe.width)):
+        if not isinstance(size, int) or not factor <= size <= _LARGEST or size % factor:
+            low = min(max(int(size or 0) // factor, 1) * factor, _LARGEST - factor)
+            near = f"use {low} or {low + factor}"
+            raise UserError(
+                f"{name} {shown(size)} is not a multiple of {factor} from {factor} to {_LARGEST}: {near}"
+            )
+    assert (
+        recipe.guidance_scale is not None
+        and recipe.num_inference_steps is not None
+        and recipe.seed is not None
+    )
+    if recipe.num_inference_steps < 1:
+        raise UserError(f"num_inference_steps is {shown(recipe.num_inference_steps)}: it must be 1 or more")
+    if not math.isfinite(recipe.guidance_scale):
+        raise UserError(f"guidance_scale is {recipe.guidance_scale}: give a number, commonly 1 to 15")
+    for name, value in (("eta", recipe.eta), ("guidance_rescale", recipe.guidance_rescale)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}: it must be between 0 and 1")
+    if recipe.eta and recipe.sampler != "ddim":
+        raise UserError(f"eta is ddim's alone: {recipe.sampler} takes none")
+    low, high = recipe.guidance_interval or (0.0, math.inf)
+    if not low < high:
+        raise UserError(f"guidance_interval is ({low}, {high}): give the lower noise level first")
+    if not 0 <= recipe.clip_skip <= 1000:
+        raise UserError(
+            f"clip_skip is {shown(recipe.clip_skip)}: give 0, or how many more layers to leave out"
+        )
+    check_seed(recipe.seed)
+    _check_picture(recipe)
+    _check_told(recipe, is_xl)
+    _check_texts(recipe)
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that no generator takes."""
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"the seed {shown(seed)} does not fit in 64 bits")
+
+
+_OF_A_PICTURE = ("mask_image", "strength", "denoising_start", "outpaint")
+_OF_A_MASK = ("mask_blur", "padding_mask_crop")
+
+
+def _check_picture(recipe: Recipe) -> None:
+    """Where a picture is drawn from another one."""
+    masked = recipe.mask_image is not None or bool(recipe.outpaint and any(recipe.outpaint))
+    for name in _OF_A_PICTURE if recipe.image is None else ():
+        if getattr(recipe, name) is not None:
+            raise UserError(f"{name} goes with an image to draw from: give image too")
+    for name in _OF_A_MASK if not masked else ():
+        if getattr(recipe, name):
+            raise UserError(f"{name} goes with mask_image or outpaint: give one of them too")
+    if recipe.mask_content != "original" and not masked:
+        raise UserError("mask_content goes with mask_image or outpaint: give one of them too")
+    if recipe.resize_mode != "resize" and recipe.image is None:
+        raise UserError("resize_mode goes with an image to draw from: give image too")
+    if recipe.outpaint_feathering and not (recipe.outpaint and any(recipe.outpaint)):
+        raise UserError("outpaint_feathering goes with outpaint: give outpaint too")
+    for name in ("mask_blur", "padding_mask_crop", "outpaint_feathering"):
+        if not 0 <= (getattr(recipe, name) or 0) <= _LARGEST:
+            raise UserError(f"{name} is {shown(getattr(recipe, name))}: give 0 to {_LARGEST} pixels")
+    start, end = recipe.denoising_start, recipe.denoising_end
+    for name, share in (("denoising_start", start), ("denoising_end", end)):
+        if share is not None and not 0 < share < 1:
+            raise UserError(f"{name} is {share}: give the share of the noise that is gone, between 0 and 1")
+    if start is not None and end is not None and start >= end:
+        raise UserError(f"denoising_start {start} is not before denoising_end {end}")
+    if start is not None and (recipe.strength is not None or masked):
+        raise UserError(
+            "denoising_start goes on with latents where another model ended: leave out strength and masks"
+        )
+
+
+def _check_told(recipe: Recipe, is_xl: bool) -> None:
+    """The sizes that SDXL is told."""
+    told = (recipe.original_size, recipe.target_size, recipe.crops_coords_top_left != (0, 0))
+    if any(told) and not is_xl:
+        raise UserError("original_size, target_size and crops_coords_top_left are for SDXL alone")
+    for name in ("original_size", "target_size", "crops_coords_top_left"):
+        for pixels in getattr(recipe, name) or ():
+            if not 0 <= pixels <= _FARTHEST:
+                raise UserError(f"{name} has {shown(pixels)} pixels: give 0 to {_FARTHEST:,}")
+
+
+def _check_texts(recipe: Recipe) -> None:
+    for text in (recipe.prompt, recipe.negative_prompt or ""):
+        if len(text) > _LONGEST:  # before anything else reads it
+            raise UserError(
+                f"the prompt {text[:24].strip()!r}... has {len(text):,} characters, where {_LONGEST:,} are the most: "
+                "shorten it"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the prompt {text[:100]!r} is not valid Unicode: is it in another encoding?"
+            ) from error
