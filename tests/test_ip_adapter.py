@@ -315,7 +315,10 @@ def true_size(family: str) -> tuple[Any, Any]:
         return UNet(UNetConfig.from_diffusers(config)), own
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=[pytest.mark.slow] if each == "ip-adapter_sdxl" else []) for each in PUBLISHED],
+)
 def test_published_sizes_are_diffusers(name: str) -> None:
     """At their true sizes, without memory: what diffusers makes of such a file has our names and shapes."""
     from ldm.checkpoints.ip_adapter import ip_adapter_rows
