@@ -1,7 +1,8 @@
 """What a denoising network is told of its pictures, beside the noisy latents and the timestep, in one type."""
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ class Condition:
     hidden: (B, L, D), hidden states of the text. pooled: (B, P), a vector of the whole text.
     time_ids: (B, 6), SDXL's sizes in pixels: original height and width, crop top and left, target height and width.
     labels: (B,) int64, classes. channels: (B, c, h, w), what is joined to the noisy latents, such as inpainting's mask
-    and masked latents.
+    and masked latents. images: of image prompts, for each adapter that takes part by a key of its own: KEY.tokens
+    (B, T, D), and KEY.scale (B,), how much of it.
     """
 
     hidden: Tensor | None = None
@@ -24,16 +26,24 @@ class Condition:
     time_ids: Tensor | None = None
     labels: Tensor | None = None
     channels: Tensor | None = None
+    images: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len({len(part) for part in self.parts().values()}) > 1:
             shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in self.parts().items())
             raise ValueError(f"the parts of a condition have other numbers of rows ({shapes})")
 
+    @classmethod
+    def of(cls, parts: Mapping[str, Tensor]) -> "Condition":
+        """Build one of named parts, as `parts` gives them: a dot is in the names of images' alone."""
+        own = {name: part for name, part in parts.items() if "." not in name}
+        known: dict[str, Any] = {**own, "images": {name: parts[name] for name in parts if name not in own}}
+        return cls(**known)
+
     def parts(self) -> dict[str, Tensor]:
         """Return the parts that are there, by name."""
-        found = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: part for name, part in found.items() if part is not None}
+        found = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "images"}
+        return {name: part for name, part in found.items() if part is not None} | dict(self.images)
 
     @property
     def text(self) -> Tensor:
@@ -49,16 +59,16 @@ class Condition:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
         """Apply `function`, which may change the number of rows, to every part."""
-        return replace(self, **{name: function(part) for name, part in self.parts().items()})
+        return Condition.of({name: function(part) for name, part in self.parts().items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Condition":
-        """Move it; parts of real numbers are cast to `dtype`, but for sizes in pixels, which bfloat16 would round."""
-        exact = ("time_ids",)
+        """Move it; parts of real numbers are cast to `dtype`, but for sizes and scales, which bfloat16 would round."""
+        exact = ("time_ids", ".scale")
         moved = {
-            name: part.to(device, dtype if part.is_floating_point() and name not in exact else None)
+            name: part.to(device, dtype if part.is_floating_point() and not name.endswith(exact) else None)
             for name, part in self.parts().items()
         }
-        return replace(self, **moved)
+        return Condition.of(moved)
 
     def zeros(self) -> "Condition":
         """Return a condition of zeros in the same shapes."""
@@ -83,7 +93,7 @@ def concatenate(conditions: Sequence[Condition]) -> Condition:
     if odd := {name for each in conditions for name in set(names) ^ set(each.parts())}:
         raise ValueError(f"either all conditions have {', '.join(sorted(odd))} or none has")
     joined = {name: torch.cat([each.parts()[name] for each in conditions]) for name in names}
-    return Condition(**joined)
+    return Condition.of(joined)
 
 
 def _listed(names: Collection[str]) -> str:

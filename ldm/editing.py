@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.condition import Condition
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
 from ldm.sampling import Known, Request, wake
@@ -88,11 +89,14 @@ def begin_from(system: System, request: Request, pictures: Pictures) -> Request:
 
 
 def _shown(request: Request, channels: Tensor) -> Request:
-    """Put the masks and the latents of masked pictures, (B, 1 + C, h, w), into the condition."""
-    condition = request.condition
-    times = condition.rows // len(channels)
-    told = torch.cat([channels] * times).to(condition.text)
-    return replace(request, condition=replace(condition, channels=told))
+    """Put the masks and the latents of masked pictures, (B, 1 + C, h, w), into the conditions."""
+
+    def told(condition: Condition) -> Condition:
+        rows = torch.cat([channels] * (condition.rows // len(channels)))
+        return replace(condition, channels=rows.to(condition.text))
+
+    changes = tuple((step, told(condition)) for step, condition in request.changes)
+    return replace(request, condition=told(request.condition), changes=changes)
 
 
 def encode(system: System, pixels: Tensor, noise: Tensor) -> Tensor:

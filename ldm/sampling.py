@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition, concatenate
 from ldm.conditioning.control import Control, Controls
+from ldm.conditioning.image_prompt import ImagePrompt, image_parts
 from ldm.conditioning.prompts.weighted import Prompt, as_prompts
 from ldm.conditioning.text import TextEncoder, encode_pair
 from ldm.diffusion.denoiser import Denoise
@@ -98,6 +99,7 @@ def prepare(
     size: tuple[int, int] | None = None,
     sizes: Sequence[int] | None = None,
     channels: Tensor | None = None,
+    images: Sequence[ImagePrompt] = (),
     latents: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Request:
@@ -108,11 +110,13 @@ def prepare(
     negatives: B of them, or None for no negative prompt. size: (height, width) in pixels, multiples of the
     autoencoder's factor; None is the model's own. sizes: the six numbers that SDXL is told (see `Condition.time_ids`);
     None tells it of a whole picture of `size`. channels: (B, c, h, w), for a network that takes more than latents.
-    latents: see `Request`. device: where the network computes; None is where its weights are. Raises UserError.
+    images: pictures as prompts. latents: see `Request`. device: where the network computes; None is where its weights
+    are. Raises UserError.
     """
     guidance = guidance or Guidance()
     device = torch.device(device or system.network.device)
     height, width = size or (system.default_size, system.default_size)
+    shown = image_parts(images, system.network, len(seeds), guidance.guides) if images else None
     told = torch.tensor([sizes or (height, width, 0, 0, height, width)], dtype=torch.float32)
 
     def whole(text: Condition) -> Condition:
@@ -122,6 +126,8 @@ def prepare(
         elif more is not None and guidance.guides:
             more = torch.cat([more, more])
         condition = system.condition(text, told.expand(text.rows, -1), more)
+        if shown:
+            condition = replace(condition, images=shown)
         return condition.to(device, system.network.dtype)
 
     if isinstance(prompts, Condition):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -174,7 +174,7 @@ class System:
         """
         wants, parts = self.wants, {**text.parts(), "time_ids": time_ids}
         wanted = {name: part for name, part in parts.items() if name in wants and part is not None}
-        condition = Condition(**wanted, channels=channels)
+        condition = replace(Condition.of(wanted), channels=channels)
         condition.require(wants, f"the {self.network.component}")
         return condition
 

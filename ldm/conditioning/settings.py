@@ -1,4 +1,4 @@
-"""The settings of text networks that come from a folder's config.json: known ones, checked, and no others.
+"""The settings of transformers' networks that come from a folder's config.json: known ones, checked, and no others.
 
 transformers takes any key of a config.json for a setting: some have it ask the hub for code, or build things by the
 thousand million. So what is handed on is listed here, and its sizes are compared with what a file can hold first.
@@ -23,6 +23,16 @@ _SIZES = {
         "num_attention_heads",
         "max_position_embeddings",
     ),
+    "clip_vision": (
+        "hidden_size",
+        "intermediate_size",
+        "projection_dim",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_channels",
+        "image_size",
+        "patch_size",
+    ),
     "bert": (
         "vocab_size",
         "hidden_size",
@@ -44,8 +54,10 @@ _SIZES = {
         "relative_attention_max_distance",
     ),
 }
+_CLIP_REALS = ("layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor")
 _REALS = {
-    "clip": ("layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor"),
+    "clip": _CLIP_REALS,
+    "clip_vision": _CLIP_REALS,
     "bert": (
         "layer_norm_eps",
         "hidden_dropout_prob",
@@ -71,7 +83,7 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def network_settings(config: Mapping[str, Any], family: str, tensors: int, where: str) -> dict[str, Any]:
-    """Return what a network of the family ("clip", "bert" or "t5") is built from, of a config.json.
+    """Return what a network of the family ("clip", "clip_vision", "bert" or "t5") is built from, of a config.json.
 
     tensors: how many a file has for the network; no more layers than these are built. Keys that are no settings of
     such a network (who wrote it, how a text is generated, what labels it gives) are left out. Raises UserError.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models import diffusers_config
-from ldm.models.layers import Attention, Downsample, ResnetBlock, Upsample
+from ldm.models.layers import Attention, Context, Downsample, ResnetBlock, Upsample
 
 _EPS = 1e-6
 _CLASS = "AutoencoderKL"
@@ -346,6 +346,6 @@ class PositionAttention(Attention):
         super().__init__(channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, _EPS)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         positions = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         return x + super().forward(positions).transpose(1, 2).reshape(x.shape)

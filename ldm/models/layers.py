@@ -1,13 +1,16 @@
 """Layers that the networks share: residual blocks, transformers, resampling, sinusoidal embeddings."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.condition import Condition
 from ldm.models.attention import attend
 
 
@@ -108,21 +111,53 @@ class Upsample(nn.Module):
         return self.conv(grown)
 
 
+class TextAndImages(NamedTuple):
+    """What a cross-attention attends to where there are image prompts: see `Condition`."""
+
+    text: Tensor
+    images: Mapping[str, Tensor]
+
+
+Context = Tensor | TextAndImages
+
+
+def context_of(condition: Condition) -> Context:
+    """Return what the cross-attentions of a network attend to under a condition."""
+    return TextAndImages(condition.text, condition.images) if condition.images else condition.text
+
+
+class AttentionCore(nn.Module):
+    """Attention between the projections: a module without parameters, whose output adapters may add to by a hook.
+
+    images: of the condition; only such adapters use them.
+    """
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, images: Mapping[str, Tensor]) -> Tensor:
+        return attend(query, key, value, self.heads)
+
+
 class Attention(nn.Module):
     """Multi-head attention of (B, L, query_dim) over itself or over a context (B, S, context_dim)."""
 
     def __init__(self, query_dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
-        self.heads = heads
+        self.core = AttentionCore(heads)
         context_dim = context_dim or query_dim
         self.to_q = nn.Linear(query_dim, query_dim, bias=bias)
         self.to_k = nn.Linear(context_dim, query_dim, bias=bias)
         self.to_v = nn.Linear(context_dim, query_dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        images: Mapping[str, Tensor] = {}
+        if isinstance(context, TextAndImages):
+            context, images = context
         context = x if context is None else context
-        return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        return self.to_out[0](self.core(self.to_q(x), self.to_k(context), self.to_v(context), images))
 
 
 class GEGLU(nn.Module):
@@ -160,7 +195,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim, dropout)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -195,7 +230,7 @@ class SpatialTransformer(nn.Module):
             nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         )
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, channels, height, width = x.shape
         h = self.norm(x)
         if not self.linear_projection:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from ldm.condition import Condition
 from ldm.models.denoising import DenoisingNetwork, Residuals
 from ldm.models.layers import (
+    Context,
     Downsample,
     ResnetBlock,
     SpatialTransformer,
     TimestepEmbedding,
     TransformerBlock,
     Upsample,
+    context_of,
 )
 from ldm.models.layers import sinusoidal_embedding as sinusoidal
 from ldm.models.unet_config import Level, UNetConfig, levels
@@ -35,7 +37,7 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(_transformers(level, out, len(channels), config))
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> list[Tensor]:
         """Every feature map on the way; the last is what goes on."""
         maps: list[Tensor] = []
         for i, resnet in enumerate(self.resnets):
@@ -55,7 +57,7 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(_transformers(level, out, len(skips), config))
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out)])
 
-    def forward(self, x: Tensor, maps: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, maps: list[Tensor], time: Tensor, context: Context) -> Tensor:
         """`maps`, in the order of the way down, loses what is used."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, maps.pop()], dim=1), time)
@@ -74,7 +76,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(_resnet(channels, channels, config) for _ in range(count))
         self.attentions = nn.ModuleList(_transformers(level, channels, 1, config))
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
         x = self.resnets[0](x, time)
         if not self.attentions:
             return x
@@ -152,9 +154,10 @@ class UNet(DenoisingNetwork):
 
         sample: (B, C, h, w), unit variance. timestep: (B,), 0..999, may be fractional.
         condition: hidden (B, L, cross_attention_dim); SDXL's pooled (B, P) and time_ids (B, 6); channels (B,
-        in_channels - C, h, w), which are joined to the sample. residuals: what is added to the feature maps.
+        in_channels - C, h, w), which are joined to the sample; images, for adapters. residuals: what is added to the
+        feature maps.
         """
-        hidden = condition.text
+        context = context_of(condition)
         # (B, 4*C0); each block projects the activated one
         time = F.silu(
             embed_time(
@@ -165,13 +168,13 @@ class UNet(DenoisingNetwork):
             sample = torch.cat([sample, condition.channels], dim=1)
         maps = [self.conv_in(sample)]
         for block in self.down_blocks:
-            maps += block(maps[-1], time, hidden)
-        x = self.mid_block(maps[-1], time, hidden)
+            maps += block(maps[-1], time, context)
+        x = self.mid_block(maps[-1], time, context)
         if residuals is not None:
             maps = [each + more for each, more in zip(maps, residuals.down, strict=True)]
             x = x + residuals.mid
         for block in self.up_blocks:
-            x = block(x, maps, time, hidden)
+            x = block(x, maps, time, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _zero_last_layers(self) -> None:

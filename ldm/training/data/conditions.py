@@ -94,7 +94,7 @@ class Conditions:
         entries = [self.cache.read(key) for key in keys]
         # In float32 at once: autocast to bfloat16 refuses to join what is stored in float16.
         parts = {name: torch.stack([each[name].float() for each in entries]) for name in entries[0]}
-        return Condition(**parts)
+        return Condition.of(parts)
 
     @cached_property
     def _made_from(self) -> str:
