@@ -156,11 +156,12 @@ def in_tiles(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Run a network over a picture (B, 3, H, W), tile by tile, for memory that doesn't grow with the picture.
 
-    tile: pixels along the side of what one run gives; halo: pixels around it that the run sees too. With a halo of
-    `network.radius` or more the tiles join to what one run over all gives, up to rounding.
-    Yields (top, left, enlarged tile), the places in pixels of the enlarged picture.
+    picture: in [0, 1], or uint8; it may lie on another device. tile: pixels along the side of what one run gives; halo:
+    pixels around it that the run sees too. With a halo of `network.radius` or more the tiles join to what one run over
+    all gives, up to rounding. Yields (top, left, enlarged tile), the places in pixels of the enlarged picture.
     """
     height, width = picture.shape[-2:]
+    weight = next(network.parameters())
     tile, halo = (-(-each // network.step) * network.step for each in (tile, halo))
     for top in range(0, height, tile):
         for left in range(0, width, tile):
@@ -168,5 +169,6 @@ def in_tiles(
             seen = picture[..., y : top + tile + halo, x : left + tile + halo]
             rows, columns = min(tile, height - top), min(tile, width - left)
             s = network.scale
+            seen = seen.to(weight) / 255 if seen.dtype == torch.uint8 else seen.to(weight)
             grown = network(seen)[..., (top - y) * s :, (left - x) * s :]
             yield top * s, left * s, grown[..., : rows * s, : columns * s]
