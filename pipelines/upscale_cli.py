@@ -33,7 +33,13 @@ def parser() -> Parser:
     parser.add_argument(
         "pictures", nargs="+", type=Path, metavar="PICTURE", help="a picture, or a folder of some"
     )
-    parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="a folder (outputs)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs"),
+        metavar="PATH",
+        help="a .png for one picture, else a folder (outputs)",
+    )
     parser.add_argument(
         "--scale", type=float, metavar="X", help="how many times larger (default: the network's own)"
     )
@@ -72,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipelines.upscaler import TILE, Upscaler
 
     places = [each for given in arguments.pictures for each in _pictures(given)]
-    check_target(arguments.out, len(places) + 1)
+    check_target(arguments.out, len(places))
     upscaler = Upscaler.from_pretrained(
         arguments.model,
         torch_dtype=getattr(torch, arguments.dtype),
@@ -109,11 +115,12 @@ def _pictures(place: Path) -> Iterator[Path]:
 
 
 def _upscale(upscaler: "Upscaler", place: Path, scale: float | None, out: Path) -> Path:
-    """Enlarge one picture into a new file of the folder `out`, with its texts, its recipe among them."""
+    """Enlarge one picture into the file `out`, or into a new one of that folder, with its texts, such as a recipe."""
     from PIL.PngImagePlugin import PngInfo
 
     from ldm.checkpoints.paths import must_be_file
     from ldm.data.pictures import decode_whole
+    from ldm.files import write_bytes
     from ldm.foreign import read_plain
     from ldm.pictures import png
     from pipelines.files import save_new
@@ -130,9 +137,13 @@ def _upscale(upscaler: "Upscaler", place: Path, scale: float | None, out: Path) 
     info = PngInfo()
     for name, text in source.texts.items():
         info.add_itxt(name, text)
+    data = png(larger, info, source.profile)
+    if out.suffix.lower() == ".png":
+        write_bytes(out, data)
+        return out
     stem = f"{place.stem}-x{upscaler.scale if scale is None else scale:g}"
     names = (f"{stem}.png" if n == 1 else f"{stem}-{n}.png" for n in count(1))
-    return save_new(png(larger, info, source.profile), out, names)
+    return save_new(data, out, names)
 
 
 if __name__ == "__main__":

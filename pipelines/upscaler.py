@@ -147,8 +147,8 @@ class Upscaler:
         grown = self._pixels(colours).convert("L" if grey else "RGB")
         if clear:
             grown.putalpha(self._pixels(plain.getchannel("A").convert("RGB")).convert("L"))
-        size = _larger((grown.height // self.scale, grown.width // self.scale), factor)
-        return grown if factor == self.scale else grown.resize(size[::-1], Image.Resampling.LANCZOS)
+        tall, wide = _larger((plain.height, plain.width), factor)
+        return grown if factor == self.scale else grown.resize((wide, tall), Image.Resampling.LANCZOS)
 
     def _pixels(self, picture: "Image") -> "Image":
         from PIL import Image

@@ -211,6 +211,10 @@ def test_the_command_enlarges_files_and_keeps_their_texts(
         "b-x3-2.png",
         "b-x3.png",
     ]
+    one = tmp_path / "new" / "one.png"
+    for _ in range(2):  # a file that is named is replaced
+        assert main([str(source / "b.JPG"), "--out", str(one), "--model", str(model)]) == 0
+    assert Image.open(one).size == (14, 10) and [each.name for each in one.parent.iterdir()] == ["one.png"]
 
 
 def test_bad_files_are_named_and_the_others_go_on(
@@ -240,7 +244,8 @@ def test_bad_files_are_named_and_the_others_go_on(
         (["--model", "good.png"], "holds no weights"),
         (["--scale", "0"], "the scale is 0"),
         (["--tile", "5"], "tile is 5"),
-        (["--out", "good.png"], "one file for"),
+        (["--out", "large.jpg"], "saved as PNG"),
+        (["good.png", "--out", "large.png"], "one file for 2 pictures"),
         (["--device", "abacus"], "can't be used"),
     ],
 )

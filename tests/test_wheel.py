@@ -14,7 +14,7 @@ import sys, ldm
 from pipelines import TextToImagePipeline
 print(ldm.__file__)
 TextToImagePipeline.from_pretrained()("a fox", seed=0, num_inference_steps=2, progress=False).save(sys.argv[1])
-from pipelines.upscaler import Upscaler
+from pipelines import Upscaler
 from PIL import Image
 assert Upscaler.from_pretrained()(Image.open(sys.argv[1])).size == (512, 512)
 """

@@ -10,7 +10,7 @@ What lies within a residual block, and enlarged maps, are never stored. Attentio
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -278,14 +278,15 @@ def _attention(layer: PositionAttention, source: Stored, device: torch.device, s
 def _middle(
     block: MidBlock, source: Map, label: Tensor | None, strips: Strips, device: torch.device
 ) -> Stored:
-    x = strips.stored(_resnet(block.resnets[0], source, label, strips), device)
-    if hasattr(block, "attentions"):
-        x = _attention(block.attentions[0], x, device, strips)
-    return strips.stored(_resnet(block.resnets[1], x, label, strips), device)
+    before, after = cast(list[ResnetBlock], list(block.resnets))
+    x = strips.stored(_resnet(before, source, label, strips), device)
+    for attention in cast(list[PositionAttention], list(getattr(block, "attentions", ()))):
+        x = _attention(attention, x, device, strips)
+    return strips.stored(_resnet(after, x, label, strips), device)
 
 
 def _stage(stage: Stage, source: Map, label: Tensor | None, strips: Strips, device: torch.device) -> Map:
-    for resnet in stage.resnets:
+    for resnet in cast(list[ResnetBlock], list(stage.resnets)):
         source = strips.stored(_resnet(resnet, source, label, strips), device)
     samplers = getattr(stage, stage.sampler_name, None)
     if samplers is None:
@@ -324,7 +325,7 @@ def decode_in_strips(
     x: Map = _middle(
         decoder.mid_block, _conv(decoder.conv_in, Stored([latent], device)), label, strips, device
     )
-    for stage in decoder.up_blocks:
+    for stage in cast(list[Stage], list(decoder.up_blocks)):
         x = _stage(stage, x, label, strips, device)
     ending = _ending(decoder.conv_norm_out, decoder.conv_out, x, strips)
     return _joined(ending, strips, latent, decoder.conv_out.out_channels)
@@ -338,7 +339,7 @@ def encode_in_strips(
     encoder, label = autoencoder.encoder, embedded(autoencoder, labels)
     strips, device = _cut(autoencoder, tile, picture), picture.device
     x: Map = _conv(encoder.conv_in, Stored([picture], device))
-    for stage in encoder.down_blocks:
+    for stage in cast(list[Stage], list(encoder.down_blocks)):
         x = _stage(stage, x, label, strips, device)
     x = _middle(encoder.mid_block, x, label, strips, device)
     ending = _ending(encoder.conv_norm_out, encoder.conv_out, x, strips)
