@@ -63,10 +63,10 @@ def to_pil(pictures: Tensor) -> "list[Image]":
     return [Image.fromarray(picture) for picture in (to_numpy(pictures) * 255).round().astype(np.uint8)]
 
 
-def png(picture: "Image", metadata: "PngInfo | None" = None) -> bytes:
-    """The bytes of a PNG file."""
+def png(picture: "Image", metadata: "PngInfo | None" = None, profile: bytes | None = None) -> bytes:
+    """The bytes of a PNG file. profile: the ICC profile of its colours, where it has one."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=metadata)
+    picture.save(buffer, "PNG", pnginfo=metadata, icc_profile=profile)
     return buffer.getvalue()
 
 

@@ -23,7 +23,8 @@ from ldm.diffusion.driver import Noise, Step
 from ldm.diffusion.guidance import by_step, classifier_free, known_pixels
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models import large
+from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.pictures import to_unit_range
 from ldm.system import System
 
@@ -248,11 +249,29 @@ def sample(system: System, request: Request, callback: Callable[[Step], bool | N
     return latents if request.known is None or not whole else request.known.onto(latents)
 
 
-def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Decode latents (B, C, h, w) to pictures (B, 3, H, W) in [0, 1], in the autoencoder's own precision."""
+def decode(autoencoder: AutoencoderKL, latents: Tensor, tile: int | None = None) -> Tensor:
+    """Decode latents (B, C, h, w) to pictures (B, 3, H, W) in [0, 1], in the autoencoder's own precision.
+
+    tile: None is all at once where it fits into the free memory, and in strips where not; see `ldm.models.large`.
+    """
     wake(autoencoder)
     unscaled = autoencoder.unscale(latents).to(autoencoder.decoder.conv_in.weight.dtype)
-    return to_unit_range(autoencoder.decode(unscaled))
+    return to_unit_range(large.decode(autoencoder, unscaled, tile))
+
+
+def encode(
+    autoencoder: AutoencoderKL, pictures: Tensor, noise: Tensor | None = None, tile: int | None = None
+) -> Tensor:
+    """Encode pictures (B, 3, H, W) in [0, 1] to latents (B, C, h, w), float32, of about unit variance.
+
+    H, W: multiples of the autoencoder's factor. noise: (B, C, h, w), of unit variance, by which the posterior is
+    sampled; None takes its mean. tile: as for `decode`. Raises UserError.
+    """
+    wake(autoencoder)
+    signed = (pictures * 2 - 1).to(autoencoder.encoder.conv_in.weight.dtype)
+    posterior = large.encode(autoencoder, signed, tile)
+    posterior = DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())
+    return autoencoder.scale(posterior.mean if noise is None else posterior.sample(noise))
 
 
 def wake(module: nn.Module) -> None:

@@ -35,14 +35,19 @@ _INSISTENT = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 M = TypeVar("M", bound=nn.Module)
 
 
-def bundled_model() -> Path:
-    """The folder of the model that ships with this package: in a checkout's `weights/`, or inside a wheel."""
+def bundled(pattern: str) -> Path | None:
+    """The first file of such a name that ships with this package: in a checkout's `weights/`, or inside a wheel."""
     package = Path(ldm.__file__).parent
-    for folder in (package / "weights", package.parent / "weights"):
-        found = sorted(index.parent for index in folder.glob("*/model_index.json"))
-        if found:
-            return found[0]
-    raise UserError("the bundled model is not there: name a model (a folder, a single file or a hub id)")
+    found = (sorted((folder / "weights").glob(pattern)) for folder in (package, package.parent))
+    return next((files[0] for files in found if files), None)
+
+
+def bundled_model() -> Path:
+    """The folder of the model that ships with this package. Raises UserError where it is not there."""
+    index = bundled("*/model_index.json")
+    if index is None:
+        raise UserError("the bundled model is not there: name a model (a folder, a single file or a hub id)")
+    return index.parent
 
 
 @dataclass

@@ -1,12 +1,13 @@
-"""Pipelines: from a prompt to a picture."""
+"""Pipelines: from a prompt to a picture, and from a picture to a larger one."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.output import TextToImageOutput
     from pipelines.text_to_image import TextToImagePipeline
+    from pipelines.upscaler import Upscaler
 
-__all__ = ["TextToImageOutput", "TextToImagePipeline"]
+__all__ = ["TextToImageOutput", "TextToImagePipeline", "Upscaler"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from pipelines.text_to_image import TextToImagePipeline
 
         return TextToImagePipeline
+    if name == "Upscaler":
+        from pipelines.upscaler import Upscaler
+
+        return Upscaler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

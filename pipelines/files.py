@@ -6,6 +6,8 @@ In a folder no present file is overwritten; a `.png` that is named is replaced.
 import os
 import re
 import tempfile
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,13 +65,20 @@ def save_picture(picture: "Image", recipe: Recipe, path: Path) -> Path:
     slug = re.sub(r"[\W_]+", "-", recipe.prompt.lower()).strip("-")[:48].strip("-") or "picture"
     taken = [int(found[1]) for each in path.glob("*.png") if (found := re.match(r"(\d+)-", each.name))]
     number = max(taken, default=-1) + 1
-    with writing(path), workshop(path / slug) as folder:
-        temporary = folder / "picture.png"
+    return save_new(data, path, (f"{n:04d}-{slug}.png" for n in count(number)))
+
+
+def save_new(data: bytes, folder: Path, names: Iterable[str]) -> Path:
+    """Write a file into a folder under the first of `names`, which have no end, that no file there has yet."""
+    names = iter(names)
+    name = next(names)
+    with writing(folder), workshop(folder / name) as hidden:
+        temporary = hidden / "picture.png"
         temporary.write_bytes(data)
         flush_to_disk(temporary)
-        while not _named(temporary, target := path / f"{number:04d}-{slug}.png"):
-            number += 1  # another run writes into the same folder
-        flush_to_disk(path)
+        while not _named(temporary, target := folder / name):
+            name = next(names)  # another run writes into the same folder, or one has
+        flush_to_disk(folder)
         return target
 
 

@@ -14,6 +14,9 @@ import sys, ldm
 from pipelines import TextToImagePipeline
 print(ldm.__file__)
 TextToImagePipeline.from_pretrained()("a fox", seed=0, num_inference_steps=2, progress=False).save(sys.argv[1])
+from pipelines import Upscaler
+from PIL import Image
+assert Upscaler.from_pretrained()(Image.open(sys.argv[1])).size == (512, 512)
 """
 
 
@@ -48,6 +51,7 @@ def test_it_carries_licences_types_and_the_command(wheel: Path) -> None:
         names = archive.namelist()
         entry = next(name for name in names if name.endswith("entry_points.txt"))
         assert "ldm-generate = pipelines.cli:main" in archive.read(entry).decode()
+        assert "ldm-upscale = pipelines.upscale_cli:main" in archive.read(entry).decode()
     for end in ("licenses/LICENSE", "licenses/THIRD_PARTY_NOTICES", "ldm/py.typed", "pipelines/py.typed"):
         assert any(name.endswith(end) for name in names), end
     assert not any(name.startswith(("tests", "benchmarks", "runs", "scripts")) for name in names)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
+T = TypeVar("T")
 Row = list[Any]  # of an index: [stamp, height, width, key], or [stamp, reason] of a broken picture
 _VERSION = 2  # of the index; another one is built anew
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF's tags, in which photometric 1 says that 0 is black
@@ -56,6 +57,18 @@ class Item:
         return (
             self.captions[int(rng.integers(len(self.captions)))] if len(self.captions) > 1 else self.caption
         )
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture, as `eight_bits` gives it, with what its file says of it.
+
+    texts: a PNG's text chunks by keyword. profile: the ICC profile of its colours, where it is still theirs.
+    """
+
+    picture: "Image"
+    texts: dict[str, str]
+    profile: bytes | None
 
 
 @dataclass(frozen=True)
@@ -184,14 +197,50 @@ def decode(content: bytes) -> Pixels:
 
     Raises ValueError for what is no whole picture, with the reason.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
+
+    return _read(content, lambda file: _rgb(ImageOps.exif_transpose(file)))
+
+
+def decode_whole(content: bytes) -> Decoded:
+    """A picture file's bytes with all that stays of it where it is changed and saved again: see `Decoded`.
+
+    Raises ValueError as `decode` does.
+    """
+    return _read(content, _decoded)
+
+
+def eight_bits(picture: "Image") -> "Image":
+    """A picture turned as its EXIF says, 16 bits as 8, in the mode L, LA, RGB or RGBA: grey and clear stay so.
+
+    Raises ValueError for numbers of which nothing says which of them is white.
+    """
+    from PIL import Image, ImageOps
+
+    _check_range(picture)
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        return Image.fromarray(_grey(picture))
+    mode = "L" if picture.mode in ("1", "L", "LA", "La") else "RGB"
+    return picture.convert(f"{mode}A" if picture.has_transparency_data else mode)
+
+
+def _decoded(file: "ImageFile") -> Decoded:
+    picture = eight_bits(file)
+    texts = {str(name): str(text) for name, text in getattr(file, "text", {}).items()}
+    profile = file.info.get("icc_profile") if file.mode not in ("CMYK", "LAB") else None
+    return Decoded(picture, texts, profile)
+
+
+def _read(content: bytes, form: Callable[["ImageFile"], T]) -> T:
+    from PIL import Image, UnidentifiedImageError
 
     if not content:
         raise ValueError("the file is empty")
     try:
         with open_raster(content) as file:
             _check_range(file)
-            return rgb(ImageOps.exif_transpose(file))
+            return form(file)
     except UnidentifiedImageError:
         raise ValueError("not a picture of a kind that can be read") from None
     except Image.DecompressionBombError as error:
@@ -202,9 +251,9 @@ def decode(content: bytes) -> Pixels:
         raise ValueError(why(error)) from error
 
 
-def _check_range(file: "ImageFile") -> None:
+def _check_range(file: "Image") -> None:
     """Raise ValueError for numbers of which nothing says which of them is white, or which Pillow takes as they are."""
-    if file.mode == "F" or (file.mode == "I" and file.format != "PNG"):
+    if file.mode == "F" or (file.mode == "I" and getattr(file, "format", None) != "PNG"):
         raise ValueError("its pixels are not of 8 or 16 bits, so nothing says which is white: convert it")
     tags = getattr(file, "tag_v2", None)
     if file.mode.startswith("I;16") and tags and (tags.get(_PHOTOMETRIC), tags.get(_BITS)) != (1, (16,)):
@@ -216,12 +265,16 @@ def rgb(picture: "Image") -> Pixels:
     from PIL import Image
 
     if picture.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
-        grey = (np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8)
-        return np.stack([grey] * 3, -1)
+        return np.stack([_grey(picture)] * 3, -1)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return np.asarray(picture.convert("RGB"))
+
+
+def _grey(picture: "Image") -> np.ndarray:
+    """16 bits as 8: uint8 (H, W)."""
+    return (np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8)
 
 
 def _list(

@@ -170,7 +170,10 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, picture: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
         """picture: (B, 3, H, W) in [-1, 1], H and W divisible by the factor; labels: (B,), where it is conditioned."""
-        moments = self.encoder(picture, embedded(self, labels))
+        return self.posterior(self.encoder(picture, embedded(self, labels)))
+
+    def posterior(self, moments: Tensor) -> DiagonalGaussian:
+        """What the encoder gave, (B, 2C, h, w), as the distribution that it stands for."""
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
         mean, logvar = moments.chunk(2, dim=1)
