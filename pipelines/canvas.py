@@ -69,10 +69,10 @@ def canvas_of(
     (height, width) that the network draws.
     resize_mode: how a picture of another shape comes to size: stretched, cropped in the middle, or whole with its edges
     spread. mask_blur: pixels over which the drawn part fades into the picture. mask_content: what the masked part
-    begins as: the picture, or a blur of what is around it ("noise" is `ldm.editing`'s). padding_mask_crop: draw only
-    the mask and so many pixels around it, at full size, then put it back (the picture keeps its size). outpaint:
-    pixels added at the left, top, right and bottom; outpaint_feathering: pixels of the old picture next to them that
-    are drawn anew too, fading. Raises UserError.
+    begins as: the picture, or a blur of what is around it ("noise" is `ldm.sampling.editing`'s). padding_mask_crop:
+    draw only the mask and so many pixels around it, at full size, then put it back (the picture keeps its size).
+    outpaint: pixels added at the left, top, right and bottom; outpaint_feathering: pixels of the old picture next to
+    them that are drawn anew too, fading. Raises UserError.
     """
     soft = None
     if mask is not None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.diffusion.plan import Plan, plan
-from ldm.editing import Pictures, begin_from, from_strength
 from ldm.errors import UserError
 from ldm.sampling import Request
+from ldm.sampling.editing import Pictures, begin_from, from_strength
 from ldm.system import System
 from pipelines.canvas import Canvas, canvas_of
 from pipelines.given import Given

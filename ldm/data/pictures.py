@@ -199,7 +199,7 @@ def decode(content: bytes) -> Pixels:
     """
     from PIL import ImageOps
 
-    return _read(content, lambda file: _rgb(ImageOps.exif_transpose(file)))
+    return _read(content, lambda file: rgb(ImageOps.exif_transpose(file)))
 
 
 def decode_whole(content: bytes) -> Decoded:

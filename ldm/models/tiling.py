@@ -268,7 +268,7 @@ def _attention(layer: PositionAttention, source: Stored, device: torch.device, s
     found: list[Tensor] = []
     for top, end in cuts:
         queries = layer.to_q(positions(top, end)).split(few, 1)
-        seen = torch.cat([attend(each, keys, values, layer.heads) for each in queries], 1)
+        seen = torch.cat([attend(each, keys, values, layer.core.heads) for each in queries], 1)
         x = source.rows(top, end)
         found.append((x + layer.to_out[0](seen).transpose(1, 2).reshape(x.shape)).to(strips.store))
         source.release(end)
