@@ -100,11 +100,11 @@ def encoding_memory(config: FirstStageConfig, pixels: int, itemsize: int) -> flo
 def _peak(stages: list[tuple[int, int]]) -> float:
     """Numbers a pixel at the peak. stages: channels before and within, from the largest maps on, each half as large.
 
-    A residual block holds its input, what its norm made of it, and what its convolution makes of that; and these two
-    once more, in the order that convolutions want. Measured in docs/large-pictures.md.
+    A residual block holds its input, what its norm made of it, and what its convolution makes of that; these two once
+    more, in the order that convolutions want; and the input of its stage. Measured in docs/large-pictures.md.
     """
     return _MARGIN * max(
-        max(3 * before + 2 * within, 5 * within) / 4**i for i, (before, within) in enumerate(stages)
+        max(3 * before + 2 * within, before + 5 * within) / 4**i for i, (before, within) in enumerate(stages)
     )
 
 

@@ -174,10 +174,9 @@ class Reduced:
 
 @dataclass(frozen=True)
 class Strips:
-    """How maps are cut. size: numbers of a strip, of one picture; store: where strips wait for the next layer."""
+    """How maps are cut. size: numbers of a strip, of one picture."""
 
     size: int
-    store: torch.device
 
     def of(self, source: Map) -> Iterator[tuple[int, int]]:
         """(top, end) of each strip of a map."""
@@ -194,7 +193,12 @@ class Strips:
 
     def stored(self, source: Map, device: torch.device) -> Stored:
         """A map computed and stored, in the place of the one that it is made of."""
-        return Stored([each.to(self.store).contiguous() for each in self.each(source)], device)
+        return Stored([_kept(each) for each in self.each(source)], device)
+
+
+def _kept(strip: Tensor) -> Tensor:
+    """A strip on its own, in the CPU's memory, until the next layer reads it."""
+    return strip.cpu().contiguous()
 
 
 # Layers
@@ -270,7 +274,7 @@ def _attention(layer: PositionAttention, source: Stored, device: torch.device, s
         queries = layer.to_q(positions(top, end)).split(few, 1)
         seen = torch.cat([attend(each, keys, values, layer.core.heads) for each in queries], 1)
         x = source.rows(top, end)
-        found.append((x + layer.to_out[0](seen).transpose(1, 2).reshape(x.shape)).to(strips.store))
+        found.append(_kept(x + layer.to_out[0](seen).transpose(1, 2).reshape(x.shape)))
         source.release(end)
     return Stored(found, device)
 
@@ -319,7 +323,7 @@ def decode_in_strips(
     tile: strips have about the pixels of a square of this side. On an accelerator, maps wait in the CPU's memory.
     """
     decoder, label = autoencoder.decoder, embedded(autoencoder, labels)
-    strips, device = _cut(autoencoder, tile, latent), latent.device
+    strips, device = Strips(tile**2 * min(autoencoder.config.block_out_channels)), latent.device
     if autoencoder.config.use_post_quant_conv:
         latent = autoencoder.post_quant_conv(latent)
     x: Map = _middle(
@@ -337,17 +341,13 @@ def encode_in_strips(
 ) -> DiagonalGaussian:
     """What `autoencoder.encode` gives, without a gradient; tile: as for `decode_in_strips`."""
     encoder, label = autoencoder.encoder, embedded(autoencoder, labels)
-    strips, device = _cut(autoencoder, tile, picture), picture.device
+    strips, device = Strips(tile**2 * min(autoencoder.config.block_out_channels)), picture.device
     x: Map = _conv(encoder.conv_in, Stored([picture], device))
     for stage in cast(list[Stage], list(encoder.down_blocks)):
         x = _stage(stage, x, label, strips, device)
     x = _middle(encoder.mid_block, x, label, strips, device)
     ending = _ending(encoder.conv_norm_out, encoder.conv_out, x, strips)
     return autoencoder.posterior(_joined(ending, strips, picture, encoder.conv_out.out_channels))
-
-
-def _cut(autoencoder: AutoencoderKL, tile: int, like: Tensor) -> Strips:
-    return Strips(tile**2 * min(autoencoder.config.block_out_channels), torch.device("cpu"))
 
 
 def _joined(source: Map, strips: Strips, like: Tensor, channels: int) -> Tensor:
