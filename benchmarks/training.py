@@ -39,7 +39,7 @@ def contenders(folder: Path, model: Path, pictures: Path, batch_size: int, preci
 def _ours(
     folder: Path, model: Path, pictures: Path, batch_size: int, precision: str, cached: bool
 ) -> Callable[[], int]:
-    """Our loop's own step, by configs/finetune.yaml: as `accelerate launch scripts/finetune.py` runs it."""
+    """Our loop's own step, by configs/finetune.yaml: as `accelerate launch scripts/train.py` runs it."""
     output = folder / ("cached" if cached else "plain")
     cache = json.dumps(str(output / "cache")) if cached else "null"
     run = read_run(

@@ -15,8 +15,11 @@ BATCHES = 5  # that a run needs for each of its kills to find it at work
 # One process imports everything, and forks a life of the run each time: SIGKILL then ends a process like any other.
 _LIVES = """
 import os, signal, sys, threading, time, traceback
-import accelerate, torch, transformers
+import accelerate, torch, torch._dynamo
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer  # what transformers else imports in every life
 torch.set_num_threads(1)
+Image.init()
 from ldm.training import run
 import ldm.emoji.pools
 from ldm.training.loop import Trainer

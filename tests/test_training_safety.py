@@ -232,7 +232,8 @@ def test_a_launcher_that_starts_one_process_for_several_is_told_of(
 
 def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: Callable[[], Toy], *changes: str) -> int:
     monkeypatch.setattr(Run, "objective", lambda self: toy())
-    path = write_config(tmp_path, {"loop": LOOP, "autoencoder": {}})
+    data = {"kind": "pictures", "path": "pictures", "resolution": 32}
+    path = write_config(tmp_path, {"loop": LOOP, "autoencoder": {"data": data}})
     return cli.main(["--config", str(path), "--dry-run", "--set", "loop.pictures=80", *changes])
 
 

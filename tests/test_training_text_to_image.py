@@ -20,6 +20,12 @@ from ldm.training.state import newest
 from pipelines import TextToImagePipeline
 
 
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pool that the first run fills for all."""
+    return tmp_path_factory.mktemp("latents")
+
+
 @pytest.mark.slow  # test_training_finetune and test_training_first_stage kill runs in the short suite
 @pytest.mark.parametrize("kills", [1, 5])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, sprites: str, kills: int) -> None:
@@ -32,8 +38,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, sprites: str, kill
     same_bits_after_kills(*paths, kills)
 
 
-def test_the_finished_run_is_a_model_that_draws(tmp_path: Path, sprites: str) -> None:
-    path = config(tmp_path, sprites)
+def test_the_finished_run_is_a_model_that_draws(tmp_path: Path, sprites: str, latents: Path) -> None:
+    path = config(tmp_path, sprites, latents)
     assert train(path)
     assert (tmp_path / "run" / "drawn-00000064.png").exists()
     pipe = TextToImagePipeline.from_pretrained(tmp_path / "run" / "export", device="cpu")
@@ -43,14 +49,16 @@ def test_the_finished_run_is_a_model_that_draws(tmp_path: Path, sprites: str) ->
     assert pipe.system.scheduler.get("prediction_type") == "v_prediction"
 
 
-def test_a_run_stopped_by_the_clock_goes_on(tmp_path: Path, sprites: str) -> None:
-    path = config(tmp_path, sprites)
+def test_a_run_stopped_by_the_clock_goes_on(tmp_path: Path, sprites: str, latents: Path) -> None:
+    path = config(tmp_path, sprites, latents)
     assert not train(path, ["loop.max_seconds=1e-9"])
     assert train(path)
 
 
-def test_a_loss_that_is_no_number_stops_with_the_last_state_kept(tmp_path: Path, sprites: str) -> None:
-    path = config(tmp_path, sprites)
+def test_a_loss_that_is_no_number_stops_with_the_last_state_kept(
+    tmp_path: Path, sprites: str, latents: Path
+) -> None:
+    path = config(tmp_path, sprites, latents)
     assert train(path, ["loop.pictures=16"])
     path = newest(tmp_path / "run")
     assert path

@@ -54,9 +54,11 @@ LOOP = {
 }
 
 
-def config(folder: Path, sprites: str, **changes: object) -> Path:
-    """A whole run over tiny networks, as a file."""
-    vae = AutoencoderKL(AutoencoderConfig.from_diffusers(TINY_VAE))
+def config(folder: Path, sprites: str, latents: Path | None = None, **changes: object) -> Path:
+    """A whole run over tiny networks, as a file. latents: a folder of a pool that other runs have filled."""
+    with torch.random.fork_rng():  # the same autoencoder each time, and so the same pool
+        torch.manual_seed(1)
+        vae = AutoencoderKL(AutoencoderConfig.from_diffusers(TINY_VAE))
     write_component(folder, "vae", vae.config.to_diffusers(), vae.state_dict())
     tiny_bert_folder(folder)
     recipe = {"size": 32, "things": ["tree", "star", "rocket"], "styles": ["3d"]}
@@ -69,7 +71,7 @@ def config(folder: Path, sprites: str, **changes: object) -> Path:
         },
         "data": {
             "kind": "compositions",
-            "cache": str(folder / "latents"),
+            "cache": str(latents or folder / "latents"),
             "sprites": sprites,
             "pictures": 2048,
             "recipe": recipe,

@@ -44,9 +44,7 @@ class TrainTextualInversion(Trainable):
 
     def check_captions(self, captions: Iterable[str]) -> None:
         if not any(self.placeholder_token in caption for caption in captions):
-            raise UserError(
-                f"no caption has the word {self.placeholder_token}: put it into text_to_image.data.captions"
-            )
+            raise UserError(f"no caption has the word {self.placeholder_token}: put it into data.captions")
 
     def model(self, system: System) -> TrainableModel:
         model = TrainableModel(system, with_text=True)
