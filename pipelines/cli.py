@@ -18,6 +18,8 @@ examples:
   %(prog)s --file prompts.jsonl --batch-size 8         a row: {"prompt": "a fox", "seed": 7, "guidance_scale": 3}
   %(prog)s --model path/to/sd15.safetensors "a castle" --sampler dpmpp_2m --steps 25
   %(prog)s "a castle" --model sd15.safetensors --lora style.safetensors:0.8 --lora more.safetensors
+  %(prog)s "a fox in the snow" --image fox.png --strength 0.6
+  %(prog)s "a fox with a hat" --image fox.png --mask hat.png             white is drawn anew
   %(prog)s --from-image outputs/0003-a-fox.png         draws that picture again
 """
 # The options that are settings of a recipe: flag, Recipe's name, type, help.
@@ -40,6 +42,12 @@ _SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
     ),
     ("--height", "height", int, "pixels"),
     ("--width", "width", int, "pixels"),
+    (
+        "--strength",
+        "strength",
+        float,
+        "how much of --image is drawn anew, 0 to 1 (default 0.8; with --mask 1)",
+    ),
     ("--guidance-rescale", "guidance_rescale", float, "0 to 1, against over-exposure"),
     ("--eta", "eta", float, "noise of ddim, 0 to 1"),
     ("--clip-skip", "clip_skip", int, "how many more of CLIP's last layers to leave out"),
@@ -60,6 +68,10 @@ def parser() -> Parser:
     )
     parser.add_argument(
         "--from-image", type=Path, metavar="PNG", help="draw a picture of this program's again"
+    )
+    parser.add_argument("--image", type=Path, metavar="PATH", help="a picture to draw from")
+    parser.add_argument(
+        "--mask", type=Path, metavar="PATH", help="of its size: draw anew what is white, keep the rest"
     )
     parser.add_argument(
         "--trust",
@@ -123,11 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(arguments: argparse.Namespace) -> None:
     from pipelines import jobs, trust
     from pipelines.files import check_target
+    from pipelines.originals import use_of
     from pipelines.recipe import MOST, EmbeddingUse, LoRAUse, Recipe, read_recipe, shown
 
     settings = {
         name: getattr(arguments, name) for _, name, _, _ in _SETTINGS if getattr(arguments, name) is not None
     }
+    for name, path in (("image", arguments.image), ("mask_image", arguments.mask)):
+        if path is not None:
+            settings[name] = use_of(path, name)[0]
     for name in ("num_images", "batch_size", "columns"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
@@ -142,9 +158,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.from_image:
         old = read_recipe(arguments.from_image)
         expected = old.model_hash
-        mine = {"model": arguments.model, "loras": loras, "embeddings": embeddings}
-        named = {"model": None, "loras": (), "embeddings": ()}  # by the user: not the picture's any more
-        left = replace(old, **{name: none for name, none in named.items() if mine[name]})
+        mine = {"model": arguments.model, "loras": loras, "embeddings": embeddings, **settings}
+        # By the user: not the picture's any more.
+        named = {"model": None, "loras": (), "embeddings": (), "image": None, "mask_image": None}
+        left = replace(old, **{name: none for name, none in named.items() if mine.get(name)})
         loaded = trust.check(left, arguments.from_image, arguments.trust or ())
         if loaded:
             say(f"{arguments.from_image} has loaded: {loaded}")

@@ -6,20 +6,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ldm import __version__
 from ldm.diffusion.plan import Plan, plan
 from ldm.errors import UserError
-from ldm.sampling import Request
-from ldm.sampling.editing import Pictures, begin_from, from_strength
+from ldm.sampling.editing import check_masked, first_step
 from ldm.system import System
-from pipelines.canvas import Canvas, canvas_of
+from pipelines.canvas import Canvas, canvas_of, fitting
 from pipelines.given import Given
-from pipelines.limits import check
+from pipelines.limits import LARGEST, check
 from pipelines.originals import changed, latents_of, read
-from pipelines.recipe import Recipe
+from pipelines.recipe import PictureUse, Recipe
 
 _OF_A_CANVAS = (
     "resize_mode",
@@ -97,21 +95,21 @@ def _size_of(system: System, recipe: Recipe, original: np.ndarray | Tensor | Non
     factor = system.autoencoder.config.factor
     if isinstance(original, Tensor):
         return original.shape[-2] * factor, original.shape[-1] * factor
+    left, top, right, bottom = recipe.outpaint or (0, 0, 0, 0)
+    if not all(0 <= each <= LARGEST for each in (left, top, right, bottom)):
+        raise UserError(
+            f"outpaint is {recipe.outpaint}: give 0 to {LARGEST} pixels at left, top, right and bottom"
+        )
     if original is None or recipe.padding_mask_crop is not None:
         return system.default_size, system.default_size
-    left, top, right, bottom = recipe.outpaint or (0, 0, 0, 0)
-    if min(left, top, right, bottom) < 0:
-        raise UserError(
-            f"outpaint is {recipe.outpaint}: give pixels of 0 or more at left, top, right and bottom"
-        )
     height, width = original.shape[0] + top + bottom, original.shape[1] + left + right
-    fitting = max(height // factor, 1) * factor, max(width // factor, 1) * factor
-    if recipe.outpaint and (height, width) != fitting:
+    size = fitting(height, width, factor)
+    if any(recipe.outpaint or ()) and (height, width) != size:
         raise UserError(
             f"outpaint makes the picture {width} x {height} pixels, no multiples of {factor}: add {-width % factor} at "
             f"a side and {-height % factor} at the top or the bottom"
         )
-    return fitting
+    return size
 
 
 def _filled(
@@ -119,10 +117,9 @@ def _filled(
 ) -> Recipe:
     height = size[0] if recipe.height is None else recipe.height
     width = size[1] if recipe.width is None else recipe.width
-    masked = recipe.mask_image is not None or bool(recipe.outpaint)
     strength = recipe.strength
     if strength is None and recipe.image is not None and recipe.denoising_start is None:  # as in diffusers
-        strength = (0.9999 if system.is_xl else 1.0) if masked else (0.3 if system.is_xl else 0.8)
+        strength = (0.9999 if system.is_xl else 1.0) if recipe.masked else (0.3 if system.is_xl else 0.8)
     defaults = {
         "num_inference_steps": 50,
         "guidance_scale": 5.0 if system.is_xl else 7.5,
@@ -133,7 +130,7 @@ def _filled(
     return replace(
         recipe,
         seed=secrets.randbelow(2**32) if seed is None else seed,
-        beside=given.names,
+        beside=tuple(name for name in given.names if not _is_file(getattr(recipe, name, None))),
         sampler=system.scheduler.sampler if recipe.sampler is None else recipe.sampler,
         height=height,
         width=width,
@@ -146,6 +143,11 @@ def _filled(
         **stated,
         version=__version__,
     )
+
+
+def _is_file(use: object) -> bool:
+    """Whether what was given is a picture's file, which its recipe names."""
+    return isinstance(use, PictureUse) and use.path is not None
 
 
 def _check_given(system: System, recipe: Recipe, given: Given) -> None:
@@ -162,7 +164,13 @@ def _check_given(system: System, recipe: Recipe, given: Given) -> None:
                 f"{name} are {tuple(latents.shape)} an image, where a picture of {recipe.width} x {recipe.height} "
                 f"pixels has {shape}"
             )
-    if latents_of(given.image) is not None and (recipe.mask_image is not None or recipe.outpaint):
+    if recipe.denoising_start is not None and latents_of(given.image) is None:
+        raise UserError(
+            "denoising_start goes on with latents: give those of a call with denoising_end as image"
+        )
+    if recipe.image is not None and recipe.denoising_start is None:
+        check_masked(system, recipe.masked)
+    if latents_of(given.image) is not None and recipe.masked:
         raise UserError(
             "image is latents, of which no part can be kept: give a picture with mask_image or outpaint"
         )
@@ -189,10 +197,16 @@ def _plan_of(system: System, recipe: Recipe) -> Plan:
     """How a complete recipe is sampled. Raises UserError for unknown samplers and schedules."""
     steps, sampler, schedule, eta, strength, start, end = _sampling(recipe)
     whole = plan(system.scheduler, steps, sampler, schedule, eta, is_xl=system.is_xl)
-    begin, stop = whole.step_at(start or 0.0), None if end is None else whole.step_at(end)
-    if strength is not None:
-        return from_strength(whole, strength)
-    return whole.part(begin, stop) if begin or stop is not None else whole
+    if strength is start is end is None:
+        return whole
+    begin = whole.step_at(start or 0.0) if strength is None else first_step(whole, strength)
+    stop = steps if end is None else whole.step_at(end)
+    if begin >= stop:
+        raise UserError(
+            f"none of {steps} steps lies between where it begins and ends: give more num_inference_steps, or other "
+            "shares of the noise"
+        )
+    return whole.part(begin, stop)
 
 
 def _batch_of(system: System, recipe: Recipe, given: Given) -> tuple[object, ...]:
@@ -226,31 +240,15 @@ def batches_of(drawings: Sequence[Drawing]) -> list[list[int]]:
     return list(batches.values())
 
 
-def begun(system: System, request: Request, drawings: Sequence[Drawing]) -> Request:
-    """Begin the request of drawings from the pictures, or the latents, that their recipes have. Raises UserError."""
-    latents = [each for drawing in drawings if (each := latents_of(drawing.given.image)) is not None]
-    recipe = drawings[0].recipe
-    if recipe.denoising_start is not None:
-        if len(latents) < len(drawings):
-            raise UserError(
-                "denoising_start goes on with latents: give those of a call with denoising_end as image"
-            )
-        return replace(request, state=torch.stack(latents).to(request.noise.device))
-    if latents:
-        return begin_from(system, request, Pictures(torch.stack(latents), encoded=True))
-    canvases = [drawing.canvas for drawing in drawings if drawing.canvas is not None]
-    pixels = torch.from_numpy(np.stack([each.begin for each in canvases])).permute(0, 3, 1, 2) * 2 - 1
-    masks = [each.mask for each in canvases if each.mask is not None]
-    mask = torch.from_numpy(np.stack(masks))[:, None] if masks else None
-    return begin_from(system, request, Pictures(pixels, mask=mask, noisy=recipe.mask_content == "noise"))
-
-
 def picture_notes(drawings: Sequence[Drawing]) -> list[str]:
     """What the user should know of the pictures that others are drawn from: changed files, masks that are white."""
-    uses = {
-        use for each in drawings for use in (each.recipe.image, each.recipe.mask_image) if use is not None
-    }
-    notes = [note for use in sorted(uses, key=str) if (note := changed(use))]
+    named = [
+        (getattr(each.given, name), getattr(each.recipe, name))
+        for each in drawings
+        for name in ("image", "mask_image")
+    ]
+    uses = dict.fromkeys(use for given, use in named if given is None and use is not None)
+    notes = [note for use in uses if (note := changed(use))]
     if any(each.canvas and each.canvas.mask is not None and each.canvas.mask.all() for each in drawings):
         notes.append("mask_image is white everywhere: all of the picture is drawn anew")
     return notes

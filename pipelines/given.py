@@ -1,16 +1,17 @@
 """What an image is given that no recipe can hold: generators, latents and embeddings, as diffusers' calls take them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.condition import Condition, concatenate
+from ldm.condition import Condition
 from ldm.errors import UserError
-from ldm.system import System
-from pipelines.recipe import Recipe
+from pipelines.originals import originals_for
+from pipelines.recipe import Recipe, recipes_for
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,50 @@ class Given:
         return tuple(name for name in there if name != "generator" or self.seed is None)
 
 
-def given_for(
+def asked(
+    prompt: str | Iterable[str] | None,
+    negative_prompt: str | Iterable[str | None] | None,
+    seed: SupportsIndex | Iterable[SupportsIndex] | None,
+    images_per_prompt: SupportsIndex,
+    settings: Mapping[str, Any],
+    handed: Mapping[str, Any],
+) -> tuple[list[Recipe], list[Given]]:
+    """Make of a call's arguments the recipe of each image, and what it is given beside; see the pipeline's `__call__`.
+
+    settings: what the recipes have in common. handed: the arguments that are objects of Python, by their names.
+    Raises UserError.
+    """
+    if handed["prompt_embeds"] is not None:
+        if prompt is not None:
+            raise UserError("prompt and prompt_embeds are the same thing twice: give one of them")
+        prompt = [""] * len(handed["prompt_embeds"])
+    if handed["generator"] is not None and seed is not None:
+        raise UserError("generator and seed are the same thing twice: give one of them")
+    recipes = recipes_for(prompt, negative_prompt, seed, images_per_prompt, settings)
+    count, each_prompt = len(recipes), int(images_per_prompt)
+    rest = dict(handed)
+    uses, images = originals_for(rest.pop("image"), count, each_prompt, "image")
+    mask_uses, masks = originals_for(rest.pop("mask_image"), count, each_prompt, "mask_image")
+    recipes = [
+        replace(recipe, image=use, mask_image=mask)
+        for recipe, use, mask in zip(recipes, uses, mask_uses, strict=True)
+    ]
+    return recipes, _given(count, each_prompt, images, masks, **rest)
+
+
+def _given(
     count: int,
     each_prompt: int,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    latents: Tensor | None,
     images: Sequence[np.ndarray | Tensor | None],
     masks: Sequence[np.ndarray | Tensor | None],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    latents: Tensor | None,
     prompt_embeds: Tensor | None,
     pooled_prompt_embeds: Tensor | None,
     negative_prompt_embeds: Tensor | None,
     negative_pooled_prompt_embeds: Tensor | None,
 ) -> list[Given]:
-    """What each of a call's `count` images is given; see `TextToImagePipeline.__call__`. Raises UserError.
-
-    each_prompt: images of one prompt, which share a row of embeddings.
-    """
+    """What each of a call's `count` images is given. each_prompt: images of one prompt, which share embeddings."""
     prompts = count // each_prompt
     positive = _embeds(prompt_embeds, pooled_prompt_embeds, prompts, "prompt_embeds")
     negative = _embeds(
@@ -83,45 +112,6 @@ def given_for(
         )
         for k in range(count)
     ]
-
-
-def encode_given(
-    system: System, recipes: Sequence[Recipe], given: Sequence[Given], guides: bool
-) -> tuple[Condition | None, list[str]]:
-    """Put together the text of a request from embeddings in place of prompts; None where none were given.
-
-    recipes, given: of one batch, either all or none of which have a kind of embedding. Returns B rows, where guided 2B,
-    the negatives first, and notes. Raises UserError.
-    """
-    prompts, clip_skip = [recipe.prompt for recipe in recipes], recipes[0].clip_skip
-    without = all(recipe.negative_prompt is None for recipe in recipes)
-    against = [recipe.negative_prompt or "" for recipe in recipes]
-    positives = [each.prompt_embeds for each in given if each.prompt_embeds]
-    negatives = [each.negative_prompt_embeds for each in given if each.negative_prompt_embeds]
-    if not positives and not negatives:
-        return None, []
-    text, notes, device = system.text, list[str](), system.network.device
-    length = (positives or negatives)[0].text.shape[1]
-    if positives:
-        positive = concatenate(positives)
-    else:
-        positive, notes = text.encode(prompts, clip_skip=clip_skip, length=length)
-    if not guides:
-        return positive, notes
-    if negatives:
-        negative = concatenate(negatives)
-    elif without and text.zeros_without_negative:
-        negative = positive.zeros()
-    else:
-        negative, more = text.encode(against, length=length)
-        notes += more
-    if positive.text.shape != negative.text.shape:
-        lengths = f"{positive.text.shape[1]} and {negative.text.shape[1]} tokens"
-        raise UserError(
-            f"the prompts and their negatives have {lengths}: give prompt_embeds and negative_prompt_embeds of one "
-            "length"
-        )
-    return concatenate([negative.to(device), positive.to(device)]), notes
 
 
 def _generators(

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from ldm.pictures import grid, grid_size, png
 from pipelines.completion import Drawing
 from pipelines.files import save_picture
 from pipelines.limits import check_seed
+from pipelines.originals import use_of
 from pipelines.recipe import MOST, Recipe
 from pipelines.text_to_image import TextToImagePipeline
 
@@ -62,13 +63,23 @@ def read_prompts(path: str | Path, settings: Mapping[str, Any]) -> list[Job]:
         raise UserError(f"{path} holds no prompt")
     if kind != ".jsonl":
         return [Job(Recipe(prompt, **settings), where) for where, prompt in rows]
-    return [Job(Recipe.parse({**settings, **_object(where, line)}, where), where) for where, line in rows]
+    return [
+        Job(Recipe.parse({**settings, **_object(where, line, Path(path).parent)}, where), where)
+        for where, line in rows
+    ]
 
 
-def _object(where: str, line: str) -> dict[str, Any]:
+def _object(where: str, line: str, folder: Path) -> dict[str, Any]:
+    """A row's settings; pictures that it names by a path are looked for from `folder`."""
     row = parse_json(line, where)
     if not isinstance(row, dict):
         raise UserError(f'{where}: expected an object such as {{"prompt": "a fox", "seed": 1}}')
+    for name in ("image", "mask_image"):
+        if isinstance(row.get(name), str):
+            try:
+                row[name] = asdict(use_of(folder / row[name], name)[0])
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
     if "steps" in row:
         raise UserError(f"{where}: 'steps' is called num_inference_steps in a row, as in Python")
     if named := [key for key in _NOT_IN_A_ROW if key in row]:
@@ -148,4 +159,5 @@ def _complete(pipe: TextToImagePipeline, job: Job, count: int, like: Drawing | N
         if not job.where:
             raise
         raise UserError(f"{job.where}: {error}") from error
-    return replace(drawing, recipe=replace(drawing.recipe, seed=seed))
+    # Of a long run not all pictures to draw on are held: each is read again when its turn comes.
+    return replace(drawing, recipe=replace(drawing.recipe, seed=seed), canvas=None)

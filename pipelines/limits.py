@@ -5,9 +5,9 @@ import math
 from ldm.errors import UserError
 from pipelines.recipe import Recipe, shown
 
-_LARGEST = 16_384  # pixels along a side
+LARGEST = 16_384  # pixels along a side
 _FARTHEST = 1_000_000  # pixels of what SDXL is told
-_LONGEST = 20_000  # characters of a prompt
+LONGEST = 20_000  # characters of a prompt
 
 
 def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
@@ -16,11 +16,11 @@ def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
     Sizes are multiples of `factor`; those that SDXL is told, and eta, are for nothing else than SDXL and DDIM.
     """
     for name, size in (("height", recipe.height), ("width", recipe.width)):
-        if not isinstance(size, int) or not factor <= size <= _LARGEST or size % factor:
-            low = min(max(int(size or 0) // factor, 1) * factor, _LARGEST - factor)
+        if not isinstance(size, int) or not factor <= size <= LARGEST or size % factor:
+            low = min(max(int(size or 0) // factor, 1) * factor, LARGEST - factor)
             near = f"use {low} or {low + factor}"
             raise UserError(
-                f"{name} {shown(size)} is not a multiple of {factor} from {factor} to {_LARGEST}: {near}"
+                f"{name} {shown(size)} is not a multiple of {factor} from {factor} to {LARGEST}: {near}"
             )
     assert (
         recipe.guidance_scale is not None
@@ -61,29 +61,33 @@ _OF_A_MASK = ("mask_blur", "padding_mask_crop")
 
 def _check_picture(recipe: Recipe) -> None:
     """Where a picture is drawn from another one."""
-    masked = recipe.mask_image is not None or bool(recipe.outpaint and any(recipe.outpaint))
     for name in _OF_A_PICTURE if recipe.image is None else ():
         if getattr(recipe, name) is not None:
             raise UserError(f"{name} goes with an image to draw from: give image too")
-    for name in _OF_A_MASK if not masked else ():
+    for name in _OF_A_MASK if not recipe.masked else ():
         if getattr(recipe, name):
             raise UserError(f"{name} goes with mask_image or outpaint: give one of them too")
-    if recipe.mask_content != "original" and not masked:
+    if recipe.mask_content != "original" and not recipe.masked:
         raise UserError("mask_content goes with mask_image or outpaint: give one of them too")
+    if recipe.mask_content != "original" and recipe.strength == 1:
+        raise UserError(
+            f"mask_content {recipe.mask_content} is what the masked part begins from, and at strength 1 (what it is "
+            "with a mask unless you say) it begins from noise alone: give a strength below 1"
+        )
     if recipe.resize_mode != "resize" and recipe.image is None:
         raise UserError("resize_mode goes with an image to draw from: give image too")
-    if recipe.outpaint_feathering and not (recipe.outpaint and any(recipe.outpaint)):
+    if recipe.outpaint_feathering and not any(recipe.outpaint or ()):
         raise UserError("outpaint_feathering goes with outpaint: give outpaint too")
     for name in ("mask_blur", "padding_mask_crop", "outpaint_feathering"):
-        if not 0 <= (getattr(recipe, name) or 0) <= _LARGEST:
-            raise UserError(f"{name} is {shown(getattr(recipe, name))}: give 0 to {_LARGEST} pixels")
+        if not 0 <= (getattr(recipe, name) or 0) <= LARGEST:
+            raise UserError(f"{name} is {shown(getattr(recipe, name))}: give 0 to {LARGEST} pixels")
     start, end = recipe.denoising_start, recipe.denoising_end
     for name, share in (("denoising_start", start), ("denoising_end", end)):
         if share is not None and not 0 < share < 1:
             raise UserError(f"{name} is {share}: give the share of the noise that is gone, between 0 and 1")
     if start is not None and end is not None and start >= end:
         raise UserError(f"denoising_start {start} is not before denoising_end {end}")
-    if start is not None and (recipe.strength is not None or masked):
+    if start is not None and (recipe.strength is not None or recipe.masked):
         raise UserError(
             "denoising_start goes on with latents where another model ended: leave out strength and masks"
         )
@@ -102,9 +106,9 @@ def _check_told(recipe: Recipe, is_xl: bool) -> None:
 
 def _check_texts(recipe: Recipe) -> None:
     for text in (recipe.prompt, recipe.negative_prompt or ""):
-        if len(text) > _LONGEST:  # before anything else reads it
+        if len(text) > LONGEST:  # before anything else reads it
             raise UserError(
-                f"the prompt {text[:24].strip()!r}... has {len(text):,} characters, where {_LONGEST:,} are the most: "
+                f"the prompt {text[:24].strip()!r}... has {len(text):,} characters, where {LONGEST:,} are the most: "
                 "shorten it"
             )
         try:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.files import file_hash
 from ldm.data.pictures import decode
 from ldm.errors import UserError
 from ldm.foreign import read_plain
@@ -29,7 +28,7 @@ Originals: TypeAlias = "Original | Sequence[Original]"
 def originals_for(
     given: Any, count: int, each_prompt: int, name: str
 ) -> tuple[list[PictureUse | None], list[np.ndarray | Tensor | None]]:
-    """What recipes say of the picture of each of a call's `count` images, and the pictures that are no files.
+    """What recipes say of the picture of each of a call's `count` images, and these pictures.
 
     given: Originals: one for all, one a prompt, or one an image. Raises UserError.
     """
@@ -47,51 +46,65 @@ def originals_for(
     return [use for use, _ in found], [picture for _, picture in found]
 
 
-def use_of(original: Original, name: str) -> tuple[PictureUse, np.ndarray | Tensor | None]:
-    """What a recipe says of a picture, and the picture itself where it is not a file's.
+def use_of(original: Original, name: str) -> tuple[PictureUse, np.ndarray | Tensor]:
+    """Return what a recipe says of a picture, and the picture itself.
 
     Latents stay a tensor, a picture is (H, W, 3) float32 in [0, 1], one whose name begins with "mask" (H, W). Raises
     UserError.
     """
     if isinstance(original, str | Path):
-        read(PictureUse(str(original)), name)  # now, not after others are drawn
-        return PictureUse(whole_path(original), file_hash(Path(original))), None
+        content = _content(original, name)
+        return PictureUse(whole_path(original), _hash(content)), _decoded(content, original, name)
     if isinstance(original, Tensor) and original.ndim == 3 and len(original) not in (1, 3):
-        return PictureUse(None, _hash(original.detach().cpu().float().numpy())), original
-    array = mask_of(original, name) if name.startswith("mask") else pixels_of(original, name)
-    return PictureUse(None, _hash(array)), array
+        return PictureUse(None, _hash(original.detach().cpu().float().numpy().tobytes())), original
+    array = mask_of(original, name) if _is_mask(name) else pixels_of(original, name)
+    return PictureUse(None, _hash(np.ascontiguousarray(array).tobytes())), array
 
 
 def read(use: PictureUse, name: str) -> np.ndarray:
     """Read the file that a recipe names, as `use_of` gives pictures. Raises UserError, also where it is gone."""
-    from PIL import Image, UnidentifiedImageError
-
     if use.path is None:
         raise UserError(f"{name} was no file, it has to be given again")
+    return _decoded(_content(use.path, name), use.path, name)
+
+
+def changed(use: PictureUse) -> str:
+    """A note where the file is not what it was when the picture was drawn, else ""."""
+    if use.path is None or use.hash is None:
+        return ""
+    found = _hash(_content(use.path, "the picture"))
+    if found == use.hash:
+        return ""
+    return f"{use.path} has changed since the picture was drawn ({use.hash}, now {found})"
+
+
+def _content(path: str | Path, name: str) -> bytes:
     try:
-        content = read_plain(use.path)
-        if not name.startswith("mask"):
+        return read_plain(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{name} {path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name} {path} can't be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+def _decoded(content: bytes, path: str | Path, name: str) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        if not _is_mask(name):
             return decode(content).astype(np.float32) / 255
         with open_raster(content) as file:
             return mask_of(file, name)
-    except FileNotFoundError as error:
-        raise UserError(f"{name} {use.path}: no such file") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{name} {use.path} is no picture that can be read") from error
+        raise UserError(f"{name} {path} is no picture that can be read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} {use.path} can't be read: {error}") from error
+        raise UserError(f"{name} {path} can't be read: {error}") from error
 
 
-def changed(use: PictureUse | None) -> str:
-    """A note where the file is not what it was when the picture was drawn, else ""."""
-    if use is None or use.path is None or use.hash is None or not Path(use.path).exists():
-        return ""
-    found = file_hash(Path(use.path))
-    return (
-        ""
-        if found == use.hash
-        else f"{use.path} has changed since the picture was drawn ({use.hash}, now {found})"
-    )
+def _is_mask(name: str) -> bool:
+    return name.startswith("mask")
 
 
 def latents_of(picture: np.ndarray | Tensor | None) -> Tensor | None:
@@ -99,5 +112,6 @@ def latents_of(picture: np.ndarray | Tensor | None) -> Tensor | None:
     return picture if isinstance(picture, torch.Tensor) else None
 
 
-def _hash(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:10]
+def _hash(content: bytes) -> str:
+    """As `ldm.checkpoints.files.file_hash`."""
+    return hashlib.sha256(content).hexdigest()[:10]

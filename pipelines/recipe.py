@@ -107,6 +107,11 @@ class Recipe:
         """Equal for recipes that one call can draw."""
         return tuple(getattr(self, each.name) for each in fields(self) if each.name not in PER_IMAGE)
 
+    @property
+    def masked(self) -> bool:
+        """Whether a part of the picture that it is drawn from stays."""
+        return self.mask_image is not None or any(self.outpaint or ())
+
     def sizes(self) -> tuple[int, ...] | None:
         """The six numbers that SDXL is told (see `Condition.time_ids`), of a complete recipe; None for other models."""
         if not (self.original_size and self.target_size):

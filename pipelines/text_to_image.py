@@ -4,7 +4,6 @@ pipe = TextToImagePipeline.from_pretrained()
 pipe("a raccoon astronaut").save("raccoon.png")
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -15,19 +14,20 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError, nearest
-from ldm.sampling import Guidance, check_channels, prepare, sample
+from ldm.sampling import check_channels, sample
 from ldm.system import System
 from pipelines.adapters import Adapters
 from pipelines.canvas import MaskContent, ResizeMode
-from pipelines.completion import Drawing, batches_of, begun, canvas_for, completed, picture_notes
+from pipelines.completion import Drawing, batches_of, canvas_for, completed, picture_notes
 from pipelines.files import whole_path
-from pipelines.given import Given, encode_given, given_for
-from pipelines.originals import Originals, latents_of, originals_for
+from pipelines.given import Given, asked
+from pipelines.originals import Originals, latents_of
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import Offload, choose_device, offload_where_needed
 from pipelines.preview import LatentPreview
 from pipelines.progress import Progress, StepCallback, Watch
-from pipelines.recipe import PER_IMAGE, Recipe, recipes_for
+from pipelines.recipe import PER_IMAGE, Recipe
+from pipelines.requests import request_for
 from pipelines.turns import Turns
 
 
@@ -284,32 +284,17 @@ class TextToImagePipeline:
             "outpaint": outpaint,
             "outpaint_feathering": outpaint_feathering,
         }
-        if prompt is None and prompt_embeds is not None:
-            prompt = [""] * len(prompt_embeds)
-        elif prompt_embeds is not None:
-            raise UserError("prompt and prompt_embeds are the same thing twice: give one of them")
-        if generator is not None and seed is not None:
-            raise UserError("generator and seed are the same thing twice: give one of them")
-        recipes = recipes_for(prompt, negative_prompt, seed, num_images_per_prompt, settings)
-        count, each_prompt = len(recipes), int(num_images_per_prompt)
-        uses, images = originals_for(image, count, each_prompt, "image")
-        mask_uses, masks = originals_for(mask_image, count, each_prompt, "mask_image")
-        recipes = [
-            replace(recipe, image=use, mask_image=mask)
-            for recipe, use, mask in zip(recipes, uses, mask_uses, strict=True)
-        ]
-        given = given_for(
-            count,
-            each_prompt,
-            generator,
-            latents,
-            images,
-            masks,
-            prompt_embeds,
-            pooled_prompt_embeds,
-            negative_prompt_embeds,
-            negative_pooled_prompt_embeds,
-        )
+        handed: dict[str, Any] = {
+            "generator": generator,
+            "latents": latents,
+            "image": image,
+            "mask_image": mask_image,
+            "prompt_embeds": prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        }
+        recipes, given = asked(prompt, negative_prompt, seed, num_images_per_prompt, settings, handed)
         return self.draw(recipes, output_type, callback_on_step_end, progress, given)
 
     @torch.no_grad()
@@ -370,32 +355,8 @@ class TextToImagePipeline:
 
     def _draw(self, drawings: Sequence[Drawing], watch: Watch) -> tuple[Tensor, list[str]]:
         """The latents (B, C, h, w) of drawings, in one batch, and the notes on their prompts."""
-        recipes, given = [each.recipe for each in drawings], [each.given for each in drawings]
-        shared = recipes[0]
-        assert shared.guidance_scale is not None
-        assert shared.height and shared.width
-        guidance = Guidance(
-            shared.guidance_scale, shared.guidance_rescale, shared.guidance_interval or (0.0, math.inf)
-        )
-        none = all(recipe.negative_prompt is None for recipe in recipes)
-        text, notes = encode_given(self.system, recipes, given, guidance.guides)
-        latents = [each.latents for each in given if each.latents is not None]
-        request = prepare(
-            self.system,
-            drawings[0].plan,
-            [recipe.prompt for recipe in recipes] if text is None else text,
-            [each.given.generator or each.recipe.seed or 0 for each in drawings],
-            negatives=None if none else [recipe.negative_prompt or "" for recipe in recipes],
-            guidance=guidance,
-            clip_skip=shared.clip_skip,
-            size=(shared.height, shared.width),
-            sizes=shared.sizes(),
-            latents=torch.stack(latents) if latents else None,
-            device=self.device,
-        )
-        if shared.image is not None:
-            request = begun(self.system, request, drawings)
-        return sample(self.system, request, watch), [*notes, *request.notes]
+        request = request_for(self.system, drawings, self.device)
+        return sample(self.system, request, watch), list(request.notes)
 
     def complete(self, recipe: Recipe, given: Given | None = None, like: Drawing | None = None) -> Drawing:
         """Return the recipe with the model's defaults in place of every None, and how it is sampled.

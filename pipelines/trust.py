@@ -34,6 +34,8 @@ def check(recipe: Recipe, picture: Path, trusted: Sequence[str]) -> str:
     named = [("model", "--model", recipe.model)] if recipe.model and not _bundled(recipe.model) else []
     named += [("LoRA", "--lora", each.path) for each in recipe.loras]
     named += [("embedding", "--embedding", each.path) for each in recipe.embeddings]
+    pictures = (("image", "--image", recipe.image), ("mask", "--mask", recipe.mask_image))
+    named += [(kind, option, each.path) for kind, option, each in pictures if each and each.path]
     for kind, option, path in named:
         if on_network(path):
             raise UserError(
@@ -45,7 +47,7 @@ def check(recipe: Recipe, picture: Path, trusted: Sequence[str]) -> str:
     if strange:
         raise UserError(
             f"{picture} wants {a_few(strange)}: if you know them, allow them by --trust FOLDER (what lies in it) or "
-            "--trust (all of this disk), or name others by --model, --lora, --embedding"
+            "--trust (all of this disk), or name others by --model, --lora, --embedding, --image, --mask"
         )
     for kind, option, path in named:
         with readable(path):

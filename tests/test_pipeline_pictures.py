@@ -1,5 +1,6 @@
 """Pictures from pictures: image to image, inpainting and outpainting against diffusers, and what is kept to the bit."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiny import tiny_pipeline_folder
 from ldm.errors import UserError
 from pipelines import TextToImagePipeline
 from pipelines.canvas import canvas_of
+from pipelines.cli import main
 from pipelines.recipe import read_recipe
 
 SETTINGS: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 5.0, "output_type": "np"}
@@ -238,6 +240,67 @@ def test_a_model_goes_on_where_another_ended(folder: Callable[[str], Path]) -> N
             assert psnr(drawn, ours("cat", sampler=sampler, **settings).images) > 80
 
 
+def test_strength_and_an_early_end_together(pipe: TextToImagePipeline) -> None:
+    """The latents at the early end, gone on with, are those of the whole way: DDIM keeps nothing between steps."""
+    settings: dict[str, Any] = {**SETTINGS, "seed": 3, "sampler": "ddim"}
+    whole = pipe("cat", image=picture(), strength=0.8, **settings).images
+    half = pipe(
+        "cat", image=picture(), strength=0.8, denoising_end=0.6, **{**settings, "output_type": "latent"}
+    )
+    rest = pipe("cat", image=half.images, denoising_start=0.6, **settings).images
+    assert psnr(rest, whole) > 80
+    assert half.recipes[0].denoising_end == 0.6
+
+
+def test_the_command_line_draws_from_pictures(
+    folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From --image and --mask, from a row of a file, and again from the PNG, for which its pictures need leave."""
+    picture().save(tmp_path / "a.png")
+    mask().save(tmp_path / "m.png")
+    model = ["--model", str(folder("sd1")), "--quiet", "--steps", "4", "--seed", "2", "--strength", "0.6"]
+    named = ["--image", str(tmp_path / "a.png"), "--mask", str(tmp_path / "m.png")]
+    out = tmp_path / "out.png"
+    assert main(["cat", *named, *model, "--out", str(out)]) == 0
+    kept = np.asarray(mask()) == 0
+    assert np.array_equal(np.asarray(Image.open(out))[kept], np.asarray(picture())[kept])
+    recipe = read_recipe(out)
+    assert recipe.image and recipe.image.path == str(tmp_path / "a.png") and recipe.image.hash
+
+    row = {"prompt": "cat", "image": "a.png", "mask_image": "m.png"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert main(["--file", str(tmp_path / "rows.jsonl"), *model, "--out", str(tmp_path / "row.png")]) == 0
+    assert np.array_equal(Image.open(tmp_path / "row.png"), Image.open(out))
+    assert (
+        main(
+            [
+                "--file",
+                str(tmp_path / "rows.jsonl"),
+                *model[:-2],
+                *named[:2],
+                "--out",
+                str(tmp_path / "b.png"),
+            ]
+        )
+        == 0
+    )
+
+    again = ["--from-image", str(out), "--quiet", *model[:2], "--out", str(tmp_path / "again.png")]
+    capsys.readouterr()
+    assert main(again) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "wants the image" in line and "a.png" in line and "m.png" in line
+    assert main([*again, "--trust", str(tmp_path)]) == 0
+    assert np.array_equal(Image.open(tmp_path / "again.png"), Image.open(out))
+    assert main([*again, *named]) == 0  # named by the user, not by the picture
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "image": "gone.png"}))
+    capsys.readouterr()
+    assert main(["--file", str(tmp_path / "rows.jsonl"), *model]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "line 1" in line and "no such file" in line
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "strength_0": ({"image": picture(), "strength": 0.0}, "leaves none"),
     "strength_2": ({"image": picture(), "strength": 2.0}, "between 0 and 1"),
@@ -251,8 +314,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too_bright": ({"image": np.full((32, 32, 3), 7.0)}, "outside of 0 to 1"),
     "two_for_one": ({"image": [picture(), picture(), picture()]}, "list of 3 for 1"),
     "blur_alone": ({"image": picture(), "mask_blur": 3}, "goes with mask_image"),
-    "outpaint_below_zero": ({"image": picture(), "outpaint": (-1, 0, 0, 0)}, "0 or more"),
+    "outpaint_below_zero": ({"image": picture(), "outpaint": (-1, 0, 0, 0)}, "0 to 16384 pixels"),
     "outpaint_odd": ({"image": picture(), "outpaint": (3, 0, 0, 0)}, "no multiples"),
+    "content_of_nothing": (
+        {"image": picture(), "mask_image": mask(), "mask_content": "fill"},
+        "strength below 1",
+    ),
+    "no_step_left": ({"image": picture(), "strength": 0.3, "denoising_end": 0.5}, "none of 10 steps"),
     "start_without_latents": ({"image": picture(), "denoising_start": 0.5}, "goes on with latents"),
     "latents_with_mask": ({"image": torch.zeros(1, 4, 16, 16), "mask_image": mask()}, "latents"),
     "latents_of_another_kind": ({"image": torch.zeros(1, 8, 16, 16)}, "latents"),

@@ -232,7 +232,7 @@ def test_bad_files_are_named_and_the_others_go_on(
     errors = shown.err.splitlines()
     assert len(errors) == 5 and errors[4] == "1 of 5 pictures were enlarged"
     assert all(
-        name in line and line.startswith("error: ") for name, line in zip(names, errors[:4], strict=False)
+        name in line and line.startswith("error: ") for name, line in zip(names[:4], errors[:4], strict=True)
     )
     assert shown.out.splitlines() == [str(tmp_path / "out" / "good-x2.png")]
 

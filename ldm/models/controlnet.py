@@ -165,9 +165,9 @@ class ControlNet(nn.Module):
         the U-Net is, in its precision, and trains.
         """
         network = cls(ControlNetConfig.from_unet(unet.config, **own)).to(unet.device, unet.dtype)
-        own_names = network.state_dict().keys()
-        copied = {name: each for name, each in unet.state_dict().items() if name in own_names}
-        network.load_state_dict(copied, strict=False)
+        own_weights = network.state_dict()
+        copied = {name: each for name, each in unet.state_dict().items() if name in own_weights}
+        network.load_state_dict(own_weights | copied)
         return network
 
     def wants(self, latent_channels: int) -> dict[str, int]:

@@ -6,6 +6,7 @@ without a gradient).
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ def decoding_memory(config: FirstStageConfig, pixels: int, itemsize: int) -> flo
 def encoding_memory(config: FirstStageConfig, pixels: int, itemsize: int) -> float:
     """Bytes that encoding so many pixels at once takes, beyond the weights."""
     widths = config.block_out_channels
-    return _peak(list(zip((widths[0], *widths), widths, strict=False))) * pixels * itemsize
+    return _peak(list(pairwise((widths[0], *widths)))) * pixels * itemsize
 
 
 def _peak(stages: list[tuple[int, int]]) -> float:

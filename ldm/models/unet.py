@@ -5,6 +5,7 @@ Parameter names are those of diffusers' UNet2DConditionModel, so its weights loa
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -201,10 +202,11 @@ def size_embedding(config: UNetConfig) -> TimestepEmbedding | None:
 def down_blocks(config: UNetConfig) -> nn.ModuleList:
     """The blocks of the way down, one a level."""
     widths = config.block_out_channels
-    rows = zip((widths[0], *widths), widths, levels(config, config.down_block_types, "Down"), strict=False)
+    pairs = pairwise((widths[0], *widths))
+    rows = zip(pairs, levels(config, config.down_block_types, "Down"), strict=True)
     return nn.ModuleList(
         DownBlock(width, out, level, i == len(widths) - 1, config)
-        for i, (width, out, level) in enumerate(rows)
+        for i, ((width, out), level) in enumerate(rows)
     )
 
 

@@ -215,10 +215,7 @@ def nothing_seen(system: System, rows: int, size: tuple[int, int], device: torch
     Raises UserError for a network whose additional channels are others.
     """
     check_channels(system)
-    autoencoder = system.autoencoder
-    wake(autoencoder)
-    grey = torch.zeros(1, 3, *size, device=device, dtype=autoencoder.encoder.conv_in.weight.dtype)
-    latents = autoencoder.scale(autoencoder.encode(grey).mean)
+    latents = encode(system.autoencoder, torch.full((1, 3, *size), 0.5, device=device))
     return torch.cat([torch.ones_like(latents[:, :1]), latents], dim=1).expand(rows, -1, -1, -1)
 
 

@@ -1,7 +1,7 @@
 """Pictures to begin from: image to image (Meng et al. 2022, SDEdit) and inpainting, as a request of `ldm.sampling`.
 
     request = prepare(system, plan, prompts, seeds, guidance=guidance, size=size)
-    request = begin_from(system, request, pictures, strength=0.6)
+    request = begin_from(system, request, Pictures(pixels, mask=mask))
 
 Draws of noise come in diffusers' order, image by image from its own generator: first the autoencoder's, for the
 picture; then the noise that is added to it; then the autoencoder's for the masked picture (also where no network sees
@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.condition import Condition
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
-from ldm.sampling import Known, Request, wake
+from ldm.sampling import Known, Request, encode
 from ldm.system import System
 
 
@@ -25,7 +25,7 @@ from ldm.system import System
 class Pictures:
     """B pictures to begin from, of one size.
 
-    pixels: (B, 3, H, W) in [-1, 1]; or latents (B, C, h, w) as the network has them, where `encoded`. mask: (B, 1, H,
+    pixels: (B, 3, H, W) in [0, 1]; or latents (B, C, h, w) as the network has them, where `encoded`. mask: (B, 1, H,
     W), 1 where something is to be drawn and 0 where the picture stays; None draws all of it anew. noisy: the masked
     part begins as noise, in place of what the picture has there.
     """
@@ -36,8 +36,8 @@ class Pictures:
     noisy: bool = False
 
 
-def from_strength(plan: Plan, strength: float) -> Plan:
-    """Leave out the first steps: of n steps the last int(n * strength) are taken, as diffusers counts.
+def first_step(plan: Plan, strength: float) -> int:
+    """Return the number of the first step that is taken: of n steps the last int(n * strength) are, as in diffusers.
 
     strength: 0 to 1, how much of the picture is drawn anew. Raises UserError where no step is left.
     """
@@ -50,30 +50,35 @@ def from_strength(plan: Plan, strength: float) -> Plan:
             f"strength {strength} leaves none of {steps} steps to draw with: give at least {1 / steps:.3g}, or more "
             "num_inference_steps"
         )
-    return plan.part(steps - taken)
+    return steps - taken
+
+
+def check_masked(system: System, masked: bool) -> None:
+    """Raise UserError for a picture without a mask where the network has to be shown one."""
+    if "channels" in system.wants and not masked:
+        raise UserError("this is an inpainting model: give a mask_image with the image, or another model")
 
 
 def begin_from(system: System, request: Request, pictures: Pictures) -> Request:
     """Begin a request from pictures: its plan begins on the way, or at full strength from noise alone.
 
-    The request's size is theirs; its plan is of `from_strength` or whole. Where there is a mask, a network that takes
-    one is shown it; in the sampling of another network the picture outside of the mask is put back at every step.
+    The request's size is theirs; its plan begins at `first_step`, or is whole. Where there is a mask, a network that
+    takes one is shown it; in the sampling of another network the picture outside of the mask is put back at every step.
     Raises UserError.
     """
     takes_mask = "channels" in system.wants
-    if pictures.mask is None and takes_mask:
-        raise UserError("this is an inpainting model: give a mask_image with the image, or another model")
-    device, noise = system.network.device, request.noise
+    check_masked(system, pictures.mask is not None)
+    noise = request.noise
     whole = request.plan.span is None or request.plan.span.start == 0
     at_full_strength = whole and pictures.mask is not None  # then only what is outside of a mask counts
-    pixels = pictures.pixels.to(request.noise.device)
+    pixels = pictures.pixels.to(noise.device)
     x0 = None
     if not (at_full_strength and takes_mask):
-        x0 = pixels if pictures.encoded else encode(system, pixels, noise())
+        x0 = pixels if pictures.encoded else encode(system.autoencoder, pixels, noise())
     latents = noise() if request.latents is None else request.latents
     if pictures.mask is None:
         return replace(request, latents=latents, x0=x0)
-    mask = pictures.mask.to(device).float()
+    mask = pictures.mask.to(noise.device).float()
     small = F.interpolate(mask, size=latents.shape[-2:])
     masked_noise = noise()
     begin = None if at_full_strength else x0
@@ -82,7 +87,8 @@ def begin_from(system: System, request: Request, pictures: Pictures) -> Request:
     if takes_mask:
         if pictures.encoded:
             raise UserError("an inpainting model is shown the masked picture: give a picture, not latents")
-        seen = encode(system, pixels * (mask < 0.5), masked_noise)
+        grey = torch.where(mask < 0.5, pixels, 0.5)
+        seen = encode(system.autoencoder, grey, masked_noise)
         return _shown(replace(request, latents=latents, x0=begin), torch.cat([small, seen], dim=1))
     assert x0 is not None
     return replace(request, latents=latents, x0=begin, known=Known(x0, small, latents))
@@ -97,14 +103,3 @@ def _shown(request: Request, channels: Tensor) -> Request:
 
     changes = tuple((step, told(condition)) for step, condition in request.changes)
     return replace(request, condition=told(request.condition), changes=changes)
-
-
-def encode(system: System, pixels: Tensor, noise: Tensor) -> Tensor:
-    """Encode pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32, scaled as the network has them.
-
-    noise: (B, C, h, w), unit, which picks each latent from the autoencoder's posterior.
-    """
-    autoencoder = system.autoencoder
-    wake(autoencoder)
-    posterior = autoencoder.encode(pixels.to(autoencoder.encoder.conv_in.weight))
-    return autoencoder.scale(posterior.sample(noise.to(posterior.mean))).float()

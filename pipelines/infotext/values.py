@@ -9,14 +9,13 @@ from typing import Any, Literal
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS
 from ldm.errors import printable
+from pipelines.limits import LARGEST, LONGEST
 from pipelines.recipe import Recipe, shown
 
 Syntax = Literal["a1111", "comfyui", "compel"]
-LONGEST = 20_000  # characters of a prompt
 _LONGEST_NAME = 300  # of a model's or a LoRA's
 _MOST_LORAS = 100
 _MOST_NOTES = 30
-_LARGEST = 16_384  # pixels along a side
 _NUMBER = re.compile(r"\s*[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,3})?\s*", re.ASCII)
 # name of a setting -> (whole, least, most)
 _RANGES: dict[str, tuple[bool, float, float]] = {
@@ -24,16 +23,16 @@ _RANGES: dict[str, tuple[bool, float, float]] = {
     "num_inference_steps": (True, 1, 10_000),
     "guidance_scale": (False, -1000, 1000),
     "guidance_rescale": (False, 0, 1),
-    "height": (True, 1, _LARGEST),
-    "width": (True, 1, _LARGEST),
+    "height": (True, 1, LARGEST),
+    "width": (True, 1, LARGEST),
     "eta": (False, 0, 1),
     "clip_skip": (True, 0, 1000),
     "strength": (False, 0, 1),
     "hr_scale": (False, 1, 100),
     "hr_second_pass_steps": (True, 0, 10_000),
     "hr_denoising_strength": (False, 0, 1),
-    "hr_resize_x": (True, 1, _LARGEST),
-    "hr_resize_y": (True, 1, _LARGEST),
+    "hr_resize_x": (True, 1, LARGEST),
+    "hr_resize_y": (True, 1, LARGEST),
 }
 
 

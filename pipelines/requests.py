@@ -1,0 +1,100 @@
+"""A batch of drawings as one request of `ldm.sampling`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ldm.condition import Condition, concatenate
+from ldm.errors import UserError
+from ldm.sampling import Guidance, Request, prepare
+from ldm.sampling.editing import Pictures, begin_from
+from ldm.system import System
+from pipelines.completion import Drawing
+from pipelines.originals import latents_of
+
+
+def request_for(system: System, drawings: Sequence[Drawing], device: torch.device) -> Request:
+    """Put together the request of drawings that share a batch: they differ in what is of one image only.
+
+    device: where the network computes. Raises UserError.
+    """
+    recipes, given = [each.recipe for each in drawings], [each.given for each in drawings]
+    shared = recipes[0]
+    assert shared.guidance_scale is not None
+    assert shared.height and shared.width
+    interval = shared.guidance_interval or (0.0, math.inf)
+    guidance = Guidance(shared.guidance_scale, shared.guidance_rescale, interval)
+    none = all(recipe.negative_prompt is None for recipe in recipes)
+    text, notes = _encoded(system, drawings, guidance.guides)
+    latents = [each.latents for each in given if each.latents is not None]
+    request = prepare(
+        system,
+        drawings[0].plan,
+        [recipe.prompt for recipe in recipes] if text is None else text,
+        [each.given.generator or each.recipe.seed or 0 for each in drawings],
+        negatives=None if none else [recipe.negative_prompt or "" for recipe in recipes],
+        guidance=guidance,
+        clip_skip=shared.clip_skip,
+        size=(shared.height, shared.width),
+        sizes=shared.sizes(),
+        latents=torch.stack(latents) if latents else None,
+        device=device,
+    )
+    request = replace(request, notes=(*notes, *request.notes))
+    return _begun(system, request, drawings) if shared.image is not None else request
+
+
+def _encoded(system: System, drawings: Sequence[Drawing], guides: bool) -> tuple[Condition | None, list[str]]:
+    """Put together the text of a request from embeddings in place of prompts; None where none were given.
+
+    drawings: of one batch, either all or none of which have a kind of embedding. Returns B rows, where guided 2B, the
+    negatives first, and notes. Raises UserError.
+    """
+    recipes, given = [each.recipe for each in drawings], [each.given for each in drawings]
+    prompts, clip_skip = [recipe.prompt for recipe in recipes], recipes[0].clip_skip
+    without = all(recipe.negative_prompt is None for recipe in recipes)
+    against = [recipe.negative_prompt or "" for recipe in recipes]
+    positives = [each.prompt_embeds for each in given if each.prompt_embeds]
+    negatives = [each.negative_prompt_embeds for each in given if each.negative_prompt_embeds]
+    if not positives and not negatives:
+        return None, []
+    text, notes, device = system.text, list[str](), system.network.device
+    length = (positives or negatives)[0].text.shape[1]
+    if positives:
+        positive = concatenate(positives)
+    else:
+        positive, notes = text.encode(prompts, clip_skip=clip_skip, length=length)
+    if not guides:
+        return positive, notes
+    if negatives:
+        negative = concatenate(negatives)
+    elif without and text.zeros_without_negative:
+        negative = positive.zeros()
+    else:
+        negative, more = text.encode(against, length=length)
+        notes += more
+    if positive.text.shape != negative.text.shape:
+        lengths = f"{positive.text.shape[1]} and {negative.text.shape[1]} tokens"
+        raise UserError(
+            f"the prompts and their negatives have {lengths}: give prompt_embeds and negative_prompt_embeds of one "
+            "length"
+        )
+    return concatenate([negative.to(device), positive.to(device)]), notes
+
+
+def _begun(system: System, request: Request, drawings: Sequence[Drawing]) -> Request:
+    """Begin the request of drawings from the pictures, or the latents, that their recipes have. Raises UserError."""
+    latents = [each for drawing in drawings if (each := latents_of(drawing.given.image)) is not None]
+    recipe = drawings[0].recipe
+    if recipe.denoising_start is not None:
+        return replace(request, state=torch.stack(latents).to(request.noise.device))
+    if latents:
+        return begin_from(system, request, Pictures(torch.stack(latents), encoded=True))
+    canvases = [drawing.canvas for drawing in drawings if drawing.canvas is not None]
+    pixels = torch.from_numpy(np.stack([each.begin for each in canvases])).permute(0, 3, 1, 2)
+    masks = [each.mask for each in canvases if each.mask is not None]
+    mask = torch.from_numpy(np.stack(masks))[:, None] if masks else None
+    return begin_from(system, request, Pictures(pixels, mask=mask, noisy=recipe.mask_content == "noise"))
