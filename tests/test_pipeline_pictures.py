@@ -194,13 +194,17 @@ def test_forms_of_a_picture(pipe: TextToImagePipeline, tmp_path: Path) -> None:
     white = Image.new("RGB", given.size, "white")
     one, other = (pipe("cat", seed=1, image=each, **SETTINGS).images[0] for each in (clear, white))
     assert np.array_equal(one, other)
-    for mode in ("L", "CMYK", "P", "I;16"):
-        pipe(
-            "cat",
-            seed=1,
-            image=given.convert("L").convert(mode) if mode != "CMYK" else given.convert(mode),
-            **SETTINGS,
-        )
+    grey = given.convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)  # 16 bits
+    plain = pipe("cat", seed=1, image=grey.convert("RGB"), **SETTINGS).images[0]
+    for other in (grey, deep, grey.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)):
+        assert np.abs(pipe("cat", seed=1, image=other, **SETTINGS).images[0] - plain).max() < 1e-5, other.mode
+    ink = given.convert("CMYK")
+    one, other = (pipe("cat", seed=1, image=each, **SETTINGS).images[0] for each in (ink, ink.convert("RGB")))
+    assert np.array_equal(one, other)
+    white = Image.new("L", given.size, 255)
+    drawn_anew = pipe("cat", seed=1, image=given, mask_image=white, **SETTINGS)
+    assert any("white everywhere" in note for note in drawn_anew.notes)
 
 
 def test_it_is_drawn_again_from_its_file(pipe: TextToImagePipeline, tmp_path: Path) -> None:
