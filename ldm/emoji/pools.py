@@ -36,7 +36,7 @@ class CompositionsConfig(Data, kind="compositions"):
 
     cache: folder of the pool's latents. pictures: the pool's size, in whole shards of 2048; a longer run goes over it
     again, reshuffled. labels: condition a first stage on what each composition shows: its "kind" in the recipe, or
-    first "thing".
+    first "thing". encoding: the precision in which the autoencoder computes the pool; bfloat16 is under autocast.
     """
 
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
@@ -44,6 +44,7 @@ class CompositionsConfig(Data, kind="compositions"):
     cache: str | None = None
     pictures: int = 131_072
     labels: Labels | None = None
+    encoding: Literal["float32", "bfloat16"] = "bfloat16"
 
     def made(self) -> Recipe:
         """Return the recipe with its sprites. Raises UserError."""
@@ -53,7 +54,8 @@ class CompositionsConfig(Data, kind="compositions"):
         """As Data says."""
         if self.cache is None:
             raise UserError(f"{where}.cache is missing: give a folder for the latents of the compositions")
-        return RecipePool(self.made(), system.autoencoder, self.pictures, self.cache, with_pictures)
+        dtype: torch.dtype = getattr(torch, self.encoding)
+        return RecipePool(self.made(), system.autoencoder, self.pictures, self.cache, with_pictures, dtype)
 
     def examples(self, where: str, crop: int | None, held_out: int) -> Examples:
         """As Data says."""
