@@ -3,9 +3,10 @@
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from ldm.checkpoints import lora as lora_files
 from ldm.checkpoints.files import file_hash, file_in
 from ldm.checkpoints.paths import readable
 from ldm.conditioning import inversion
+from ldm.conditioning.prompts.weighted import Lora
 from ldm.conditioning.sdxl import parts_of
 from ldm.errors import UserError, nearest
 from ldm.models.lora import LoRA
 from ldm.system import System
 from pipelines.files import whole_path
-from pipelines.recipe import EmbeddingUse, LoRAUse
 from pipelines.turns import Turns
+from pipelines.uses import EmbeddingUse, LoRAUse
 
 
 @dataclass(frozen=True)
@@ -181,10 +183,46 @@ class Adapters:
         for part in self._loras[name].parts.values():
             part.weight = weight
 
+    def _free(self, name: str) -> str:
+        """The name, or where a LoRA has it already one with a number."""
+        return next(each for n in count(1) if (each := f"{name}-{n}" if n > 1 else name) not in self._loras)
+
     def _check_name(self, name: str) -> None:
         if name not in self._loras:
             loaded = ", ".join(self._loras) or "none"
             raise UserError(f"no LoRA is named {name!r}{nearest(name, self._loras)} (loaded: {loaded})")
+
+    def asked(self, loras: Sequence[Lora]) -> dict[str, float]:
+        """Return the weight of every LoRA for a prompt that asks for some, which then has these weights for them.
+
+        Of one that it names twice the weights add up, as in AUTOMATIC1111. Raises UserError for one that isn't loaded.
+        """
+        weights = self.weights()
+        sums: dict[str, float] = {}
+        for name, weight in loras:
+            self._check_name(name)
+            _check_weight(name, weight)
+            sums[name] = sums.get(name, 0.0) + weight
+        for name, weight in sums.items():
+            if any(part.merged for part in self._loras[name].parts.values()) and weight != weights[name]:
+                raise UserError(
+                    f"the LoRA {name!r}, which a prompt asks for, is merged: unmerge it (unfuse_lora) first"
+                )
+        return weights | sums
+
+    @contextmanager
+    def weighed(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """Within a turn: draw with the weights of `asked`, then put the former ones back."""
+        before = self.weights()
+        try:
+            for name, weight in weights.items():
+                if weight != before[name]:
+                    self._weigh(name, weight)
+            yield
+        finally:
+            for name, weight in before.items():
+                if weight != weights[name]:
+                    self._weigh(name, weight)
 
     # New words
 
@@ -224,6 +262,16 @@ class Adapters:
         for each in self._words.values():
             each.remove_all(gone & set(each.words))
 
+    def check_words(self, words: Iterable[str]) -> None:
+        """Raise UserError for a word that a prompt names as one of textual inversion's, and that isn't loaded."""
+        known = {word for each in self._words.values() for word in each.words}
+        for word in words:
+            if word not in known:
+                loaded = ", ".join(sorted(known)) or "none"
+                raise UserError(
+                    f"no embedding gives the word {word!r}{nearest(word, known)} (loaded: {loaded})"
+                )
+
     def unload_words(self) -> None:
         """Forget all words that were loaded."""
         with self._turn():
@@ -233,10 +281,13 @@ class Adapters:
 
     # What is told of them
 
-    def recipe(self) -> dict[str, Any]:
-        """Return Recipe's `loras` and `embeddings`: what takes part in a picture drawn now."""
-        used = [each for each in self._loras.values() if each.weight or each.words]
-        loras = tuple(LoRAUse(each.path, each.weight, each.hash) for each in used)
+    def recipe(self, weights: Mapping[str, float]) -> dict[str, Any]:
+        """Return Recipe's `loras` and `embeddings`: what takes part in a picture that is drawn with these weights."""
+        loras = tuple(
+            LoRAUse(each.path, weights[name], each.hash, name)
+            for name, each in self._loras.items()
+            if weights[name] or each.words
+        )
         return {"loras": loras, "embeddings": tuple(self._embeddings)}
 
     def warn_of_saving(self) -> None:
@@ -272,9 +323,9 @@ class Adapters:
                         f"the picture was drawn with {use.path}, which is not there: put it back first"
                     )
         notes: list[str] = []
-        for place, use in enumerate(uses):
+        for use in uses:
             if isinstance(use, LoRAUse):
-                name, said = self._load(use.path, use.weight, f"{Path(use.path).stem}-{place}")
+                name, said = self._load(use.path, use.weight, use.name or self._free(Path(use.path).stem))
                 notes += said
                 found = self._loras[name].hash
             else:

@@ -45,6 +45,18 @@ def whole_number(value: SupportsIndex, name: str) -> int:
     return _whole(plain(value), name, "give an int")
 
 
+def numbers(value: Any, count: int, name: str, kind: str) -> list[float]:
+    """One number for each of `count` things of a kind, from one for all of them, or one each. Raises UserError."""
+    found = plain(value)
+    several = list(found) if isinstance(found, list | tuple) else [found] * count
+    if len(several) != count:
+        raise UserError(f"{name} has {len(several)} numbers for {count} {kind}s: give one, or one each")
+    for each in several:
+        if isinstance(each, bool) or not isinstance(each, int | float):
+            raise UserError(f"{name} is {_shown(each)}: give a number, or one for each {kind}")
+    return [float(each) for each in several]
+
+
 def is_single(value: Any) -> bool:
     """Whether an argument is one value, not a list of them: a tensor or an array without dimensions is."""
     return isinstance(value, str | bytes) or getattr(value, "shape", None) == () or not _iterable(value)

@@ -136,7 +136,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from pipelines import jobs, trust
     from pipelines.files import check_target
     from pipelines.originals import use_of
-    from pipelines.recipe import MOST, EmbeddingUse, LoRAUse, Recipe, read_recipe, shown
+    from pipelines.recipe import MOST, Recipe, read_recipe, shown
+    from pipelines.uses import EmbeddingUse, LoRAUse
 
     settings = {
         name: getattr(arguments, name) for _, name, _, _ in _SETTINGS if getattr(arguments, name) is not None

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,15 @@ from ldm.errors import UserError
 from ldm.sampling.editing import check_masked, first_step
 from ldm.system import System
 from pipelines.canvas import Canvas, canvas_of, fitting
-from pipelines.given import Given
+from pipelines.drawing import Drawing
+from pipelines.enlarging import second_plan, second_size
+from pipelines.given import Given, shown_controls, shown_images
 from pipelines.limits import LARGEST, check
+from pipelines.loaded import Loaded
 from pipelines.originals import changed, latents_of, read
-from pipelines.recipe import PictureUse, Recipe
+from pipelines.prompts import read_prompts
+from pipelines.recipe import Recipe
+from pipelines.uses import PictureUse
 
 _OF_A_CANVAS = (
     "resize_mode",
@@ -30,28 +35,18 @@ _OF_A_CANVAS = (
 _MOST_TOKENS = 8192  # of a prompt: the U-Net attends to each of them in every step
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A picture that can be drawn: its complete recipe, how it is sampled, and what it is given beside the recipe.
-
-    batch: equal for those whose conditions are the same together as alone; such may share a batch. canvas: what it is
-    drawn on; made anew, by `pipe.draw`, where it was let go.
-    """
-
-    recipe: Recipe
-    plan: Plan
-    given: Given = field(default_factory=Given)
-    batch: tuple[object, ...] = ()
-    canvas: Canvas | None = None
-
-
 def completed(
-    system: System, recipe: Recipe, given: Given, stated: Mapping[str, Any], like: Drawing | None = None
+    system: System,
+    recipe: Recipe,
+    given: Given,
+    stated: Mapping[str, Any],
+    loaded: Loaded,
+    like: Drawing | None = None,
 ) -> Drawing:
     """Fill in the model's defaults in place of every None. Raises UserError for impossible values.
 
-    stated: of Recipe, what is so whatever was asked for: how the model was loaded, the adapters in use. like: a drawing
-    of this system, whose plan serves for this one too where it is the same.
+    stated: of Recipe, what is so whatever was asked for: how the model was loaded. like: a drawing of this system,
+    whose plan serves for this one too where it is the same.
     """
     if lacking := [name for name in recipe.beside if getattr(given, name, None) is None]:
         raise UserError(
@@ -62,9 +57,49 @@ def completed(
     complete = _filled(system, recipe, given, stated, _size_of(system, recipe, original))
     check(complete, system.autoencoder.config.factor, system.is_xl)
     _check_given(system, complete, given)
-    how = like.plan if like and _sampling(like.recipe) == _sampling(complete) else _plan_of(system, complete)
+    complete = _check_loaded(system, complete, given, loaded)
+    how, second = (
+        (like.plan, like.second)
+        if like and _sampling(like.recipe) == _sampling(complete)
+        else (_plan_of(system, complete), second_plan(system, complete))
+    )
+    drawing = Drawing(complete, how, read_prompts(complete), given, second=second)
     canvas = canvas_for(complete, given, original) if isinstance(original, np.ndarray) else None
-    return Drawing(complete, how, given, _batch_of(system, complete, given), canvas)
+    drawing = replace(drawing, batch=_text_of(system, drawing), canvas=canvas)
+    return with_loaded(drawing, loaded)
+
+
+def with_loaded(drawing: Drawing, loaded: Loaded) -> Drawing:
+    """Draw with the LoRAs and words that are loaded now. Raises UserError for a LoRA that the prompt asks for in vain.
+
+    Called for each drawing, in the turn that draws it, too: others may have been loaded since.
+    """
+    adapters, prompt = loaded.adapters, drawing.prompts.prompt
+    adapters.check_words(prompt.embeddings)
+    weights = adapters.asked(prompt.loras)
+    recipe = replace(drawing.recipe, **adapters.recipe(weights))
+    return replace(drawing, recipe=recipe, lora_weights=weights)
+
+
+def _check_loaded(system: System, recipe: Recipe, given: Given, loaded: Loaded) -> Recipe:
+    """The recipe with the hashes of the upscaling networks. Raises UserError for what is not loaded, or can't be."""
+    assert recipe.height and recipe.width
+    loaded.controlnets.check(recipe.controls, (recipe.height, recipe.width))
+    loaded.image_adapters.check(recipe.image_prompts)
+    shown_controls(recipe, given)
+    shown_images(recipe, given)
+    if recipe.hires_scale is not None:
+        size = second_size(recipe, system.autoencoder.config.factor)
+        if max(size) > LARGEST:
+            raise UserError(
+                f"hires_scale {recipe.hires_scale} makes the picture {size[1]} x {size[0]} pixels, where {LARGEST} "
+                "along a side are the most"
+            )
+        if recipe.hires_upscaler is not None:
+            recipe = replace(recipe, hires_upscaler=loaded.upscalers.stated(recipe.hires_upscaler))
+    if recipe.upscale is not None:
+        recipe = replace(recipe, upscaler=loaded.upscalers.stated(recipe.upscaler))
+    return recipe
 
 
 def _original(recipe: Recipe, given: Given) -> np.ndarray | Tensor | None:
@@ -126,11 +161,20 @@ def _filled(
         **system.options,
     }
     sizes = {"original_size": (height, width), "target_size": (height, width)} if system.is_xl else {}
+    steps = (
+        defaults["num_inference_steps"] if recipe.num_inference_steps is None else recipe.num_inference_steps
+    )
+    larger: dict[str, Any] = {}
+    if (
+        recipe.hires_scale is not None
+    ):  # as in AUTOMATIC1111; what is only stretched has to be drawn anew for more
+        strength_then = 0.7 if recipe.hires_upscaler is None else 0.4
+        larger = {"hires_steps": steps, "hires_strength": strength_then}
     seed = given.seed if given.generator is not None else recipe.seed
     return replace(
         recipe,
         seed=secrets.randbelow(2**32) if seed is None else seed,
-        beside=tuple(name for name in given.names if not _is_file(getattr(recipe, name, None))),
+        beside=tuple(name for name in given.names if not _is_named(recipe, name)),
         sampler=system.scheduler.sampler if recipe.sampler is None else recipe.sampler,
         height=height,
         width=width,
@@ -140,14 +184,21 @@ def _filled(
             for name in ("num_inference_steps", "guidance_scale")
         },
         **{name: getattr(recipe, name) or value for name, value in sizes.items()},
+        **{name: value for name, value in larger.items() if getattr(recipe, name) is None},
         **stated,
         version=__version__,
     )
 
 
-def _is_file(use: object) -> bool:
-    """Whether what was given is a picture's file, which its recipe names."""
-    return isinstance(use, PictureUse) and use.path is not None
+def _is_named(recipe: Recipe, name: str) -> bool:
+    """Whether the recipe names the files of all that was given under this name."""
+    uses: dict[str, Sequence[PictureUse | None]] = {
+        "image": [recipe.image],
+        "mask_image": [recipe.mask_image],
+        "control_image": [each.image for each in recipe.controls],
+        "ip_adapter_image": [picture for each in recipe.image_prompts for picture in each.images],
+    }
+    return name in uses and all(use is not None and use.path is not None for use in uses[name])
 
 
 def _check_given(system: System, recipe: Recipe, given: Given) -> None:
@@ -190,12 +241,13 @@ def _check_given(system: System, recipe: Recipe, given: Given) -> None:
 def _sampling(recipe: Recipe) -> tuple[Any, ...]:
     """All that a plan depends on."""
     part = (recipe.strength, recipe.denoising_start, recipe.denoising_end)
-    return recipe.num_inference_steps, recipe.sampler, recipe.schedule, recipe.eta, *part
+    second = (recipe.hires_scale is None, recipe.hires_steps, recipe.hires_strength)
+    return recipe.num_inference_steps, recipe.sampler, recipe.schedule, recipe.eta, *part, *second
 
 
 def _plan_of(system: System, recipe: Recipe) -> Plan:
     """How a complete recipe is sampled. Raises UserError for unknown samplers and schedules."""
-    steps, sampler, schedule, eta, strength, start, end = _sampling(recipe)
+    steps, sampler, schedule, eta, strength, start, end, *_ = _sampling(recipe)
     whole = plan(system.scheduler, steps, sampler, schedule, eta, is_xl=system.is_xl)
     if strength is start is end is None:
         return whole
@@ -209,11 +261,11 @@ def _plan_of(system: System, recipe: Recipe) -> Plan:
     return whole.part(begin, stop)
 
 
-def _batch_of(system: System, recipe: Recipe, given: Given) -> tuple[object, ...]:
-    """See `Drawing.batch`. Raises UserError for a prompt that is too long, or layers that are not there."""
-    text = system.text
-    own = [] if given.prompt_embeds else [recipe.prompt]
-    own += [] if given.negative_prompt_embeds else [recipe.negative_prompt or ""]
+def _text_of(system: System, drawing: Drawing) -> tuple[object, ...]:
+    """What batches of text depend on. Raises UserError for a prompt that is too long, or layers that are not there."""
+    text, recipe, given = system.text, drawing.recipe, drawing.given
+    own = [] if given.prompt_embeds else drawing.prompts.prompt.texts
+    own = own + ([] if given.negative_prompt_embeds else drawing.prompts.negative_texts)
     tokens = text.length(own) if own else 0
     if tokens > _MOST_TOKENS:
         raise UserError(
@@ -233,21 +285,28 @@ def _batch_of(system: System, recipe: Recipe, given: Given) -> tuple[object, ...
 
 
 def batches_of(drawings: Sequence[Drawing]) -> list[list[int]]:
-    """The places of drawings whose conditions are the same together as alone."""
+    """The places of drawings that may share a batch: their conditions are the same together as alone."""
     batches: dict[tuple[object, ...], list[int]] = {}
     for place, drawing in enumerate(drawings):
-        batches.setdefault(drawing.batch, []).append(place)
+        controls = tuple((each.path, each.start, each.end) for each in drawing.recipe.controls)
+        images = tuple((each.path, len(each.images)) for each in drawing.recipe.image_prompts)
+        loras = tuple(drawing.lora_weights.items())
+        batches.setdefault((*drawing.batch, controls, images, loras), []).append(place)
     return list(batches.values())
 
 
 def picture_notes(drawings: Sequence[Drawing]) -> list[str]:
     """What the user should know of the pictures that others are drawn from: changed files, masks that are white."""
-    named = [
-        (getattr(each.given, name), getattr(each.recipe, name))
-        for each in drawings
-        for name in ("image", "mask_image")
-    ]
-    uses = dict.fromkeys(use for given, use in named if given is None and use is not None)
+    uses: dict[PictureUse, None] = {}
+    for each in drawings:
+        recipe, given = each.recipe, each.given
+        for name in ("image", "mask_image"):
+            if getattr(given, name) is None and (use := getattr(recipe, name)) is not None:
+                uses[use] = None
+        if given.control_image is None:
+            uses |= dict.fromkeys(use.image for use in recipe.controls)
+        if given.ip_adapter_image is None:
+            uses |= dict.fromkeys(picture for use in recipe.image_prompts for picture in use.images)
     notes = [note for use in uses if (note := changed(use))]
     if any(each.canvas and each.canvas.mask is not None and each.canvas.mask.all() for each in drawings):
         notes.append("mask_image is white everywhere: all of the picture is drawn anew")

@@ -11,7 +11,7 @@ from ldm.checkpoints.files import write_bytes
 from ldm.errors import UserError
 from ldm.foreign import parse_json, read_plain
 from ldm.pictures import grid, grid_size, png
-from pipelines.completion import Drawing
+from pipelines.drawing import Drawing
 from pipelines.files import save_picture
 from pipelines.limits import check_seed
 from pipelines.originals import use_of

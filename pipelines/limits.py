@@ -7,6 +7,7 @@ from pipelines.recipe import Recipe, shown
 
 LARGEST = 16_384  # pixels along a side
 _FARTHEST = 1_000_000  # pixels of what SDXL is told
+LARGEST_SCALE = 64  # times its sides
 LONGEST = 20_000  # characters of a prompt
 
 
@@ -45,6 +46,8 @@ def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
         )
     check_seed(recipe.seed)
     _check_picture(recipe)
+    _check_guided(recipe)
+    _check_larger(recipe)
     _check_told(recipe, is_xl)
     _check_texts(recipe)
 
@@ -91,6 +94,44 @@ def _check_picture(recipe: Recipe) -> None:
         raise UserError(
             "denoising_start goes on with latents where another model ended: leave out strength and masks"
         )
+
+
+def _check_guided(recipe: Recipe) -> None:
+    """Where pictures steer it."""
+    if recipe.guess_mode and not recipe.controls:
+        raise UserError("guess_mode goes with control_image: give it too")
+    if len({use.path for use in recipe.controls}) < len(recipe.controls):
+        raise UserError("one ControlNet is given two control pictures: give one, or load it again by a name")
+    if len({use.path for use in recipe.image_prompts}) < len(recipe.image_prompts):
+        raise UserError("one IP-Adapter is given two image prompts: give it all pictures in one")
+    if recipe.emphasis != "original" and recipe.prompt_syntax != "a1111":
+        raise UserError('emphasis is of prompt_syntax "a1111": give that too')
+
+
+_OF_A_SECOND_PASS = ("hires_steps", "hires_strength", "hires_upscaler")
+
+
+def _check_larger(recipe: Recipe) -> None:
+    """Where it is drawn a second time, or enlarged."""
+    scale, strength = recipe.hires_scale, recipe.hires_strength
+    for name in _OF_A_SECOND_PASS if scale is None else ():
+        if getattr(recipe, name) is not None:
+            raise UserError(f"{name} goes with hires_scale: give it too")
+    if scale is not None:
+        if not 1 <= scale <= LARGEST_SCALE:
+            raise UserError(f"hires_scale is {scale}: give 1 to {LARGEST_SCALE} times the sides")
+        if recipe.hires_steps is None or recipe.hires_steps < 1:
+            raise UserError(f"hires_steps is {shown(recipe.hires_steps)}: it must be 1 or more")
+        if strength is None or not 0 <= strength <= 1:
+            raise UserError(f"hires_strength is {strength}: it must be between 0 and 1")
+        if recipe.masked:
+            raise UserError("hires_scale draws all of the picture anew: leave out masks and outpaint")
+        if recipe.denoising_end is not None:
+            raise UserError("hires_scale goes on from a finished picture: leave out denoising_end")
+    if recipe.upscaler is not None and recipe.upscale is None:
+        raise UserError("upscaler goes with upscale: give how many times larger")
+    if recipe.upscale is not None and not 0 < recipe.upscale <= LARGEST_SCALE:
+        raise UserError(f"upscale is {recipe.upscale}: give more than 0, and {LARGEST_SCALE} at the most")
 
 
 def _check_told(recipe: Recipe, is_xl: bool) -> None:

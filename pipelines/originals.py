@@ -15,7 +15,7 @@ from ldm.foreign import read_plain
 from ldm.pictures import open_raster
 from pipelines.canvas import mask_of, pixels_of
 from pipelines.files import whole_path
-from pipelines.recipe import PictureUse
+from pipelines.uses import PictureUse
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,6 +1,6 @@
 """What a call gives: latents to pictures in the form that is asked for, and their recipes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,11 +43,16 @@ class TextToImageOutput:
 
 
 def pictures(
-    autoencoder: AutoencoderKL, latents: Tensor, output_type: OutputType, canvases: Sequence[Canvas | None]
+    autoencoder: AutoencoderKL,
+    latents: Tensor,
+    output_type: OutputType,
+    canvases: Sequence[Canvas | None],
+    enlarge: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """The `images` of a TextToImageOutput, of latents (B, C, h, w), each on its canvas.
 
-    Raises UserError where they come out as NaN, or are of several sizes and one array is wanted.
+    enlarge: makes finished pictures (1, 3, H, W) in [0, 1] larger. Raises UserError where they come out as NaN, or are
+    of several sizes and one array is wanted.
     """
     if output_type == "latent":
         return latents
@@ -61,6 +66,8 @@ def pictures(
         each if canvas is None else canvas.finish(each.float().cpu())
         for each, canvas in zip(decoded, canvases, strict=True)
     ]
+    if enlarge is not None:
+        finished = [enlarge(each[None].float())[0] for each in finished]
     if output_type == "pil":
         return [picture for each in finished for picture in to_pil(each[None])]
     if len({each.shape for each in finished}) > 1:

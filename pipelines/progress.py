@@ -22,7 +22,6 @@ class Previewing(Protocol):
 # (pipe, index, timestep, state) -> False to end the call there. index: of the prediction, from 0 over the whole call; a
 # solver of second order makes two a step. state: see `Progress`.
 StepCallback = Callable[[Any, int, int, dict[str, Any]], object]
-Watch = Callable[[Step], bool]
 
 
 class Progress:
@@ -36,12 +35,20 @@ class Progress:
     stopped: whether the callback has ended the call; the estimate of that moment is then the result.
     """
 
-    def __init__(self, pipe: Previewing, how: Plan, batches: int, callback: StepCallback | None, shown: bool):
+    def __init__(
+        self,
+        pipe: Previewing,
+        plans: Sequence[Plan],
+        batches: int,
+        callback: StepCallback | None,
+        shown: bool,
+    ):
+        """plans: of the passes of every batch, one or two."""
         from tqdm.auto import tqdm
 
-        self.pipe, self.how, self.callback = pipe, how, callback
+        self.pipe, self.plans, self.callback = pipe, plans, callback
         self.stopped, self._index = False, 0
-        total = how.evaluations * batches
+        total = sum(plan.evaluations for plan in plans) * batches
         self._bar = tqdm(total=total, disable=None if shown else True, unit="step", leave=False)
 
     def __enter__(self) -> "Progress":
@@ -52,28 +59,48 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def of(self, images: Sequence[int]) -> Watch:
-        """What the driver calls after each prediction for these images of the call; False ends it there."""
+    def of(self, images: Sequence[int]) -> "Watch":
+        """What watches these images of the call."""
+        return Watch(self, images)
 
-        def watch(step: Step) -> bool:
-            self._bar.update()
-            index, self._index = self._index, self._index + 1
-            if self.callback is None:
-                return True
-            sigma = torch.tensor([step.sigma], dtype=torch.float64)
-            latents = step.x / math.sqrt(1 + step.sigma**2)
-            state = {
-                "latents": latents,
-                "denoised": step.x0,
-                "preview": lambda: self.pipe.preview(step.x0),
-                "images": list(images),
-            }
-            answer = self.callback(self.pipe, index, round(self.how.schedule.timestep(sigma).item()), state)
-            if isinstance(answer, dict) and answer.get("latents", latents) is not latents:
-                raise UserError(
-                    "callback_on_step_end returned other latents: it can watch and stop a call, not change it"
-                )
-            self.stopped = answer is False
-            return not self.stopped
+    def step(self, step: Step, plan: Plan, images: Sequence[int]) -> bool:
+        """Tell of a prediction for images in a pass; False ends the call there."""
+        self._bar.update()
+        index, self._index = self._index, self._index + 1
+        if self.callback is None:
+            return True
+        sigma = torch.tensor([step.sigma], dtype=torch.float64)
+        latents = step.x / math.sqrt(1 + step.sigma**2)
+        state = {
+            "latents": latents,
+            "denoised": step.x0,
+            "preview": lambda: self.pipe.preview(step.x0),
+            "images": list(images),
+        }
+        answer = self.callback(self.pipe, index, round(plan.schedule.timestep(sigma).item()), state)
+        if isinstance(answer, dict) and answer.get("latents", latents) is not latents:
+            raise UserError(
+                "callback_on_step_end returned other latents: it can watch and stop a call, not change it"
+            )
+        self.stopped = answer is False
+        return not self.stopped
 
-        return watch
+
+class Watch:
+    """Watches some images of a call through their passes: what the driver calls after each prediction."""
+
+    def __init__(self, progress: Progress, images: Sequence[int]):
+        self._progress, self._images = progress, images
+
+    @property
+    def stopped(self) -> bool:
+        """As Progress's."""
+        return self._progress.stopped
+
+    def first(self, step: Step) -> bool:
+        """Of the first pass."""
+        return self._progress.step(step, self._progress.plans[0], self._images)
+
+    def second(self, step: Step) -> bool:
+        """Of the second, larger one."""
+        return self._progress.step(step, self._progress.plans[1], self._images)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from ldm import __version__
+from ldm.conditioning.prompts.weighted import Emphasis, Syntax
 from ldm.config import from_dict
 from ldm.errors import UserError
 from ldm.foreign import parse_json, read_plain
 from ldm.pictures import open_raster
 from pipelines import arguments
 from pipelines.canvas import MaskContent, ResizeMode
+from pipelines.uses import ControlUse, EmbeddingUse, ImagePromptUse, LoRAUse, PictureUse, UpscalerUse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,33 +24,28 @@ if TYPE_CHECKING:
 KEYWORD = "ldm-recipe"  # of the PNG's text chunk
 MOST = 1_000_000  # pictures of one call or command
 # What may differ between the images of one call.
-PER_IMAGE = ("prompt", "negative_prompt", "seed", "image", "mask_image", "beside")
-
-
-@dataclass(frozen=True)
-class LoRAUse:
-    """A LoRA that takes part: its file or folder as it was named, how much of it, and the file's `file_hash`."""
-
-    path: str
-    weight: float = 1.0
-    hash: str | None = None
-
-
-@dataclass(frozen=True)
-class EmbeddingUse:
-    """New words that take part: their file or folder, the token where one was given, and the file's `file_hash`."""
-
-    path: str
-    token: str | None = None
-    hash: str | None = None
-
-
-@dataclass(frozen=True)
-class PictureUse:
-    """A picture that another is drawn from: its file (None where it was none), and the hash of file or pixels."""
-
-    path: str | None
-    hash: str | None = None
+PER_IMAGE = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "image",
+    "mask_image",
+    "controls",
+    "image_prompts",
+    "loras",
+    "beside",
+)
+# What is no setting of a call: said by other arguments, or by the pipeline.
+_STATED = (
+    *PER_IMAGE,
+    "dtype",
+    "model",
+    "variant",
+    "prediction_type",
+    "model_hash",
+    "embeddings",
+    "version",
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,17 @@ class Recipe:
     padding_mask_crop: int | None = None
     outpaint: tuple[int, int, int, int] | None = None
     outpaint_feathering: int = 0
+    prompt_syntax: Syntax = "plain"
+    emphasis: Emphasis = "original"
+    controls: tuple[ControlUse, ...] = ()
+    guess_mode: bool = False
+    image_prompts: tuple[ImagePromptUse, ...] = ()
+    hires_scale: float | None = None
+    hires_steps: int | None = None
+    hires_strength: float | None = None
+    hires_upscaler: UpscalerUse | None = None
+    upscale: float | None = None
+    upscaler: UpscalerUse | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     model: str | None = None
     variant: str | None = None
@@ -126,6 +134,10 @@ class Recipe:
         stated = {name: value for name, value in asdict(self).items() if value is not None}
         info.add_itxt(KEYWORD, json.dumps(stated, ensure_ascii=False))
         return info
+
+
+# What one call, or one row of a file, sets for its pictures.
+SETTINGS = tuple(each.name for each in fields(Recipe) if each.name not in _STATED)
 
 
 def recipes_for(

@@ -9,14 +9,16 @@ import torch
 
 from ldm.condition import Condition, concatenate
 from ldm.errors import UserError
-from ldm.sampling import Guidance, Request, prepare
+from ldm.sampling import Guidance, Request, controlled, prepare
 from ldm.sampling.editing import Pictures, begin_from
 from ldm.system import System
-from pipelines.completion import Drawing
+from pipelines.drawing import Drawing
+from pipelines.given import shown_controls, shown_images
+from pipelines.loaded import Loaded
 from pipelines.originals import latents_of
 
 
-def request_for(system: System, drawings: Sequence[Drawing], device: torch.device) -> Request:
+def request_for(system: System, drawings: Sequence[Drawing], loaded: Loaded, device: torch.device) -> Request:
     """Put together the request of drawings that share a batch: they differ in what is of one image only.
 
     device: where the network computes. Raises UserError.
@@ -27,23 +29,31 @@ def request_for(system: System, drawings: Sequence[Drawing], device: torch.devic
     assert shared.height and shared.width
     interval = shared.guidance_interval or (0.0, math.inf)
     guidance = Guidance(shared.guidance_scale, shared.guidance_rescale, interval)
+    size = (shared.height, shared.width)
     none = all(recipe.negative_prompt is None for recipe in recipes)
+    images = [shown_images(recipe, each) for recipe, each in zip(recipes, given, strict=True)]
     text, notes = _encoded(system, drawings, guidance.guides)
     latents = [each.latents for each in given if each.latents is not None]
     request = prepare(
         system,
         drawings[0].plan,
-        [recipe.prompt for recipe in recipes] if text is None else text,
+        [each.prompts.prompt for each in drawings] if text is None else text,
         [each.given.generator or each.recipe.seed or 0 for each in drawings],
-        negatives=None if none else [recipe.negative_prompt or "" for recipe in recipes],
+        negatives=None if none else [each.prompts.negative or "" for each in drawings],
         guidance=guidance,
         clip_skip=shared.clip_skip,
-        size=(shared.height, shared.width),
+        size=size,
         sizes=shared.sizes(),
+        images=loaded.image_adapters.prompts([recipe.image_prompts for recipe in recipes], images),
         latents=torch.stack(latents) if latents else None,
         device=device,
     )
     request = replace(request, notes=(*notes, *request.notes))
+    if shared.controls:
+        shown = [shown_controls(recipe, each) for recipe, each in zip(recipes, given, strict=True)]
+        uses = [recipe.controls for recipe in recipes]
+        controls = loaded.controlnets.controls(uses, shown, size, shared.guess_mode)
+        request = controlled(system, request, controls)
     return _begun(system, request, drawings) if shared.image is not None else request
 
 
@@ -54,13 +64,17 @@ def _encoded(system: System, drawings: Sequence[Drawing], guides: bool) -> tuple
     negatives first, and notes. Raises UserError.
     """
     recipes, given = [each.recipe for each in drawings], [each.given for each in drawings]
-    prompts, clip_skip = [recipe.prompt for recipe in recipes], recipes[0].clip_skip
     without = all(recipe.negative_prompt is None for recipe in recipes)
-    against = [recipe.negative_prompt or "" for recipe in recipes]
     positives = [each.prompt_embeds for each in given if each.prompt_embeds]
     negatives = [each.negative_prompt_embeds for each in given if each.negative_prompt_embeds]
     if not positives and not negatives:
         return None, []
+    if any(len(each.prompts.prompt.segments) > 1 for each in drawings) or any(
+        each.prompts.negative and len(each.prompts.negative.segments) > 1 for each in drawings
+    ):
+        raise UserError("prompts that change at a step go with prompts alone, and not with embeddings")
+    prompts, clip_skip = [each.prompts.prompt.at(0) for each in drawings], recipes[0].clip_skip
+    against = [each.prompts.negative.at(0) if each.prompts.negative else "" for each in drawings]
     text, notes, device = system.text, list[str](), system.network.device
     length = (positives or negatives)[0].text.shape[1]
     if positives:

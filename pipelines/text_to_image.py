@@ -4,23 +4,29 @@ pipe = TextToImagePipeline.from_pretrained()
 pipe("a raccoon astronaut").save("raccoon.png")
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, SupportsFloat, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
 
+from ldm.conditioning.prompts.weighted import Emphasis, Syntax
 from ldm.errors import UserError, nearest
 from ldm.sampling import check_channels, sample
 from ldm.system import System
-from pipelines.adapters import Adapters
+from pipelines.asking import asked
 from pipelines.canvas import MaskContent, ResizeMode
-from pipelines.completion import Drawing, batches_of, canvas_for, completed, picture_notes
+from pipelines.completion import batches_of, canvas_for, completed, picture_notes, with_loaded
+from pipelines.diffusers_names import DiffusersNames
+from pipelines.drawing import Drawing
+from pipelines.enlarging import second
 from pipelines.files import whole_path
-from pipelines.given import Given, asked
+from pipelines.given import Given
+from pipelines.loaded import Loaded
 from pipelines.originals import Originals, latents_of
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import Offload, choose_device, offload_where_needed
@@ -29,9 +35,10 @@ from pipelines.progress import Progress, StepCallback, Watch
 from pipelines.recipe import PER_IMAGE, Recipe
 from pipelines.requests import request_for
 from pipelines.turns import Turns
+from pipelines.uses import Preprocessor
 
 
-class TextToImagePipeline:
+class TextToImagePipeline(DiffusersNames):
     """Draws pictures from prompts with one system. Nothing of a call is kept; calls from several threads take turns."""
 
     def __init__(
@@ -52,7 +59,10 @@ class TextToImagePipeline:
         self._identity: dict[str, Any] = identity or {}
         self._preview: LatentPreview | None = None
         self._turns = Turns()
-        self.adapters = Adapters(system, self.device, self._turns)
+        self._loaded = Loaded(system, self.device, self._turns)
+        self.adapters = self._loaded.adapters
+        self.controlnets = self._loaded.controlnets
+        self.image_adapters = self._loaded.image_adapters
 
     @classmethod
     def from_pretrained(
@@ -107,7 +117,7 @@ class TextToImagePipeline:
                 self._offload = None
             self.device = self.device if device is None else choose_device(device)
             self.system.to(self.device, dtype or self.dtype)
-            self.adapters.to(self.device)
+            self._loaded.to(self.device)
         return self
 
     def _turn(self) -> AbstractContextManager[None]:
@@ -123,56 +133,6 @@ class TextToImagePipeline:
     def dtype(self) -> torch.dtype:
         """The precision of the U-Net; samplers keep their state in float32 all the same."""
         return self.system.network.dtype
-
-    def load_lora_weights(
-        self, path: str | Path, weight_name: str | None = None, adapter_name: str | None = None
-    ) -> str:
-        """As diffusers': load a LoRA with weight 1 (see `Adapters.load_lora`); returns its name.
-
-        weight_name: of the file, where `path` is a folder of several. adapter_name: None is the file's name.
-        """
-        return self.adapters.load_lora(Path(path, weight_name) if weight_name else path, name=adapter_name)
-
-    def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
-    ) -> None:
-        """As diffusers': use these LoRAs, with these weights (None is 1), and no others. Raises UserError."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = 1.0 if adapter_weights is None else adapter_weights
-        each = [float(weights)] * len(names) if isinstance(weights, int | float) else list(weights)
-        if len(each) != len(names):
-            raise UserError(
-                f"there are {len(each)} adapter_weights for {len(names)} adapter_names: one, or one each"
-            )
-        self.adapters.set_weights(dict(zip(names, each, strict=True)))
-
-    def get_active_adapters(self) -> list[str]:
-        """As diffusers': the names of the LoRAs whose weight is not 0."""
-        return [name for name, weight in self.adapters.weights().items() if weight]
-
-    def delete_adapters(self, adapter_names: str | Iterable[str]) -> None:
-        """As diffusers': take these LoRAs out. Raises UserError."""
-        self.adapters.unload_loras([adapter_names] if isinstance(adapter_names, str) else adapter_names)
-
-    def unload_lora_weights(self) -> None:
-        """As diffusers': take all LoRAs out, merged or not; the weights are then the model's own."""
-        self.adapters.unload_loras()
-
-    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
-        """As diffusers': add LoRAs to the weights (see `Adapters.merge`). Raises UserError."""
-        self.adapters.merge(adapter_names, lora_scale)
-
-    def unfuse_lora(self) -> None:
-        """As diffusers': give the networks the very weights from before; the LoRAs are beside them again."""
-        self.adapters.unmerge()
-
-    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
-        """As diffusers': teach the text encoders new words (see `Adapters.load_words`); returns the words."""
-        return self.adapters.load_words(path, token)
-
-    def unload_textual_inversion(self) -> None:
-        """As diffusers': forget all words that were loaded."""
-        self.adapters.unload_words()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that diffusers loads too. Of adapters it holds what is merged; a warning says so."""
@@ -226,6 +186,22 @@ class TextToImagePipeline:
         padding_mask_crop: SupportsIndex | None = None,
         outpaint: Sequence[SupportsIndex] | None = None,
         outpaint_feathering: SupportsIndex | None = None,
+        prompt_syntax: Syntax | None = None,
+        emphasis: Emphasis | None = None,
+        control_image: "Originals | Mapping[str, Originals] | None" = None,
+        controlnet_conditioning_scale: SupportsFloat | Sequence[SupportsFloat] | None = None,
+        control_guidance_start: SupportsFloat | Sequence[SupportsFloat] | None = None,
+        control_guidance_end: SupportsFloat | Sequence[SupportsFloat] | None = None,
+        control_preprocessor: Preprocessor | None = None,
+        guess_mode: bool | None = None,
+        ip_adapter_image: "Originals | Mapping[str, Originals] | None" = None,
+        ip_adapter_scale: SupportsFloat | Sequence[SupportsFloat] | None = None,
+        hires_scale: SupportsFloat | None = None,
+        hires_steps: SupportsIndex | None = None,
+        hires_strength: SupportsFloat | None = None,
+        hires_upscaler: str | Path | None = None,
+        upscale: SupportsFloat | None = None,
+        upscaler: str | Path | None = None,
         **unknown: Any,
     ) -> TextToImageOutput:
         """Draw `num_images_per_prompt` pictures of each prompt.
@@ -248,53 +224,31 @@ class TextToImagePipeline:
             each prediction; see `pipelines.progress`. Returning False ends the call there.
         original_size, target_size, crops_coords_top_left: what SDXL is told, each (height, width) in pixels.
         image: what to draw from, one for all, one a prompt or one an image: a PIL picture, a file's path, an array
-        (H, W,
-            3), a tensor (3, H, W) in [0, 1], or latents (C, h, w). Its size is the default of height and width.
+            (H, W, 3), a tensor (3, H, W) in [0, 1], or latents (C, h, w). Its size is the default of height and width.
         strength: how much of it is drawn anew: the last int(strength * steps) steps. None is 0.8, SDXL 0.3; with a mask
             all of it. resize_mode: how it comes to another shape: resize (stretched), crop, fill (edges spread).
         mask_image: white is drawn anew; the rest comes back to the bit. mask_blur, mask_content, padding_mask_crop,
             outpaint (left, top, right, bottom in pixels), outpaint_feathering: see `pipelines.canvas.canvas_of`.
         denoising_end, denoising_start: shares of the noise at which one model ends (with output_type "latent") and
             another goes on from its latents as `image`: SDXL's base and refiner.
+        prompt_syntax: plain, a1111, comfyui or compel: how weights and changes are written, see docs/prompts.md.
+            emphasis: original or no_norm, of a1111. `<lora:name:0.8>` weighs a LoRA that is loaded, for this prompt.
+        control_image: for the ControlNet that was loaded (load_controlnet), stretched to the size; for several a list
+            of one each, or a dict by their names. control_preprocessor: "canny" finds the edges in it first.
+            controlnet_conditioning_scale, control_guidance_start, control_guidance_end, guess_mode: see
+            `ldm.conditioning.control.Control`; numbers are for all ControlNets, or one each.
+        ip_adapter_image: a picture as a prompt, or several, for the IP-Adapter that was loaded (load_ip_adapter); for
+            several adapters a list of these. ip_adapter_scale: how much of it; None is what set_ip_adapter_scale said.
+        hires_scale: draw the picture, then all of it again at so many times its sides (AUTOMATIC1111's hires fix), with
+            hires_steps (None: as many), hires_strength (0.7, with a network 0.4) and hires_upscaler: None or "latent"
+            stretches latents; a file, or "bundled", is a network that enlarges the picture.
+        upscale: enlarge what was drawn by so many times; upscaler: the network's file, None is the bundled one.
         Raises UserError.
         """
+        call = dict(locals())  # first of all: the arguments, and nothing else
         for name in unknown:
-            raise TypeError(f"unexpected argument {name!r}{nearest(name, Recipe.__annotations__)}")
-        settings: dict[str, Any] = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "sampler": sampler,
-            "schedule": schedule,
-            "height": height,
-            "width": width,
-            "eta": eta,
-            "guidance_rescale": guidance_rescale,
-            "guidance_interval": guidance_interval,
-            "clip_skip": 0 if clip_skip is None else clip_skip,
-            "original_size": original_size,
-            "target_size": target_size,
-            "crops_coords_top_left": crops_coords_top_left,
-            "strength": strength,
-            "denoising_start": denoising_start,
-            "denoising_end": denoising_end,
-            "resize_mode": resize_mode,
-            "mask_blur": mask_blur,
-            "mask_content": mask_content,
-            "padding_mask_crop": padding_mask_crop,
-            "outpaint": outpaint,
-            "outpaint_feathering": outpaint_feathering,
-        }
-        handed: dict[str, Any] = {
-            "generator": generator,
-            "latents": latents,
-            "image": image,
-            "mask_image": mask_image,
-            "prompt_embeds": prompt_embeds,
-            "pooled_prompt_embeds": pooled_prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-        }
-        recipes, given = asked(prompt, negative_prompt, seed, num_images_per_prompt, settings, handed)
+            raise TypeError(f"unexpected argument {name!r}{nearest(name, call)}")
+        recipes, given = asked(call, self._loaded)
         return self.draw(recipes, output_type, callback_on_step_end, progress, given)
 
     @torch.no_grad()
@@ -308,10 +262,10 @@ class TextToImagePipeline:
     ) -> TextToImageOutput:
         """Draw recipes, or what `complete` made of them, that differ in what is of one image only.
 
-        That is prompt, negative prompt and seed, and what is given beside a recipe. One batch, unless some conditions
-        would change for standing beside others: prompts of more windows than their neighbours, and with SDXL those
-        without a negative prompt, make batches of their own. Where the callback ends the call before all batches have
-        begun, the output holds those that have. Raises UserError.
+        That is prompts, seeds, pictures, LoRAs, and what is given beside a recipe. One batch, unless some conditions
+        would change for standing beside others: prompts of more windows than their neighbours, with SDXL those without
+        a negative prompt, and other LoRAs or ControlNets, make batches of their own. Where the callback ends the call
+        before all batches have begun, the output holds those that have. Raises UserError.
         """
         if output_type not in get_args(OutputType):
             raise UserError(
@@ -322,6 +276,8 @@ class TextToImagePipeline:
             drawings: list[Drawing] = []
             for recipe, each in zip(recipes, given or [Given()] * len(recipes), strict=True):
                 drawings.append(self._completed(recipe, each, drawings[-1] if drawings else None))
+            if output_type == "latent" and any(each.recipe.upscale is not None for each in drawings):
+                raise UserError('upscale enlarges a picture, and output_type "latent" gives none: leave one out')
             if len({drawing.recipe.shared() for drawing in drawings}) != 1:
                 raise ValueError(f"the recipes of one call may differ in {', '.join(PER_IMAGE)} only")
             return self._drawn(drawings, output_type, callback_on_step_end, progress)
@@ -334,9 +290,10 @@ class TextToImagePipeline:
         progress: bool,
     ) -> TextToImageOutput:
         """Draw what one call may draw together, within the turn."""
-        batches, how = batches_of(drawings), drawings[0].plan
+        batches, recipe = batches_of(drawings), drawings[0].recipe
         notes, drawn = [*self.system.notes, *picture_notes(drawings)], dict[int, Tensor]()
-        with Progress(self, how, len(batches), callback, progress) as watch:
+        plans = [plan for plan in (drawings[0].plan, drawings[0].second) if plan is not None]
+        with Progress(self, plans, len(batches), callback, progress) as watch:
             try:
                 for places in batches:
                     latents, more = self._draw([drawings[k] for k in places], watch.of(places))
@@ -347,7 +304,9 @@ class TextToImagePipeline:
                 places = sorted(drawn)
                 stacked = torch.stack([drawn[k] for k in places])
                 canvases = [drawings[k].canvas for k in places]
-                images = pictures(self.system.autoencoder, stacked, output_type, canvases)
+                images = pictures(
+                    self.system.autoencoder, stacked, output_type, canvases, self._larger(recipe)
+                )
             finally:
                 if self._offload:
                     self._offload.rest()
@@ -355,8 +314,23 @@ class TextToImagePipeline:
 
     def _draw(self, drawings: Sequence[Drawing], watch: Watch) -> tuple[Tensor, list[str]]:
         """The latents (B, C, h, w) of drawings, in one batch, and the notes on their prompts."""
-        request = request_for(self.system, drawings, self.device)
-        return sample(self.system, request, watch), list(request.notes)
+        with self.adapters.weighed(drawings[0].lora_weights):
+            request = request_for(self.system, drawings, self._loaded, self.device)
+            latents = sample(self.system, request, watch.first)
+            if drawings[0].second is not None and not watch.stopped:
+                pairs = zip(drawings, latents, strict=True)
+                upscalers = self._loaded.upscalers
+                larger = [second(self.system, drawing, each, upscalers) for drawing, each in pairs]
+                again = request_for(self.system, larger, self._loaded, self.device)
+                latents = sample(self.system, again, watch.second)
+        return latents, list(request.notes)
+
+    def _larger(self, recipe: Recipe) -> Callable[[Tensor], Tensor] | None:
+        """What enlarges the decoded pictures (B, 3, H, W) of a recipe; None where they stay as large."""
+        if recipe.upscale is None:
+            return None
+        upscaler = self._loaded.upscalers.get(recipe.upscaler)
+        return partial(upscaler, outscale=recipe.upscale)
 
     def complete(self, recipe: Recipe, given: Given | None = None, like: Drawing | None = None) -> Drawing:
         """Return the recipe with the model's defaults in place of every None, and how it is sampled.
@@ -369,7 +343,6 @@ class TextToImagePipeline:
     def _completed(self, recipe: Recipe | Drawing, given: Given, like: Drawing | None) -> Drawing:
         now = {
             **self._identity,
-            **self.adapters.recipe(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "model_hash": self.system.fingerprint,
         }
@@ -377,8 +350,9 @@ class TextToImagePipeline:
             canvas = recipe.canvas
             if canvas is None and recipe.recipe.image is not None and latents_of(recipe.given.image) is None:
                 canvas = canvas_for(recipe.recipe, recipe.given)
-            return replace(recipe, recipe=replace(recipe.recipe, **now), canvas=canvas)
-        return completed(self.system, recipe, given, now, like)
+            drawing = replace(recipe, recipe=replace(recipe.recipe, **now), canvas=canvas)
+            return with_loaded(drawing, self._loaded)
+        return completed(self.system, recipe, given, now, self._loaded, like)
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Any:

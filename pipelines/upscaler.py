@@ -64,9 +64,7 @@ class Upscaler:
         path: a `.pth` or `.safetensors` of ESRGAN, Real-ESRGAN or its compact network, or a folder with a
         model.safetensors; None or "bundled" is the network that ships with this package. Raises UserError.
         """
-        place = bundled(f"realesr-*/{_FILE}") if path in (None, BUNDLED) else file_in(path, _FILE)
-        if place is None:
-            raise UserError("the bundled upscaler is not there: name a file of ESRGAN or Real-ESRGAN")
+        place = upscaler_file(path)
         file = read_upscaler(place)
         with torch.device("meta"):
             network = build_upscaler(file.kind, file.config)
@@ -171,6 +169,14 @@ class Upscaler:
             part = (part * 255).round() if wide == torch.uint8 else part
             grown[..., top : top + part.shape[-2], left : left + part.shape[-1]] = part
         return grown
+
+
+def upscaler_file(path: str | Path | None) -> Path:
+    """The file of a network that `Upscaler.from_pretrained` takes. Raises UserError."""
+    place = bundled(f"realesr-*/{_FILE}") if path in (None, BUNDLED) else file_in(path, _FILE)
+    if place is None:
+        raise UserError("the bundled upscaler is not there: name a file of ESRGAN or Real-ESRGAN")
+    return place
 
 
 def _larger(size: Sequence[int], factor: float) -> tuple[int, int]:

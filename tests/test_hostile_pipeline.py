@@ -208,7 +208,7 @@ def again(png: Path, *more: str) -> int:
 def test_a_pictures_files_are_loaded_where_the_user_allows_it(
     model: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipelines.recipe import LoRAUse
+    from pipelines.uses import LoRAUse
 
     png = picture(tmp_path / "p.png", model=str(model), loras=(LoRAUse(str(lora)),))
     for allowed in ([], ["--trust", str(model)], ["--trust", str(lora.parent)], ["--model", str(model)]):

@@ -25,7 +25,8 @@ from pipelines.infotext import (
     read_parameters,
     texts_of,
 )
-from pipelines.recipe import EmbeddingUse, LoRAUse, Recipe
+from pipelines.recipe import Recipe
+from pipelines.uses import EmbeddingUse, LoRAUse
 
 FULL = Recipe(
     prompt='a cat: "quoted", (red:1.2)\nsecond line\\, with a backslash',

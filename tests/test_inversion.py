@@ -19,7 +19,8 @@ from ldm.conditioning.load import export, load_text_encoder
 from ldm.errors import UserError
 from pipelines import TextToImagePipeline
 from pipelines.cli import main
-from pipelines.recipe import EmbeddingUse, read_recipe
+from pipelines.recipe import read_recipe
+from pipelines.uses import EmbeddingUse
 
 # In lower case, for of mixed case diffusers reads the first vector only where the tokenizer lowers it.
 PROMPT = "a photo of <raccoon> the cat"
