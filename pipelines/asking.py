@@ -1,7 +1,7 @@
 """What a call asks for: a recipe for each image, and what the image is given beside it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ldm.condition import Condition
 from ldm.errors import UserError
-from pipelines.files import whole_path
 from pipelines.given import Given
 from pipelines.loaded import Loaded
+from pipelines.named_files import upscaler_use
 from pipelines.originals import originals_for
 from pipelines.recipe import SETTINGS, Recipe, recipes_for
 
@@ -42,8 +42,13 @@ def asked(call: Mapping[str, Any], loaded: Loaded) -> tuple[list[Recipe], list[G
         raise UserError("generator and seed are the same thing twice: give one of them")
     settings = {name: call[name] for name in SETTINGS if call.get(name) is not None}
     for name in ("upscaler", "hires_upscaler"):
-        if name in settings:
-            settings[name] = _upscaler(settings[name], name)
+        if name not in settings:
+            continue
+        if not isinstance(settings[name], str | Path):
+            given_as = _shown(settings[name])
+            raise UserError(f'{name} is {given_as}: give a file of an upscaling network, or "bundled"')
+        use = upscaler_use(settings[name])
+        settings[name] = None if use is None else asdict(use)
     recipes = recipes_for(prompt, call["negative_prompt"], call["seed"], images_per_prompt, settings)
     count, each_prompt = len(recipes), int(images_per_prompt)
     uses, images = originals_for(call["image"], count, each_prompt, "image")
@@ -82,13 +87,6 @@ def _guided(
     elif call["ip_adapter_scale"] is not None:
         raise UserError("ip_adapter_scale goes with ip_adapter_image: give it too")
     return recipes, given
-
-
-def _upscaler(given: Any, name: str) -> dict[str, Any] | None:
-    """What a recipe says of an upscaling network; "latent" of the second pass is none."""
-    if not isinstance(given, str | Path):
-        raise UserError(f'{name} is {_shown(given)}: give a file of an upscaling network, or "bundled"')
-    return None if name == "hires_upscaler" and given == "latent" else {"path": whole_path(given)}
 
 
 def _given(

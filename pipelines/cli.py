@@ -2,127 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ldm import __version__
-from ldm.console import Parser, command, line, note, say
+from ldm.console import command, line, note, say
 from ldm.errors import UserError
+from pipelines.options import parser, settings_of
 
-_EXAMPLES = """\
-examples:
-  %(prog)s "a raccoon astronaut"
-  %(prog)s "a fox" "an owl" --num-images 4 --seed 0 --grid outputs/grid.png
-  %(prog)s --file prompts.jsonl --batch-size 8         a row: {"prompt": "a fox", "seed": 7, "guidance_scale": 3}
-  %(prog)s --model path/to/sd15.safetensors "a castle" --sampler dpmpp_2m --steps 25
-  %(prog)s "a castle" --model sd15.safetensors --lora style.safetensors:0.8 --lora more.safetensors
-  %(prog)s "a fox in the snow" --image fox.png --strength 0.6
-  %(prog)s "a fox with a hat" --image fox.png --mask hat.png             white is drawn anew
-  %(prog)s --from-image outputs/0003-a-fox.png         draws that picture again
-"""
-# The options that are settings of a recipe: flag, Recipe's name, type, help.
-_SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
-    ("--negative-prompt", "negative_prompt", str, "what the picture should not show"),
-    (
-        "--seed",
-        "seed",
-        int,
-        "the seed of each prompt's first picture; its next ones count up (default: random)",
-    ),
-    ("--steps", "num_inference_steps", int, "sampling steps (default: the model's own)"),
-    ("--guidance-scale", "guidance_scale", float, "how closely to follow the prompt; 1 is unguided"),
-    ("--sampler", "sampler", str, "the solver, in place of the model's own, e.g. dpmpp_2m"),
-    (
-        "--schedule",
-        "schedule",
-        str,
-        "the spacing of noise levels, e.g. karras (the same range with every sampler), trailing",
-    ),
-    ("--height", "height", int, "pixels"),
-    ("--width", "width", int, "pixels"),
-    (
-        "--strength",
-        "strength",
-        float,
-        "how much of --image is drawn anew, 0 to 1 (default 0.8; with --mask 1)",
-    ),
-    ("--guidance-rescale", "guidance_rescale", float, "0 to 1, against over-exposure"),
-    ("--eta", "eta", float, "noise of ddim, 0 to 1"),
-    ("--clip-skip", "clip_skip", int, "how many more of CLIP's last layers to leave out"),
-)
-
-
-def parser() -> Parser:
-    """Build the argument parser."""
-    parser = Parser(
-        prog="ldm-generate",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
-    parser.add_argument(
-        "--file", type=Path, help="prompts from a file: one a line, or .jsonl with settings a row"
-    )
-    parser.add_argument(
-        "--from-image", type=Path, metavar="PNG", help="draw a picture of this program's again"
-    )
-    parser.add_argument("--image", type=Path, metavar="PATH", help="a picture to draw from")
-    parser.add_argument(
-        "--mask", type=Path, metavar="PATH", help="of its size: draw anew what is white, keep the rest"
-    )
-    parser.add_argument(
-        "--trust",
-        action="append",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
-        help="load what the picture of --from-image names where it lies in this folder (alone: anywhere on this disk)",
-    )
-    parser.add_argument(
-        "--model", help="a diffusers folder, a single file or a hub id (default: the bundled model)"
-    )
-    parser.add_argument(
-        "--num-images", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=1, metavar="N", help="pictures drawn at once (default 1)"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="a .png for one picture, else a folder (outputs)"
-    )
-    parser.add_argument("--grid", type=Path, metavar="PNG", help="also put all pictures on one sheet")
-    parser.add_argument(
-        "--columns", type=int, metavar="N", help="of the grid (default: --num-images, or squarest)"
-    )
-    parser.add_argument(
-        "--lora",
-        action="append",
-        metavar="PATH[:WEIGHT]",
-        help="a LoRA in diffusers' or kohya's layout (several: once each)",
-    )
-    parser.add_argument(
-        "--embedding",
-        action="append",
-        metavar="PATH",
-        help="new words of textual inversion (several: once each)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, ... (default: what there is)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default: float32)"
-    )
-    parser.add_argument("--variant", help="weights with this word in their file names, e.g. fp16")
-    parser.add_argument("--prediction-type", help="epsilon or v_prediction, where a single file does not say")
-    parser.add_argument(
-        "--low-memory", action="store_true", default=None, help="parts rest on the CPU between uses"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--version", action="version", version=__version__)
-    for flag, name, kind, text in _SETTINGS:
-        parser.add_argument(flag, dest=name, type=kind, help=text)
-    return parser
+if TYPE_CHECKING:
+    from pipelines.recipe import Recipe
 
 
 @command(memory="draw smaller pictures, or fewer at once (--batch-size), or --low-memory")
@@ -133,39 +23,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from pipelines import jobs, trust
+    from pipelines import jobs
     from pipelines.files import check_target
-    from pipelines.originals import use_of
-    from pipelines.recipe import MOST, Recipe, read_recipe, shown
+    from pipelines.named_files import weighed
+    from pipelines.recipe import MOST, Recipe, shown
     from pipelines.uses import EmbeddingUse, LoRAUse
 
-    settings = {
-        name: getattr(arguments, name) for _, name, _, _ in _SETTINGS if getattr(arguments, name) is not None
-    }
-    for name, path in (("image", arguments.image), ("mask_image", arguments.mask)):
-        if path is not None:
-            settings[name] = use_of(path, name)[0]
     for name in ("num_images", "batch_size", "columns"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
+    folders = arguments.lora_folder or []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--lora-folder {folder}: no such folder")
+    settings = settings_of(arguments)
     wanted = [jobs.Job(Recipe(prompt, **settings)) for prompt in arguments.prompts]
     if arguments.file:
         wanted += jobs.read_prompts(arguments.file, settings)
     expected = None
-    loras = tuple(LoRAUse(*_weighed(each)) for each in arguments.lora or ())
+    loras = tuple(LoRAUse(*weighed(each)) for each in arguments.lora or ())
     embeddings = tuple(EmbeddingUse(each) for each in arguments.embedding or ())
     if arguments.trust and not arguments.from_image:
         raise UserError("--trust is of what a picture names: give it with --from-image")
     if arguments.from_image:
-        old = read_recipe(arguments.from_image)
+        old = _from_image(arguments, {"loras": loras, "embeddings": embeddings, **settings})
         expected = old.model_hash
-        mine = {"model": arguments.model, "loras": loras, "embeddings": embeddings, **settings}
-        # By the user: not the picture's any more.
-        named = {"model": None, "loras": (), "embeddings": (), "image": None, "mask_image": None}
-        left = replace(old, **{name: none for name, none in named.items() if mine.get(name)})
-        loaded = trust.check(left, arguments.from_image, arguments.trust or ())
-        if loaded:
-            say(f"{arguments.from_image} has loaded: {loaded}")
         loras, embeddings = loras or old.loras, embeddings or old.embeddings
         for name in ("model", "variant", "prediction_type", "dtype"):
             setattr(arguments, name, getattr(arguments, name) or getattr(old, name))
@@ -185,7 +67,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     pipe = _load(arguments)
     if expected and expected != pipe.system.fingerprint:
         note(f"{arguments.from_image} was drawn by other weights ({expected})")
-    for each in pipe.adapters.load_again(loras, embeddings):
+    notes = pipe.adapters.load_again(loras, embeddings)
+    notes += pipe.load_for([each.recipe for each in wanted], folders)
+    for each in notes:
         note(each)
     columns = arguments.columns or (arguments.num_images if arguments.num_images > 1 else None)
     notes = jobs.run(
@@ -198,18 +82,35 @@ def _generate(arguments: argparse.Namespace) -> None:
         not arguments.quiet,
         lambda path: line(str(path)),
         arguments.num_images,
+        arguments.infotext,
     )
     for each in notes:
         note(each)
 
 
-def _weighed(text: str) -> tuple[str, float]:
-    """PATH[:WEIGHT]; what follows the last colon is part of the path where it is no number."""
-    path, colon, weight = text.rpartition(":")
-    try:
-        return (path, float(weight)) if colon else (text, 1.0)
-    except ValueError:
-        return text, 1.0
+def _from_image(arguments: argparse.Namespace, mine: Mapping[str, Any]) -> "Recipe":
+    """The recipe in a picture, which may be a stranger's, without what the user named in place of its files.
+
+    mine: what the user said. Raises UserError for what may not be loaded.
+    """
+    from pipelines import trust
+    from pipelines.again import read_again
+
+    path = arguments.from_image
+    again = read_again(path, arguments.lora_folder or [])
+    for each in again.notes:
+        note(each)
+    left = again.recipe if arguments.model is None else replace(again.recipe, model=None)
+    # By the user: not the picture's any more.
+    nothing: dict[str, Any] = {"image": None, "mask_image": None, "upscaler": None, "hires_upscaler": None}
+    nothing |= dict.fromkeys(("loras", "embeddings", "controls", "image_prompts"), ())
+    left = replace(left, **{name: none for name, none in nothing.items() if mine.get(name)})
+    if again.foreign:  # its LoRAs are of the folders that the user gave
+        left = replace(left, loras=())
+    loaded = trust.check(left, path, arguments.trust or ())
+    if loaded:
+        say(f"{path} has loaded: {loaded}")
+    return again.recipe
 
 
 def _load(arguments: argparse.Namespace) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ldm.errors import UserError
 from ldm.files import flush_to_disk, unwritable, workshop, write_bytes, writing
 from ldm.pictures import png
+from pipelines.infotext import parameters
 from pipelines.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -56,9 +57,15 @@ def whole_path(name: str | Path) -> str:
         return str(name)
 
 
-def save_picture(picture: "Image", recipe: Recipe, path: Path) -> Path:
-    """Save to a `.png`, or into a folder under the next free number: `0007-a-raccoon-astronaut.png`."""
-    data = png(picture, recipe.png_info())
+def save_picture(picture: "Image", recipe: Recipe, path: Path, infotext: bool = False) -> Path:
+    """Save to a `.png`, or into a folder under the next free number: `0007-a-raccoon-astronaut.png`.
+
+    infotext: write AUTOMATIC1111's text of it beside the recipe, for other programs.
+    """
+    info = recipe.png_info()
+    if infotext:
+        info.add_text("parameters", parameters(recipe))
+    data = png(picture, info)
     if path.suffix.lower() == ".png":
         write_bytes(path, data)
         return path

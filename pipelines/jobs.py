@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from ldm.pictures import grid, grid_size, png
 from pipelines.drawing import Drawing
 from pipelines.files import save_picture
 from pipelines.limits import check_seed
-from pipelines.originals import use_of
+from pipelines.named_files import row_settings
 from pipelines.recipe import MOST, Recipe
 from pipelines.text_to_image import TextToImagePipeline
 
@@ -74,17 +74,14 @@ def _object(where: str, line: str, folder: Path) -> dict[str, Any]:
     row = parse_json(line, where)
     if not isinstance(row, dict):
         raise UserError(f'{where}: expected an object such as {{"prompt": "a fox", "seed": 1}}')
-    for name in ("image", "mask_image"):
-        if isinstance(row.get(name), str):
-            try:
-                row[name] = asdict(use_of(folder / row[name], name)[0])
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
     if "steps" in row:
         raise UserError(f"{where}: 'steps' is called num_inference_steps in a row, as in Python")
     if named := [key for key in _NOT_IN_A_ROW if key in row]:
         raise UserError(f"{where}: {named[0]!r} holds for the whole run, not for a row")
-    return row
+    try:
+        return row_settings(row, folder)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def several(drawings: Iterable[Drawing], count: int) -> Iterator[Drawing]:
@@ -113,13 +110,14 @@ def run(
     progress: bool = True,
     saved: Callable[[Path], None] = lambda path: None,
     count: int = 1,
+    infotext: bool = False,
 ) -> list[str]:
     """Draw `count` pictures of each job into `out`, each batch as soon as it is done, then a grid of all of them.
 
     Returns the notes.
 
     Every recipe is checked before the first is drawn, so that a mistake in the last row costs nothing. `saved` is
-    called with every file that is written. Raises UserError.
+    called with every file that is written. infotext: see `save_picture`. Raises UserError.
     """
     ready: list[Drawing] = []
     for job in jobs:
@@ -139,7 +137,7 @@ def run(
         output = pipe.draw(batch, progress=progress)
         notes |= dict.fromkeys(output.notes)
         for picture, recipe in zip(output.images, output.recipes, strict=True):
-            saved(save_picture(picture, recipe, out))
+            saved(save_picture(picture, recipe, out, infotext))
         if grid_path:
             pictures += output.images
     if grid_path:

@@ -1,16 +1,24 @@
 """All that a pipeline has loaded beside its system."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from ldm.checkpoints.files import a_few
+from ldm.conditioning.prompts.reading import read_prompt
+from ldm.errors import UserError
 from ldm.system import System
 from pipelines.adapters import Adapters
 from pipelines.controlnets import ControlNets
 from pipelines.enlarging import Upscalers
 from pipelines.image_prompts import ImageAdapters
+from pipelines.named_files import lora_named
 from pipelines.recipe import Recipe
 from pipelines.turns import Turns
+from pipelines.uses import LoRAUse
+
+_SOME_STEPS = 1000  # which LoRAs a prompt asks for does not depend on them
 
 
 class Loaded:
@@ -29,11 +37,23 @@ class Loaded:
         self.image_adapters.to(device)
         self.upscalers.to(device)
 
-    def load_again(self, recipes: Sequence[Recipe]) -> list[str]:
-        """Load the ControlNets and IP-Adapters that recipes name; returns notes on what has changed since.
+    def load_for(self, recipes: Sequence[Recipe], lora_folders: Sequence[Path] = ()) -> list[str]:
+        """Load what recipes name, and isn't loaded: ControlNets, IP-Adapters, and the LoRAs that prompts ask for.
 
-        It loads from anywhere: of a stranger's recipe look at the paths first. Raises UserError.
+        lora_folders: where these are looked for by their names; they get weight 0 for other prompts. Of a stranger's
+        recipe look at the paths first: all else is loaded from anywhere. Returns notes, of changed files and the like.
+        Raises UserError.
         """
         notes = self.controlnets.load_again(use for recipe in recipes for use in recipe.controls)
         notes += self.image_adapters.load_again(use for recipe in recipes for use in recipe.image_prompts)
+        prompts = (read_prompt(each.prompt, each.prompt_syntax, _SOME_STEPS) for each in recipes)
+        names = dict.fromkeys(lora.name for prompt in prompts for lora in prompt.loras)
+        for name in names if lora_folders else ():
+            if name in self.adapters.weights():
+                continue
+            if (file := lora_named(name, lora_folders)) is None:
+                raise UserError(
+                    f"no file of the LoRA {name} is in {a_few([str(each) for each in lora_folders])}"
+                )
+            notes += self.adapters.load_again([LoRAUse(str(file), 0.0, name=name)], [])
         return list(dict.fromkeys(notes))

@@ -33,13 +33,16 @@ class TextToImageOutput:
     recipes: list[Recipe]
     notes: list[str] = field(default_factory=list)
 
-    def save(self, path: str | Path) -> list[Path]:
-        """Save PIL pictures with their recipes, one to a `.png`, or all into a folder. Raises UserError."""
+    def save(self, path: str | Path, infotext: bool = False) -> list[Path]:
+        """Save PIL pictures with their recipes, one to a `.png`, or all into a folder. Raises UserError.
+
+        infotext: write AUTOMATIC1111's `parameters` too, for other programs.
+        """
         if not isinstance(self.images, list):
             raise UserError('only output_type "pil" gives pictures that can be saved')
         check_target(Path(path), len(self.images))
         pairs = zip(self.images, self.recipes, strict=True)
-        return [save_picture(picture, recipe, Path(path)) for picture, recipe in pairs]
+        return [save_picture(picture, recipe, Path(path), infotext) for picture, recipe in pairs]
 
 
 def pictures(

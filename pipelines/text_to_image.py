@@ -277,7 +277,9 @@ class TextToImagePipeline(DiffusersNames):
             for recipe, each in zip(recipes, given or [Given()] * len(recipes), strict=True):
                 drawings.append(self._completed(recipe, each, drawings[-1] if drawings else None))
             if output_type == "latent" and any(each.recipe.upscale is not None for each in drawings):
-                raise UserError('upscale enlarges a picture, and output_type "latent" gives none: leave one out')
+                raise UserError(
+                    'upscale enlarges a picture, and output_type "latent" gives none: leave one out'
+                )
             if len({drawing.recipe.shared() for drawing in drawings}) != 1:
                 raise ValueError(f"the recipes of one call may differ in {', '.join(PER_IMAGE)} only")
             return self._drawn(drawings, output_type, callback_on_step_end, progress)
@@ -331,6 +333,10 @@ class TextToImagePipeline(DiffusersNames):
             return None
         upscaler = self._loaded.upscalers.get(recipe.upscaler)
         return partial(upscaler, outscale=recipe.upscale)
+
+    def load_for(self, recipes: Sequence[Recipe], lora_folders: Sequence[Path] = ()) -> list[str]:
+        """Load the ControlNets, IP-Adapters and LoRAs that recipes name; see `pipelines.loaded.Loaded.load_for`."""
+        return self._loaded.load_for(recipes, lora_folders)
 
     def complete(self, recipe: Recipe, given: Given | None = None, like: Drawing | None = None) -> Drawing:
         """Return the recipe with the model's defaults in place of every None, and how it is sampled.

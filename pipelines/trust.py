@@ -14,6 +14,7 @@ from ldm.checkpoints.paths import readable
 from ldm.errors import UserError
 from ldm.system import bundled_model
 from pipelines.recipe import Recipe
+from pipelines.upscaler import BUNDLED
 
 ANYWHERE = ""  # among the folders that are trusted: all of this disk
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]+:[/\\]")  # http://, file:///; a drive has one letter
@@ -34,8 +35,21 @@ def check(recipe: Recipe, picture: Path, trusted: Sequence[str]) -> str:
     named = [("model", "--model", recipe.model)] if recipe.model and not _bundled(recipe.model) else []
     named += [("LoRA", "--lora", each.path) for each in recipe.loras]
     named += [("embedding", "--embedding", each.path) for each in recipe.embeddings]
-    pictures = (("image", "--image", recipe.image), ("mask", "--mask", recipe.mask_image))
+    named += [("ControlNet", "--control", each.path) for each in recipe.controls]
+    named += [("IP-Adapter", "--ip-adapter", each.path) for each in recipe.image_prompts]
+    encoders = [each.encoder for each in recipe.image_prompts]
+    named += [("image encoder", "--ip-adapter", each) for each in encoders if each]
+    pictures = [("image", "--image", recipe.image), ("mask", "--mask", recipe.mask_image)]
+    pictures += [("control picture", "--control", each.image) for each in recipe.controls]
+    pictures += [
+        ("picture", "--ip-image", picture) for each in recipe.image_prompts for picture in each.images
+    ]
     named += [(kind, option, each.path) for kind, option, each in pictures if each and each.path]
+    networks = (
+        ("upscaler", "--upscaler", recipe.upscaler),
+        ("upscaler", "--hires-upscaler", recipe.hires_upscaler),
+    )
+    named += [(kind, option, each.path) for kind, option, each in networks if each and each.path != BUNDLED]
     for kind, option, path in named:
         if on_network(path):
             raise UserError(
@@ -45,9 +59,10 @@ def check(recipe: Recipe, picture: Path, trusted: Sequence[str]) -> str:
         f"the {kind} {path}" for kind, _, path in named if not any(_inside(path, each) for each in folders)
     ]
     if strange:
+        options = ", ".join(dict.fromkeys(option for _, option, _ in named))
         raise UserError(
             f"{picture} wants {a_few(strange)}: if you know them, allow them by --trust FOLDER (what lies in it) or "
-            "--trust (all of this disk), or name others by --model, --lora, --embedding, --image, --mask"
+            f"--trust (all of this disk), or name others by {options}"
         )
     for kind, option, path in named:
         with readable(path):

@@ -7,9 +7,10 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from ldm.checkpoints.kinds import PICKLES
+from ldm.conditioning.prompts.weighted import Syntax
 from pipelines.infotext.values import Infotext, Taking, number_of
 from pipelines.recipe import Recipe
 
@@ -65,7 +66,12 @@ def parameters(recipe: Recipe, model_hash: str | None = None) -> str:
     model_hash: the first ten hex digits of the SHA-256 of the model's file, where it is one; the recipe's own is of the
     weights, and goes under a name of its own.
     """
-    tags = "".join(f" <lora:{_stem(each.path)}:{_plain(each.weight)}>" for each in recipe.loras)
+    named = (
+        {name for name, _ in _LORA.findall(recipe.prompt)} if recipe.prompt_syntax == "a1111" else set[str]()
+    )
+    tags = "".join(
+        f" <lora:{_stem(each.path)}:{_plain(each.weight)}>" for each in recipe.loras if each.name not in named
+    )
     lines = [recipe.prompt + tags]
     if recipe.negative_prompt is not None:
         lines.append(f"{NEGATIVE} {recipe.negative_prompt}")
@@ -80,7 +86,11 @@ def parameters(recipe: Recipe, model_hash: str | None = None) -> str:
         "Model hash": model_hash,
         "Model": _stem(recipe.model) if recipe.model else None,
         "Model fingerprint": recipe.model_hash,
-        "Denoising strength": recipe.strength,
+        "Denoising strength": recipe.strength if recipe.hires_scale is None else recipe.hires_strength,
+        "Hires upscale": recipe.hires_scale,
+        "Hires steps": recipe.hires_steps,
+        "Hires upscaler": _upscaler(recipe),
+        "Prompt syntax": recipe.prompt_syntax if recipe.prompt_syntax != "a1111" else None,
         "Clip skip": recipe.clip_skip + 1 if recipe.clip_skip else None,
         "Eta DDIM": recipe.eta or None,
         "Guidance rescale": recipe.guidance_rescale or None,
@@ -92,6 +102,12 @@ def parameters(recipe: Recipe, model_hash: str | None = None) -> str:
     }
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None))
     return "\n".join(lines).strip()
+
+
+def _upscaler(recipe: Recipe) -> str | None:
+    if recipe.hires_scale is None:
+        return None
+    return "Latent" if recipe.hires_upscaler is None else _stem(recipe.hires_upscaler.path)
 
 
 def _stem(path: str) -> str:
@@ -130,7 +146,9 @@ def read_parameters(text: str) -> Infotext:
     if len(pairs) < _FEWEST:
         lines, pairs = [*lines, last], {}
     is_ours = pairs.get("Version", "").startswith(OURS)
-    taking = Taking(OURS if is_ours else "AUTOMATIC1111", "a1111")
+    said = pairs.get("Prompt syntax", "a1111") if is_ours else "a1111"
+    syntax: Syntax = next((each for each in get_args(Syntax) if each == said), "a1111")
+    taking = Taking(OURS if is_ours else "AUTOMATIC1111", syntax)
     prompt, negative = _prompts(lines)
     hashes: dict[str, str] = {}
     for each in pairs.get("Lora hashes", "").split(","):
@@ -145,8 +163,9 @@ def read_parameters(text: str) -> Infotext:
         taking.note("the text holds a prompt and no settings")
         return taking.done()
     _take_settings(taking, pairs, is_ours)
-    if not is_ours:
+    if not is_ours or "Hires upscale" in pairs:
         _take_passes(taking, pairs)
+    if not is_ours:
         _tell_the_rest(taking, pairs)
     return taking.done()
 
@@ -224,7 +243,8 @@ def _take_settings(taking: Taking, pairs: Mapping[str, str], is_ours: bool) -> N
         ends = number_of(low), math.inf if high == "inf" else number_of(high)
         if None not in ends:
             taking.settings["guidance_interval"] = ends
-        taking.number("strength", pairs.get("Denoising strength"), taking.beyond)
+        if "Hires upscale" not in pairs:
+            taking.number("strength", pairs.get("Denoising strength"), taking.beyond)
     elif pairs.get("RNG", "GPU") != "CPU":
         taking.note(
             "its noise was drawn on a GPU: here, where noise is the CPU's, the same seed draws another picture"

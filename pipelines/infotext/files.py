@@ -31,7 +31,11 @@ def texts_of(path: str | Path) -> dict[str, str]:
     Raises UserError for what is no picture of these kinds, or for a text of more than 4 million characters.
     """
     with foreign(path, "is no picture that can be read"):
-        picture = open_raster(read_plain(path), _FORMATS)
+        try:
+            content = read_plain(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: no such file") from error
+        picture = open_raster(content, _FORMATS)
         if picture.format == "PNG":
             picture.load()  # texts may also stand behind the pixels
         texts = {str(key): each for key, each in picture.info.items() if isinstance(each, str)}

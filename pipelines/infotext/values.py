@@ -4,15 +4,15 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from ldm.conditioning.prompts.weighted import Syntax
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS
 from ldm.errors import printable
 from pipelines.limits import LARGEST, LONGEST
 from pipelines.recipe import Recipe, shown
 
-Syntax = Literal["a1111", "comfyui", "compel"]
 _LONGEST_NAME = 300  # of a model's or a LoRA's
 _MOST_LORAS = 100
 _MOST_NOTES = 30

@@ -1,0 +1,74 @@
+"""What a picture says of how it was made, to be drawn again: a recipe of ours, or what other programs write."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.infotext import Infotext, infotext_in, texts_of
+from pipelines.named_files import lora_named
+from pipelines.recipe import KEYWORD, Recipe, read_recipe
+from pipelines.upscaler import BUNDLED
+from pipelines.uses import LoRAUse, UpscalerUse
+
+
+@dataclass(frozen=True)
+class Again:
+    """A recipe out of a picture, and what the user should know of it. foreign: another program wrote it."""
+
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
+    foreign: bool = False
+
+
+def read_again(path: str | Path, lora_folders: Sequence[Path] = ()) -> Again:
+    """Read how a picture was made.
+
+    lora_folders: where LoRAs that another program names are looked for; nothing else that it names is. Raises
+    UserError where the picture says nothing that is known here.
+    """
+    texts = texts_of(path)
+    found = None if KEYWORD in texts else infotext_in(texts, path)
+    if found is None:
+        return Again(read_recipe(path))  # which says so where there is none
+    return _of_others(found, path, lora_folders)
+
+
+def _of_others(found: Infotext, path: str | Path, folders: Sequence[Path]) -> Again:
+    notes = [f"{path} was drawn by {found.program}", *found.notes]
+    loras: list[LoRAUse] = []
+    for each in found.loras:
+        file = lora_named(each.name, folders)
+        if file is None:
+            notes.append(
+                f"the LoRA {each.name} is not looked for: --lora PATH, or --lora-folder FOLDER, gives it"
+            )
+        else:
+            loras.append(LoRAUse(str(file), each.weight, name=each.name))
+    if found.model:
+        notes.append(f"its model was {found.model}: --model PATH gives it")
+    recipe = replace(found.recipe(), prompt_syntax=found.prompt_syntax, loras=tuple(loras))
+    second = _second_pass(recipe, found.beyond, notes)
+    return Again(replace(recipe, **second), tuple(notes), foreign=True)
+
+
+def _second_pass(recipe: Recipe, beyond: Any, notes: list[str]) -> dict[str, Any]:
+    """AUTOMATIC1111's hires fix in our words."""
+    scale = beyond.get("hr_scale")
+    if scale is None and beyond.get("hr_resize_x") and recipe.width:
+        scale = beyond["hr_resize_x"] / recipe.width
+    if scale is None or scale < 1:
+        return {}
+    name = str(beyond.get("hr_upscaler", "Latent"))
+    upscaler = None
+    if not name.startswith("Latent"):
+        upscaler = UpscalerUse(BUNDLED)
+        notes.append(
+            f"its upscaler {name} is not looked for: --hires-upscaler FILE gives it; the bundled one is taken"
+        )
+    return {
+        "hires_scale": float(scale),
+        "hires_steps": int(beyond["hr_second_pass_steps"]) if beyond.get("hr_second_pass_steps") else None,
+        "hires_strength": beyond.get("hr_denoising_strength"),
+        "hires_upscaler": upscaler,
+    }
