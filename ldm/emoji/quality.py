@@ -1,7 +1,7 @@
-"""The quality of a model that was trained on a recipe: what it draws, judged against what it was asked for.
+"""The quality of a model that was trained on a mixture: what it draws, judged against what it was asked for.
 
-Beside each figure stand its floor, real compositions of the same plans through the autoencoder, and its ceiling of
-chance, drawn pictures judged by the prompts of others.
+Beside each figure stand its floor, pictures of the same compositions made from sprites and passed through the
+autoencoder, and its ceiling of chance, drawn pictures judged by the prompts of others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +19,9 @@ from ldm.data.pictures import decode
 from ldm.emoji.composition import Composition
 from ldm.emoji.detectors import Detectors, Features, Verdict, fit_all
 from ldm.emoji.figures import Shares, shares
+from ldm.emoji.mixture import Mixture
 from ldm.emoji.prompts import Asked
 from ldm.emoji.questions import Question, questions, readings
-from ldm.emoji.recipe import Recipe
 from ldm.evaluation.frechet import frechet_distance
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.perceptual import PerceptualDistance
@@ -65,9 +65,10 @@ class Reconstructed:
 class Likeness:
     """Of a part's pictures as a set. Distances are in EfficientNet-Lite0's pooled features.
 
-    frechet: between those drawn and as many real ones of the same plans; frechet_real: between the latter and others
-    of the same plans; frechet_floor: between others and the first through the autoencoder. nearest, nearest_real:
-    the median distance, of unit vectors, from one drawn, or a real one, to the nearest training composition.
+    frechet: between those drawn and as many real ones of the same compositions; frechet_real: between the latter
+    and others of the same compositions; frechet_floor: between others and the first through the autoencoder.
+    nearest, nearest_real: the median distance, of unit vectors, from one drawn, or a real one, to the nearest training
+    composition.
     """
 
     frechet: float
@@ -77,24 +78,26 @@ class Likeness:
     nearest_real: float
 
 
-def compositions(recipe: Recipe, count: int, first: int = 0) -> Iterator[tuple[Tensor, list[list[Question]]]]:
-    """Batches of a recipe's own compositions, each with all questions about it."""
+def compositions(
+    mixture: Mixture, count: int, first: int = 0
+) -> Iterator[tuple[Tensor, list[list[Question]]]]:
+    """Batches of a mixture's own compositions, each with all questions about it."""
     for start in range(first, first + count, _AT_ONCE):
-        made = [recipe.sample(i) for i in range(start, min(start + _AT_ONCE, first + count))]
+        made = [mixture.sample(i) for i in range(start, min(start + _AT_ONCE, first + count))]
         yield (
             to_tensor([each.picture for each in made]),
             [questions(Composition(**each.parts)) for each in made],
         )
 
 
-def fitted(features: Features, recipe: Recipe, count: int) -> Detectors:
-    """Detectors fitted on `count` compositions of a recipe, which should compose everything, also what is held out.
+def fitted(features: Features, mixture: Mixture, count: int) -> Detectors:
+    """Detectors fitted on `count` compositions of a mixture, which should compose everything, also what is held out.
 
     Each composition is shown twice, once worn: what a picture shows is asked, not how sharp and clean it is.
     """
 
     def shown() -> Iterator[tuple[Tensor, list[list[Question]]]]:
-        for number, (pictures, asked) in enumerate(compositions(recipe, count)):
+        for number, (pictures, asked) in enumerate(compositions(mixture, count)):
             yield pictures, asked
             yield worn(pictures, number), asked
 
@@ -118,11 +121,11 @@ def worn(pictures: Tensor, seed: int) -> Tensor:
     return torch.stack(made)
 
 
-def tested(detectors: Detectors, recipe: Recipe, count: int) -> dict[str, tuple[float, int]]:
+def tested(detectors: Detectors, mixture: Mixture, count: int) -> dict[str, tuple[float, int]]:
     """The share right of each attribute, and of how many, on compositions that the detectors were not fitted on."""
     verdicts = [
         [Verdict(_told(v.question), v.ranking) for v in some]
-        for pictures, asked in compositions(recipe, count, _TESTED)
+        for pictures, asked in compositions(mixture, count, _TESTED)
         for some in detectors.judge(pictures, asked)
     ]
     return shares(verdicts).attributes
@@ -137,7 +140,7 @@ def judge(detectors: Detectors, asked: Sequence[Asked], sides: dict[str, Tensor]
 
 def _verdicts(detectors: Detectors, asked: Sequence[Asked], pictures: Tensor) -> list[list[Verdict]]:
     """Of each picture under the reading of its prompt that most speaks for."""
-    ways = [readings(each.plan) for each in asked]
+    ways = [readings(each.composition) for each in asked]
     first = detectors.judge(pictures, [each[0] for each in ways])
     turned = [i for i, each in enumerate(ways) if len(each) > 1]
     others = detectors.judge(pictures[turned], [ways[i][1] for i in turned]) if turned else []
@@ -146,10 +149,10 @@ def _verdicts(detectors: Detectors, asked: Sequence[Asked], pictures: Tensor) ->
     return first
 
 
-def real(recipe: Recipe, asked: Sequence[Asked], seed: int = 0) -> Tensor:
-    """A composition of each prompt's plan."""
+def real(mixture: Mixture, asked: Sequence[Asked], seed: int = 0) -> Tensor:
+    """Return a picture of each prompt's composition, from its sprites."""
     return to_tensor(
-        [recipe.draw(each.plan, seed * 10**6 + number).picture for number, each in enumerate(asked)]
+        [mixture.draw(each.composition, seed * 10**6 + number).picture for number, each in enumerate(asked)]
     )
 
 

@@ -63,7 +63,7 @@ class Config:
     """
 
     renamed: ClassVar[dict[str, str]] = {
-        "recipe": "data.recipe, with data.kind",
+        "recipe": "data.mixture, with data.kind",
         "labels": "data.labels, with data.kind",
         "pictures": "data, with kind: pictures",
     }
