@@ -298,7 +298,7 @@ def test_shares_count_what_was_told():
     fifth, untold = verdict("part", "e", "abcdef"), verdict("style", "z", "yz", told=False)
     colour = verdict("colour", "red", ["red", "blue"])
     found = shares([[right, untold], [right, colour], [wrong, colour], [right, fifth]])
-    assert found.pictures == 4 and found.composed == 2 / 4
+    assert found.count == 4 and found.composed == 2 / 4
     assert found.top1 == 3 / 5 and found.top5 == 4 / 5
     assert found.attributes == {"colour": (1.0, 2), "part": (0.0, 1), "thing": (3 / 4, 4)}
     assert np.isnan(shares([[untold]]).top1)
@@ -339,7 +339,7 @@ def test_the_whole_judgement_of_real_pictures(mixture: Mixture, sprites: SpriteS
     drawn, chance = (judged.shares(side, "seen") for side in ("drawn", "chance"))
     assert drawn.top1 > 0.6 and drawn.top1 > chance.top1 + 0.3 and drawn.composed > chance.composed
     assert judged.shares("floor", "seen").top1 < drawn.top1, "an autoencoder that was never trained"
-    assert judged.shares("drawn", "held-out", "pair").pictures == sum(e.group == "pair" for e in asked[24:])
+    assert judged.shares("drawn", "held-out", "pair").count == sum(e.group == "pair" for e in asked[24:])
     lost = quality.reconstructed(PerceptualDistance(features.network), real, floor)
     error = ((real - floor) / 2).square().flatten(1).mean(1)
     assert lost.psnr == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-5) and lost.distance > 0

@@ -105,7 +105,7 @@ class WindowedEncoder:
     """A network that reads windows of tokens: the one TextEncoder behind CLIP, OpenCLIP, BERT and T5.
 
     tokenize: a prompt to its token ids, without special ones.
-    states: the family's way to run the network.
+    states: the architecture's way to run the network.
     name: the component's name in a diffusers folder.
     masked: the network does not see padding.
     stretches: the network reads longer sequences too (T5's relative positions), so a long prompt stays whole.

@@ -29,35 +29,39 @@ _CLIP_CLASSES = (
     "CLIPTokenizer",
     "CLIPTokenizerFast",
 )  # the latter is an alias of the former in transformers 5
-# What holds a family's vocabulary where tokenizer.json does not.
+# What holds an architecture's vocabulary where tokenizer.json does not.
 _VOCABULARIES = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ("spiece.model",)}
 _SETTINGS = "tokenizer_config.json"
 _NO_LIMIT = 100_000  # transformers writes 1e30 where a tokenizer knows no limit
 
 
-def load_tokenizer(folder: str | Path, family: str) -> Any:
-    """The transformers tokenizer of the family ("clip", "bert" or "t5") from its folder.
+def load_tokenizer(folder: str | Path, architecture: str) -> Any:
+    """Return the transformers tokenizer of the architecture ("clip", "bert" or "t5") from its folder.
 
-    Raises UserError for missing and damaged files, and for another family's. transformers itself would go on without:
-    an empty vocabulary reads every prompt alike, and without the settings the window has another size.
+    Raises UserError for missing and damaged files, and for another architecture's. transformers itself would go on
+    without: an empty vocabulary reads every prompt alike, and without the settings the window has another size.
     """
     path = Path(folder)
     with readable(path):
         if not path.is_dir():
             raise UserError(f"there is no tokenizer folder {path}")
         there = {each.name for each in path.iterdir()}
-    if "tokenizer.json" not in there and not there.issuperset(_VOCABULARIES[family]):
-        wanted = " and ".join(_VOCABULARIES[family])
-        raise UserError(f"{path} holds no vocabulary: a {family} tokenizer has tokenizer.json, or {wanted}")
+    if "tokenizer.json" not in there and not there.issuperset(_VOCABULARIES[architecture]):
+        wanted = " and ".join(_VOCABULARIES[architecture])
+        raise UserError(
+            f"{path} holds no vocabulary: a {architecture} tokenizer has tokenizer.json, or {wanted}"
+        )
     if _SETTINGS not in there:
         raise UserError(f"{path} holds no {_SETTINGS}, which says how long a prompt may be: get it again")
     _check_files(path, there)
     import transformers
 
-    with foreign(f"cannot read the {family} tokenizer", f"in {path}"), quiet():
-        kind = getattr(transformers, _CLASSES[family])
+    with foreign(f"cannot read the {architecture} tokenizer", f"in {path}"), quiet():
+        kind = getattr(transformers, _CLASSES[architecture])
         tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        tokenizer("a \N{SNOWMAN}")  # another family's file may be read well, and fail at an unknown word
+        tokenizer(
+            "a \N{SNOWMAN}"
+        )  # another architecture's file may be read well, and fail at an unknown word
     return tokenizer
 
 
@@ -87,7 +91,7 @@ def _check_patterns(rules: Any, file: Path) -> None:
             raise UserError(f"{file}: its pattern {pattern[:60]!r} is too involved a regular expression")
 
 
-def check_size(tokenizer: Any, rows: int, where: str) -> None:
+def check_vocabulary(tokenizer: Any, rows: int, where: str) -> None:
     """Raise UserError unless the tokenizer's ids are those of a text encoder with a table of `rows` embeddings.
 
     Tables are padded to round numbers, but by a few rows: much fewer tokens are those of another model, too.

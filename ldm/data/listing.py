@@ -30,7 +30,7 @@ _MOST_TEXT = 2**24  # bytes of a file with one caption
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedPicture:
     """One picture, not yet decoded.
 
     name: for messages, and what it is known by in an index; stamp: changes whenever its bytes do.
@@ -53,7 +53,7 @@ class Listing:
     others: how many pictures there are of kinds that are not read, by their ending.
     """
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[ListedPicture] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm.data.buckets import Pixels
 from ldm.data.folder import list_folder
-from ldm.data.listing import SUFFIXES, Entry, Listing, other_kind, walk, why
+from ldm.data.listing import SUFFIXES, ListedPicture, Listing, other_kind, walk, why
 from ldm.data.saved import is_saved, list_saved
 from ldm.data.webdataset import Scan, is_scan, list_shards
 from ldm.errors import UserError, nearest, printable
@@ -310,7 +310,7 @@ def _list(
 
 
 def _examine(
-    entries: Sequence[Entry], before: dict[str, Any], shards: dict[str, Scan], index: Path | None
+    entries: Sequence[ListedPicture], before: dict[str, Any], shards: dict[str, Scan], index: Path | None
 ) -> list[Row]:
     """A row for each entry: as the index knows it, or from decoding it now, several at a time."""
     from tqdm import tqdm
@@ -338,7 +338,7 @@ def _examine(
     return [rows[entry.name] for entry in entries]
 
 
-def _look(entry: Entry) -> Row:
+def _look(entry: ListedPicture) -> Row:
     try:
         content = entry.content()
     except OSError as error:  # no stamp: it may be readable the next time although nothing of it has changed

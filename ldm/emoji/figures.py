@@ -19,7 +19,7 @@ class Shares:
     how many.
     """
 
-    pictures: int
+    count: int
     top1: float
     top5: float
     composed: float
@@ -35,7 +35,7 @@ def shares(verdicts: Sequence[Sequence[Verdict]]) -> Shares:
         for each in some:
             by_attribute[each.question.attribute].append(each.right)
     return Shares(
-        pictures=len(verdicts),
+        count=len(verdicts),
         top1=_mean([each.right for each in things]),
         top5=_mean([each.within(FIRST) for each in things]),
         composed=_mean([all(each.right for each in some) for some in told]),

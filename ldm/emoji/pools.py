@@ -63,7 +63,7 @@ class CompositionsConfig(Data, kind="compositions"):
 
 
 class MixturePool:
-    """`pictures` compositions of a mixture as latents, float16 on disk.
+    """`count` compositions of a mixture as latents, float16 on disk.
 
     The first pass goes through the pool in order and builds what is missing, SHARD at a time; each later pass has an
     order of its own. Another mixture, other sprites or another encoder have keys of their own in the folder.
@@ -71,28 +71,28 @@ class MixturePool:
     with_pictures: also compose the pictures, which takes longer than reading latents.
     dtype: what the encoder computes in, under autocast.
 
-    Raises UserError unless `pictures` is a multiple of SHARD.
+    Raises UserError unless `count` is a multiple of SHARD.
     """
 
     def __init__(
         self,
         mixture: Mixture,
         autoencoder: AutoencoderKL,
-        pictures: int,
+        count: int,
         folder: str | Path,
         with_pictures: bool = False,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        if pictures < SHARD or pictures % SHARD:
+        if count < SHARD or count % SHARD:
             raise UserError(
-                f"compositions.pictures is {pictures}: make it a multiple of {SHARD}, a shard's size"
+                f"compositions.pictures is {count}: make it a multiple of {SHARD}, a shard's size"
             )
-        self.mixture, self.autoencoder, self.pictures = mixture, autoencoder, pictures
+        self.mixture, self.autoencoder, self.count = mixture, autoencoder, count
         self.with_pictures, self.dtype = with_pictures, dtype
         self.captions: Sequence[str] = ()
         self.resolution: int | None = None
         self.cache = TensorCache(folder)
-        self._turn, self._order = 0, np.arange(pictures)
+        self._turn, self._order = 0, np.arange(count)
 
     def prepare(self, batch_size: int) -> None:
         """Nothing: the pool is built as it is needed."""
@@ -128,9 +128,9 @@ class MixturePool:
 
     def _index(self, position: int) -> int:
         """The composition at a position of the endless order."""
-        turn, place = divmod(position, self.pictures)
+        turn, place = divmod(position, self.count)
         if turn != self._turn:
-            self._turn, everything = turn, np.arange(self.pictures)
+            self._turn, everything = turn, np.arange(self.count)
             self._order = np.random.default_rng(turn).permutation(everything) if turn else everything
         return int(self._order[place])
 

@@ -58,7 +58,7 @@ class Reconstructed:
 
     psnr: float
     distance: float
-    pictures: int
+    count: int
 
 
 @dataclass(frozen=True)

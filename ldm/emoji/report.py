@@ -31,7 +31,7 @@ def table(judged: Judged, part: str) -> str:
         for figure in ("top1", "top5", "composed"):
             beside = ", ".join(_percent(getattr(each, figure)) for each in others)
             cells.append(f"{_percent(getattr(drawn, figure))} ({beside})")
-        lines.append(f"| {name} | {drawn.pictures} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {drawn.count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

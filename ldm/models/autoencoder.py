@@ -258,7 +258,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(
                 Stage(width, out, config.layers_per_block, groups, "downsamplers", sampler, label_width)
             )
-        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention, label_width)
+        self.mid_block = AutoencoderMidBlock(widths[-1], groups, config.mid_block_add_attention, label_width)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
@@ -277,7 +277,7 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         label_width = _label_width(config)
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention, label_width)
+        self.mid_block = AutoencoderMidBlock(widths[0], groups, config.mid_block_add_attention, label_width)
         self.up_blocks = nn.ModuleList()
         for i, (width, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             sampler = Upsample(out) if i < len(widths) - 1 else None
@@ -323,7 +323,7 @@ class Stage(nn.Module):
         return x if samplers is None else samplers[0](x)
 
 
-class MidBlock(nn.Module):
+class AutoencoderMidBlock(nn.Module):
     """Residual block, one-head self-attention over all positions, residual block."""
 
     def __init__(self, channels: int, groups: int, attention: bool, label_width: int | None):

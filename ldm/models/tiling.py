@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ldm.models.attention import attend
 from ldm.models.autoencoder import (
     AutoencoderKL,
+    AutoencoderMidBlock,
     DiagonalGaussian,
-    MidBlock,
     PositionAttention,
     Stage,
     embedded,
@@ -280,7 +280,7 @@ def _attention(layer: PositionAttention, source: Stored, device: torch.device, s
 
 
 def _middle(
-    block: MidBlock, source: Map, label: Tensor | None, strips: Strips, device: torch.device
+    block: AutoencoderMidBlock, source: Map, label: Tensor | None, strips: Strips, device: torch.device
 ) -> Stored:
     before, after = cast(list[ResnetBlock], list(block.resnets))
     x = strips.stored(_resnet(before, source, label, strips), device)

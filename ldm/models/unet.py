@@ -68,7 +68,7 @@ class UpBlock(nn.Module):
         return x
 
 
-class MidBlock(nn.Module):
+class UNetMidBlock(nn.Module):
     """Residual block, transformer, residual block, at the lowest resolution; or the first alone, without attention."""
 
     def __init__(self, channels: int, level: Level, config: UNetConfig):
@@ -108,7 +108,7 @@ class UNet(DenoisingNetwork):
         self.add_embedding = size_embedding(config)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = down_blocks(config)
-        self.mid_block = MidBlock(widths[-1], replace(down[-1], attention=True), config)
+        self.mid_block = UNetMidBlock(widths[-1], replace(down[-1], attention=True), config)
 
         width, kept = widths[-1], map_channels(config)
         self.up_blocks = nn.ModuleList()

@@ -25,10 +25,10 @@ from ldm.training import state
 from ldm.training.distributed import BatchGenerator, launch_notes, rows_of, shard_on_cpu, sharded, whole
 from ldm.training.ema import EMA
 from ldm.training.folders import held, make_folder
+from ldm.training.loop_config import LoopConfig, accelerator_for
 from ldm.training.objective import Objective
 from ldm.training.optimization import build_optimizer, learning_rate
 from ldm.training.report import Report
-from ldm.training.settings import LoopConfig, accelerator_for
 from ldm.training.stop import noted_signals
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Report:
     """Speaks in the main process alone. Figures between two lines are averaged."""
 
-    def __init__(self, accelerator: "Accelerator", folder: Path, pictures: int):
-        self.accelerator, self.folder, self.pictures = accelerator, folder, pictures
+    def __init__(self, accelerator: "Accelerator", folder: Path, total: int):
+        self.accelerator, self.folder, self.total = accelerator, folder, total
         self._log = folder / "log.jsonl"
         self._sums: dict[str, float] = {}
         self._steps, self._since, self._logged = 0, time.monotonic(), 0
@@ -42,7 +42,7 @@ class Report:
 
         self._since, self._logged = time.monotonic(), seen
         shown = None if self.accelerator.is_main_process else True
-        self._bar = tqdm(total=self.pictures, initial=seen, unit="pic", disable=shown, dynamic_ncols=True)
+        self._bar = tqdm(total=self.total, initial=seen, unit="pic", disable=shown, dynamic_ncols=True)
         if self.accelerator.log_with:
             self.accelerator.init_trackers(self.folder.name, config)
 

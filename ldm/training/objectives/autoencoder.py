@@ -230,11 +230,11 @@ class Objective:
             figures["perceptual_distance"] = sum(distances) / len(distances)
         return figures | {name: each.item() for name, each in use.items()}
 
-    def _whole(self, model: nn.Module, pictures: int) -> Iterator[Batch]:
+    def _whole(self, model: nn.Module, count: int) -> Iterator[Batch]:
         """Whole pictures, those that are never trained on first, in chunks, where the model is."""
         device = next(model.parameters()).device
-        for start in range(0, pictures, _CHUNK):
-            yield self.examples.whole(start, min(_CHUNK, pictures - start)).to(device)
+        for start in range(0, count, _CHUNK):
+            yield self.examples.whole(start, min(_CHUNK, count - start)).to(device)
 
     def notes(self) -> list[str]:
         return [*self.examples.notes(), *self._without]
