@@ -47,7 +47,7 @@ _BY_TYPE = {
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
-    """The architecture that a transformers config.json names. Raises UserError for one that we do not run."""
+    """Return the architecture that a transformers config.json names. Raises UserError for one that we do not run."""
     kind, listed = config.get("model_type"), config.get("architectures")
     named = str(listed[0]) if isinstance(listed, list) and listed else _BY_TYPE.get(str(kind), "")
     if named not in ARCHITECTURES:
@@ -59,7 +59,7 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def states_of(architecture: Architecture, penultimate: bool) -> States:
-    """How to run the architecture's network.
+    """Return the function that runs the architecture's network.
 
     penultimate: take CLIP's states before its last layer and without the final norm, as SDXL does
     (Podell et al. 2023, sec. 2.1); else the last ones, normalised.

@@ -82,7 +82,7 @@ def build_text_encoder(
 
 
 def export(encoder: TextEncoder) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Each network's config and tensors by its component's name, as a diffusers folder has them."""
+    """Return each network's config and tensors by its component's name, as a diffusers folder has them."""
     return {
         name: (_config_of(module), _tensors_of(module))
         if hasattr(module, "config")
@@ -101,7 +101,7 @@ def write_tokenizers(encoder: TextEncoder, folder: str | Path) -> None:
 
 
 def tokenizer_name(component: str) -> str:
-    """The folder of the tokenizer that goes with a text encoder's: "text_encoder_2" -> "tokenizer_2"."""
+    """Return the folder of the tokenizer that goes with a text encoder's: "text_encoder_2" -> "tokenizer_2"."""
     return component.replace("text_encoder", "tokenizer")
 
 

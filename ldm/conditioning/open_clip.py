@@ -26,7 +26,7 @@ _LONGEST = 4096  # tokens: their causal mask, a number for each two of them, is 
 
 
 def is_open_clip(config: Mapping[str, Any]) -> bool:
-    """Whether this is the `model_cfg` of an open_clip checkpoint, and no config of transformers."""
+    """Return whether this is the `model_cfg` of an open_clip checkpoint, and no config of transformers."""
     return "text_cfg" in config
 
 
@@ -39,7 +39,7 @@ def build_open_clip(
     penultimate: bool = False,
     where: str = "the checkpoint",
 ) -> WindowedEncoder:
-    """The text tower of an open_clip model, with CLIP's own vocabulary; see `build_text_encoder`.
+    """Return the text tower of an open_clip model, with CLIP's own vocabulary; see `build_text_encoder`.
 
     The states and the pooled vector are those of the transformers CLIP with the same weights. Raises UserError, also
     where open_clip is not installed.
@@ -58,7 +58,7 @@ def build_open_clip(
 
 
 def as_transformers(tower: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of the transformers CLIP that computes the same, for the component `name`.
+    """Return the config and the tensors of the transformers CLIP that computes the same, for the component `name`.
 
     Only SDXL's second text encoder keeps the projection: diffusers' other pipelines would read it as the states.
     """

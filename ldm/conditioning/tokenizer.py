@@ -104,7 +104,7 @@ def check_vocabulary(tokenizer: Any, rows: int, where: str) -> None:
 
 
 def window_of(tokenizer: Any, limit: int) -> Window:
-    """The window that the tokenizer pads to: its own limit, and never more than the network's `limit`."""
+    """Return the window that the tokenizer pads to: its own limit, and never more than the network's `limit`."""
     size, pad = tokenizer.model_max_length, tokenizer.pad_token_id
     if not isinstance(size, int | float) or size != size or size < 1 or pad is None:
         raise UserError(f"the tokenizer's {_SETTINGS} needs a pad_token and a model_max_length of 1 or more")
@@ -117,7 +117,10 @@ def window_of(tokenizer: Any, limit: int) -> Window:
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of the text alone, uncut. For CLIP it is cleaned first, as CLIP's own tokenizer does (see `clean`)."""
+    """Return the ids of the text alone, uncut.
+
+    For CLIP it is cleaned first, as CLIP's own tokenizer does (see `clean`).
+    """
     if type(tokenizer).__name__ in _CLIP_CLASSES:
         own = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
         text = clean(text, kept=tokenizer.get_added_vocab().keys() - own)
@@ -125,7 +128,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def clip_tokenizer(pad_token: str = EOS) -> Any:
-    """CLIP's tokenizer, with the vocabulary that this package carries.
+    """Return CLIP's tokenizer, with the vocabulary that this package carries.
 
     pad_token: "<|endoftext|>" for SD 1.x and SDXL's first encoder, "!" (id 0) for SD 2.x and SDXL's second.
     """
@@ -159,13 +162,13 @@ def write_clip_tokenizer(
 
 
 def clip_merges() -> list[str]:
-    """The merges of CLIP's BPE, best first."""
+    """Return the merges of CLIP's BPE, best first."""
     lines = gzip.decompress(_BPE.read_bytes()).decode("utf-8").split("\n")
     return lines[1 : 1 + MERGES]  # the first line is a heading
 
 
 def clip_vocabulary(merges: Sequence[str]) -> dict[str, int]:
-    """Token to id: byte symbols, byte symbols at a word's end, merges, then the two special tokens."""
+    """Map token to id: byte symbols, byte symbols at a word's end, merges, then the two special tokens."""
     symbols = list(_byte_symbols())
     ends = (symbol + "</w>" for symbol in symbols)
     tokens = chain(symbols, ends, (merge.replace(" ", "") for merge in merges), (BOS, EOS))

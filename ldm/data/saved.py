@@ -24,7 +24,7 @@ SPLITS = "dataset_dict.json"
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Return whether `save_to_disk` wrote this folder."""
     return (path / SPLITS).is_file() or (path / STATE).is_file()
 
 

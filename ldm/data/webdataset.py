@@ -66,7 +66,10 @@ def list_shards(
 
 
 def is_scan(scan: Scan) -> bool:
-    """Whether what an index holds for a shard is of this making. Raises TypeError or LookupError for odd JSON."""
+    """Return whether what an index holds for a shard is of this making.
+
+    Raises TypeError or LookupError for odd JSON.
+    """
     members = (
         isinstance(name, str)
         and bool(captions)

@@ -27,7 +27,7 @@ class Shares:
 
 
 def shares(verdicts: Sequence[Sequence[Verdict]]) -> Shares:
-    """Over each picture's verdicts."""
+    """Return the shares over each picture's verdicts."""
     told = [[each for each in some if each.question.told] for some in verdicts]
     things = [each for some in told for each in some if each.question.attribute in THINGS]
     by_attribute: dict[str, list[bool]] = defaultdict(list)

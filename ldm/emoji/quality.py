@@ -81,7 +81,7 @@ class Likeness:
 def compositions(
     mixture: Mixture, count: int, first: int = 0
 ) -> Iterator[tuple[Tensor, list[list[Question]]]]:
-    """Batches of a mixture's own compositions, each with all questions about it."""
+    """Yield batches of a mixture's own compositions, each with all questions about it."""
     for start in range(first, first + count, _AT_ONCE):
         made = [mixture.sample(i) for i in range(start, min(start + _AT_ONCE, first + count))]
         yield (
@@ -91,7 +91,7 @@ def compositions(
 
 
 def fitted(features: Features, mixture: Mixture, count: int) -> Detectors:
-    """Detectors fitted on `count` compositions of a mixture, which should compose everything, also what is held out.
+    """Fit detectors on `count` compositions of a mixture, which should compose everything, also what is held out.
 
     Each composition is shown twice, once worn: what a picture shows is asked, not how sharp and clean it is.
     """
@@ -105,7 +105,7 @@ def fitted(features: Features, mixture: Mixture, count: int) -> Detectors:
 
 
 def worn(pictures: Tensor, seed: int) -> Tensor:
-    """Each picture (B, 3, H, W) shrunk to between 1/4 and 3/4 of its side and enlarged again, with blotches.
+    """Shrink each picture (B, 3, H, W) to between 1/4 and 3/4 of its side, enlarge it again, and add blotches.
 
     These are about a sixteenth of the side wide, with a standard deviation of up to 0.1, where colours are in [-1, 1]:
     as a model that has not learned to the end leaves them, on what should be plain.
@@ -122,7 +122,7 @@ def worn(pictures: Tensor, seed: int) -> Tensor:
 
 
 def tested(detectors: Detectors, mixture: Mixture, count: int) -> dict[str, tuple[float, int]]:
-    """The share right of each attribute, and of how many, on compositions that the detectors were not fitted on."""
+    """Return the share right of each attribute, and of how many, on compositions not fitted on."""
     verdicts = [
         [Verdict(_told(v.question), v.ranking) for v in some]
         for pictures, asked in compositions(mixture, count, _TESTED)
@@ -132,7 +132,7 @@ def tested(detectors: Detectors, mixture: Mixture, count: int) -> dict[str, tupl
 
 
 def judge(detectors: Detectors, asked: Sequence[Asked], sides: dict[str, Tensor]) -> Judged:
-    """Verdicts on each side's pictures (B, 3, H, W), one a prompt; chance is made of those drawn."""
+    """Return verdicts on each side's pictures (B, 3, H, W), one a prompt; chance is made of those drawn."""
     moved = torch.roll(sides["drawn"], len(asked) // 2 + 1, 0)[_mixed(len(asked))]
     all_sides = sides | {"chance": moved}
     return Judged(list(asked), {name: _verdicts(detectors, asked, some) for name, some in all_sides.items()})
@@ -158,14 +158,14 @@ def real(mixture: Mixture, asked: Sequence[Asked], seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Pictures through the autoencoder, by the posterior's mean, rounded to 8 bits as files are."""
+    """Pass pictures through the autoencoder, by the posterior's mean, rounded to 8 bits as files are."""
     parts = [autoencoder.decode(autoencoder.encode(some).mean) for some in pictures.split(_AT_ONCE)]
     return ((torch.cat(parts).float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 @torch.no_grad()
 def reconstructed(distance: PerceptualDistance, pictures: Tensor, decoded: Tensor) -> Reconstructed:
-    """What the autoencoder loses, a mean over pictures."""
+    """Return what the autoencoder loses, a mean over pictures."""
     error = ((pictures - decoded) / 2).square().flatten(1).mean(1)
     apart = [distance(a, b) for a, b in zip(pictures.split(_AT_ONCE), decoded.split(_AT_ONCE), strict=True)]
     return Reconstructed(
@@ -176,7 +176,9 @@ def reconstructed(distance: PerceptualDistance, pictures: Tensor, decoded: Tenso
 def likeness(
     features: Features, training: Tensor, drawn: Tensor, one: Tensor, other: Tensor, floor: Tensor
 ) -> Likeness:
-    """training: features of training compositions (N, 1280); floor: the first real ones through the autoencoder."""
+    """Compare sets of pictures.
+
+    training: features of training compositions (N, 1280); floor: the first real ones through the autoencoder."""
     seen, a, b, c = (features.pooled(each) for each in (drawn, one, other, floor))
     return Likeness(
         frechet_distance(seen, a),
@@ -188,13 +190,13 @@ def likeness(
 
 
 def nearest(rows: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
-    """The distance of each row (N, D) to the nearest of `training` (M, D), as unit vectors, and which that is."""
+    """Return the distance of each row (N, D) to the nearest of `training` (M, D), as unit vectors, and which it is."""
     found = torch.cdist(F.normalize(rows.float()), F.normalize(training.float())).min(dim=1)
     return found.values, found.indices
 
 
 def draw_all(draw: Draw, asked: Sequence[Asked], folder: Path, at_once: int = 16) -> "list[Image]":
-    """All pictures, as PNG files in `folder`; whole ones that are there already are read, so it can be interrupted."""
+    """Draw all pictures, as PNG files in `folder`; those that are there are read, so it can be interrupted."""
     paths = [folder / f"{number:05d}.png" for number in range(len(asked))]
     found = [_read(path) for path in paths]
     missing = [number for number, picture in enumerate(found) if picture is None]

@@ -20,7 +20,7 @@ class Question:
 
 
 def readings(composition: Composition) -> list[list[Question]]:
-    """The questions of each way to show this composition: two things next to each other may stand either way round."""
+    """Return the questions of each way to show this: two things next to each other may stand either way round."""
     if composition.relation != "next to":
         return [questions(composition)]
     turned = replace(
@@ -33,7 +33,7 @@ def readings(composition: Composition) -> list[list[Question]]:
 
 
 def questions(composition: Composition) -> list[Question]:
-    """All that a picture of this composition shows and a detector can see, as the mixture paints it.
+    """Return all that a picture of this composition shows and a detector can see, as the mixture paints it.
 
     A thing's own colour is part of the thing, and is not asked for.
     """

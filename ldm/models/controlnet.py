@@ -171,7 +171,7 @@ class ControlNet(nn.Module):
         return network
 
     def wants(self, latent_channels: int) -> dict[str, int]:
-        """As DenoisingNetwork's: what it takes of the U-Net's condition."""
+        """See `DenoisingNetwork`: what it takes of the U-Net's condition."""
         return self._encoder.wants(latent_channels)
 
     @property

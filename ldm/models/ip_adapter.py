@@ -201,7 +201,7 @@ class IPAdapter(nn.Module):
             self._handles.pop().remove()
 
     def is_attached_to(self, network: nn.Module) -> bool:
-        """Whether the network, and no copy or other one, sees its tokens."""
+        """Return whether the network, and no copy or other one, sees its tokens."""
         return bool(self._handles) and any(each is self._cores[0] for each in network.modules())
 
     def tokens(self, features: Tensor) -> Tensor:

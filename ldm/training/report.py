@@ -63,7 +63,7 @@ class Report:
         return figures
 
     def log(self, seen: int, figures: dict[str, float]) -> None:
-        """One line on the console and in `log.jsonl`, and the trackers' figures."""
+        """Write one line on the console and in `log.jsonl`, and the trackers' figures."""
         if not figures:
             return
         self.say(f"{seen:>9,}  " + "  ".join(f"{k} {v:.5g}" for k, v in figures.items()))
@@ -86,14 +86,14 @@ class Report:
                 tracker.log_images(shown, step=seen, **layout)
 
     def say(self, text: str) -> None:
-        """A line on the console, above the bar."""
+        """Print a line on the console, above the bar."""
         if self.accelerator.is_main_process:
             from tqdm.auto import tqdm
 
             tqdm.write(printable(text, sys.stdout.encoding))
 
     def tell(self, notes: Collection[str]) -> None:
-        """Lines on the console, each once in a run."""
+        """Print lines on the console, each once in a run."""
         for note in dict.fromkeys(notes):
             if note not in self._told:
                 self.say(note)

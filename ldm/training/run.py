@@ -42,7 +42,7 @@ class Run:
 
 
 def objective_names() -> list[str]:
-    """The objectives that a config can name."""
+    """Return the objectives that a config can name."""
     return sorted(each.name for each in pkgutil.iter_modules(objectives.__path__))
 
 

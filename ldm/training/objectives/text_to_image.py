@@ -140,7 +140,7 @@ class Objective:
         self.conditions.prepare(self.source.captions)
 
     def helpers(self) -> Mapping[str, nn.Module]:
-        """The frozen networks beside `model`."""
+        """Return the frozen networks beside `model`."""
         inside = {self.trained.component, *self.trained.text_encoders}
         return {name: each for name, each in self.system.modules().items() if name not in inside}
 
@@ -208,11 +208,11 @@ class Objective:
         return {}
 
     def notes(self) -> list[str]:
-        """What was found out about the pictures and their captions."""
+        """Return what was found out about the pictures and their captions."""
         return self.source.notes() + self.conditions.notes()
 
     def export(self, model: nn.Module, folder: Path, config: str) -> None:
-        """What was trained: a diffusers folder in float16, a LoRA's file, a token's, or a ControlNet's folder."""
+        """Write what was trained: a diffusers folder in float16, a LoRA's file, a token's, or a ControlNet's folder."""
         assert isinstance(model, TrainableModel)
         self.config.train.export(model, self.system, folder, {"config": config})
 
