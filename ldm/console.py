@@ -118,7 +118,7 @@ def _message(error: Exception, memory: str) -> str | None:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is a lack of memory."""
+    """Return whether an error, or what it came from, is a lack of memory."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True

@@ -22,7 +22,10 @@ _HOLE = 2**24  # bytes from which on a file must not be mostly hole
 
 
 def plain_status(path: str | Path) -> os.stat_result:
-    """What the system says of a regular file. Raises OSError for what is none: a pipe, a device, a link to nothing."""
+    """Return what the system says of a regular file.
+
+    Raises OSError for what is none: a pipe, a device, a link to nothing.
+    """
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -42,7 +45,7 @@ def plain_status(path: str | Path) -> os.stat_result:
 
 
 def read_plain(path: str | Path, most: int = LARGEST) -> bytes:
-    """The bytes of a regular file. Raises OSError for what is none, or for more than `most` bytes."""
+    """Return the bytes of a regular file. Raises OSError for what is none, or for more than `most` bytes."""
     size = plain_status(path).st_size
     if size > most:
         raise OSError(f"its {size:,} bytes are more than the {most:,} that are read")

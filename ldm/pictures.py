@@ -42,36 +42,39 @@ def _decoders() -> frozenset[str]:
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
-    """uint8 pictures (H, W, 3) of one size to (B, 3, H, W) float32 in [-1, 1], as networks see them."""
+    """Convert uint8 pictures (H, W, 3) of one size to (B, 3, H, W) float32 in [-1, 1], as networks see them."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_unit_range(pictures: Tensor) -> Tensor:
-    """What a decoder gave, about in [-1, 1], as float32 in [0, 1], clamped."""
+    """Return what a decoder gave, about in [-1, 1], as float32 in [0, 1], clamped."""
     return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
 
 def to_numpy(pictures: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [0, 1] to (B, H, W, 3) float32."""
+    """Convert (B, 3, H, W) in [0, 1] to (B, H, W, 3) float32."""
     return pictures.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 def to_pil(pictures: Tensor) -> "list[Image]":
-    """(B, 3, H, W) in [0, 1] to 8-bit PIL pictures."""
+    """Convert (B, 3, H, W) in [0, 1] to 8-bit PIL pictures."""
     from PIL import Image
 
     return [Image.fromarray(picture) for picture in (to_numpy(pictures) * 255).round().astype(np.uint8)]
 
 
 def png(picture: "Image", metadata: "PngInfo | None" = None, profile: bytes | None = None) -> bytes:
-    """The bytes of a PNG file. profile: the ICC profile of its colours, where it has one."""
+    """Return the bytes of a PNG file. profile: the ICC profile of its colours, where it has one."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=metadata, icc_profile=profile)
     return buffer.getvalue()
 
 
 def grid_size(count: int, columns: int, width: int, height: int) -> tuple[int, int]:
-    """The (width, height) of a `grid` of `count` pictures. Raises UserError for one that no program would open."""
+    """Return the (width, height) of a `grid` of `count` pictures.
+
+    Raises UserError for one that no program would open.
+    """
     size = columns * width, -(-count // columns) * height
     if max(size) >= 2**31 or size[0] * size[1] > LARGEST_SHEET:
         raise UserError(
@@ -82,7 +85,10 @@ def grid_size(count: int, columns: int, width: int, height: int) -> tuple[int, i
 
 
 def grid(pictures: "Sequence[Image]", columns: int) -> "Image":
-    """Pictures of one size, row by row; a last row that is not full ends in white. Raises UserError, as `grid_size`."""
+    """Lay out pictures of one size, row by row; a last row that is not full ends in white.
+
+    Raises UserError, as `grid_size`.
+    """
     from PIL import Image
 
     width, height = pictures[0].size

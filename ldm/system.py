@@ -36,14 +36,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def bundled(pattern: str) -> Path | None:
-    """The first file of such a name that ships with this package: in a checkout's `weights/`, or inside a wheel."""
+    """Return the first file of such a name in this package: in a checkout's `weights/`, or inside a wheel."""
     package = Path(ldm.__file__).parent
     found = (sorted((folder / "weights").glob(pattern)) for folder in (package, package.parent))
     return next((files[0] for files in found if files), None)
 
 
 def bundled_model() -> Path:
-    """The folder of the model that ships with this package. Raises UserError where it is not there."""
+    """Return the folder of the model that ships with this package. Raises UserError where it is not there."""
     index = bundled("*/model_index.json")
     if index is None:
         raise UserError("the bundled model is not there: name a model (a folder, a single file or a hub id)")
@@ -158,7 +158,7 @@ class System:
         return (self.network.config.sample_size or 64) * self.autoencoder.config.factor
 
     def modules(self) -> dict[str, nn.Module]:
-        """The networks by component name, in the order in which a picture needs them."""
+        """Return the networks by component name, in the order in which a picture needs them."""
         return {**self.text.modules, self.network.component: self.network, "vae": self.autoencoder}
 
     def to(self, device: torch.device | str, torch_dtype: torch.dtype) -> "System":
@@ -202,7 +202,7 @@ class System:
         return steered
 
     def checkpoint(self) -> Checkpoint:
-        """Configs and tensors as files hold them.
+        """Return configs and tensors as files hold them.
 
         A part that came from a file of less precision than it is held in goes back into that precision where nothing is
         lost by it: what is only loaded in float32, or held there so as not to overflow, stays as small as it was.
@@ -241,7 +241,7 @@ def _network_of(checkpoint: Checkpoint, path: Path) -> type[DenoisingNetwork]:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Ten hex digits over names, shapes, dtypes and the first 64 values of every tensor.
+    """Return ten hex digits over names, shapes, dtypes and the first 64 values of every tensor.
 
     Enough to tell checkpoints apart, since training moves some of the first values of every tensor that it trains,
     without reading gigabytes.

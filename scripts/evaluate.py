@@ -1,9 +1,9 @@
-"""Evaluate a model that was trained on the recipe: does it draw what it is asked for?
+"""Evaluate a model that was trained on a mixture of compositions: does it draw what it is asked for?
 
 evaluate.py [--model FOLDER]            draw, judge, and write a report with pictures; goes on where it was interrupted
 evaluate.py --sweep [--prompts 64]      quality against seconds over samplers, steps and guidance, with a plot
 evaluate.py --grid FILE                 only draw the prompts of a file, a line each, with seeds 0 to 3
-Detectors are fitted first, once for a recipe (minutes); scripts/prepare_data.py makes the sprites that they need.
+Detectors are fitted first, once for a mixture (minutes); scripts/prepare_data.py makes the sprites that they need.
 """
 
 import argparse

@@ -25,20 +25,20 @@ def main() -> int:
     parser.add_argument("--compose", type=Path, metavar="FOLDER", help="write composed pictures there too")
     parser.add_argument("--pictures", type=int, default=300, help="how many (default: %(default)s)")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of their recipe"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of their mixture"
     )
     arguments = parser.parse_args()
     if not 1 <= arguments.pictures <= _MOST:
         raise UserError(f"--pictures must be 1 to {_MOST:,}")
 
     from ldm.config import from_dict, override
+    from ldm.emoji.mixture import MixtureConfig
     from ldm.emoji.prepare import compose, prepare
-    from ldm.emoji.recipe import RecipeConfig
 
     prepare(arguments.config)
     if arguments.compose:
-        recipe = from_dict(RecipeConfig, override({}, arguments.set, RecipeConfig), "--set")
-        compose(arguments.compose, recipe, arguments.pictures)
+        mixture = from_dict(MixtureConfig, override({}, arguments.set, MixtureConfig), "--set")
+        compose(arguments.compose, mixture, arguments.pictures)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The data part: sources, sprites, costumes, captions and the recipe, on sprites made here (no network)."""
+"""The data part: sources, sprites, costumes, captions and the mixture, on sprites made here (no network)."""
 
 import io
 import json
@@ -18,8 +18,9 @@ from ldm.emoji.composition import HOLDING, Composition
 from ldm.emoji.costumes import COSTUMES, FACES, VISOR, wear
 from ldm.emoji.finishes import FINISHES
 from ldm.emoji.heldout import HELD_OUT, is_held_out
+from ldm.emoji.mixture import KINDS, Mixture, MixtureConfig
 from ldm.emoji.packages import SOURCES
-from ldm.emoji.recipe import HOLDER, KINDS, Recipe, RecipeConfig
+from ldm.emoji.places import HOLDER
 from ldm.emoji.sprites import STYLES, SpriteSet, build_sprites, fit, load_sprites, resize
 from ldm.emoji.things import THINGS, choose, plural
 from ldm.errors import UserError
@@ -72,8 +73,8 @@ def sprites() -> SpriteSet:
 
 
 @pytest.fixture(scope="module")
-def recipe(sprites: SpriteSet) -> Recipe:
-    return Recipe(sprites, RecipeConfig(seed=7))
+def mixture(sprites: SpriteSet) -> Mixture:
+    return Mixture(sprites, MixtureConfig(seed=7))
 
 
 # --- things ---------------------------------------------------------------------------------------------------
@@ -252,92 +253,100 @@ def test_costumes_stay_in_the_frame(sprites: SpriteSet, costume: str):
     assert not worn[[0, -1]][..., 3].any() and not worn[:, [0, -1]][..., 3].any()
 
 
-# --- the recipe -----------------------------------------------------------------------------------------------
+# --- the mixture -----------------------------------------------------------------------------------------------
 
 
-def test_an_example_depends_on_seed_and_index_only(sprites: SpriteSet, recipe: Recipe):
-    fresh = Recipe(sprites, RecipeConfig(seed=7))
+def test_an_example_depends_on_seed_and_index_only(sprites: SpriteSet, mixture: Mixture):
+    fresh = Mixture(sprites, MixtureConfig(seed=7))
     for index in (41, 3, 10**9, 0):
-        one, other = recipe.sample(index), fresh.sample(index)
+        one, other = mixture.sample(index), fresh.sample(index)
         assert one.caption == other.caption and np.array_equal(one.picture, other.picture)
-    other_seed = Recipe(sprites, RecipeConfig(seed=8))
-    assert any(recipe.sample(index).caption != other_seed.sample(index).caption for index in range(5))
+    other_seed = Mixture(sprites, MixtureConfig(seed=8))
+    assert any(mixture.sample(index).caption != other_seed.sample(index).caption for index in range(5))
 
 
-def test_pictures_captions_and_parts_agree(recipe: Recipe):
+def test_pictures_captions_and_parts_agree(mixture: Mixture):
     kinds: dict[str, int] = {}
     for index in range(3000):
-        example = recipe.sample(index)
+        example = mixture.sample(index)
         kinds[example.kind] = kinds.get(example.kind, 0) + 1
         assert example.picture.shape == (128, 128, 3) and example.picture.dtype == np.uint8
-        plan = Composition(**example.parts)
-        assert not is_held_out(plan.names)
-        check_words(plan, example.caption)
+        composition = Composition(**example.parts)
+        assert not is_held_out(composition.names)
+        check_words(composition, example.caption)
     total = sum(KINDS.values())
     assert all(abs(kinds[kind] / 3000 - weight / total) < 0.04 for kind, weight in KINDS.items())
 
 
-def check_words(plan: Composition, words: str) -> None:
+def check_words(composition: Composition, words: str) -> None:
     assert not re.search(r"\b(a [aeio]|an [^aeiou])|  | ,|\{|\[", words), words
-    named = plan.style_named and not plan.finish
+    named = composition.style_named and not composition.finish
     assert named == bool(re.search(r"\b3d\b|\bflat\b", words)), words
     finishes = r"line drawing|outline|page|black and white|shades"
-    assert bool(plan.finish) == bool(re.search(finishes, words)), words
+    assert bool(composition.finish) == bool(re.search(finishes, words)), words
     if named:
-        assert re.search(rf"\b{plan.style}\b", words), words
-    background = plan.setting_named and plan.setting in BACKGROUNDS
+        assert re.search(rf"\b{composition.style}\b", words), words
+    background = composition.setting_named and composition.setting in BACKGROUNDS
     assert background == ("background" in words), words
-    assert not background or f"{plan.setting} background" in words.replace("gray", "grey")
-    assert (plan.size == "small") == bool(re.search(r"\b(small|tiny|little)\b", words)), words
-    for name in plan.things:
+    assert not background or f"{composition.setting} background" in words.replace("gray", "grey")
+    assert (composition.size == "small") == bool(re.search(r"\b(small|tiny|little)\b", words)), words
+    for name in composition.things:
         thing = THINGS[name]
-        known = (thing.wearer,) if plan.costume else (thing.plural,) if plan.count > 1 else thing.names
-        if plan.relation == HOLDING and name == plan.things[0]:
+        known = (
+            (thing.wearer,)
+            if composition.costume
+            else (thing.plural,)
+            if composition.count > 1
+            else thing.names
+        )
+        if composition.relation == HOLDING and name == composition.things[0]:
             known = (*known, thing.wearer)
         assert any(each and each in words for each in known), words
-    if plan.colour:
-        assert f"{plan.colour} " in words
-    if plan.second_colour:
-        related = [words.index(f" {each} ") for each in RELATION_WORDS[plan.relation] if f" {each} " in words]
-        assert words.rindex(f"{plan.second_colour} ") > min(related)
-    if plan.count > 1:
-        assert {2: "two", 3: "three"}[plan.count] in words
-    if plan.costume and plan.costume != "astronaut":
-        assert plan.costume in words
+    if composition.colour:
+        assert f"{composition.colour} " in words
+    if composition.second_colour:
+        related = [
+            words.index(f" {each} ") for each in RELATION_WORDS[composition.relation] if f" {each} " in words
+        ]
+        assert words.rindex(f"{composition.second_colour} ") > min(related)
+    if composition.count > 1:
+        assert {2: "two", 3: "three"}[composition.count] in words
+    if composition.costume and composition.costume != "astronaut":
+        assert composition.costume in words
 
 
-def test_relations_and_counts_are_drawn_as_said(sprites: SpriteSet, recipe: Recipe):
+def test_relations_and_counts_are_drawn_as_said(sprites: SpriteSet, mixture: Mixture):
     def middle(picture: np.ndarray, thing: str) -> np.ndarray:
         colour = sprites.pixels[thing, "3d"][64, 64, :3].astype(int)
         return np.argwhere(np.abs(picture.astype(int) - colour).max(-1) < 4).mean(0)
 
     where = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1), "next to": (1, -1)}
     for relation, (axis, sign) in where.items():
-        plan = Composition("pair", ("apple", "car"), "3d", "white", relation=relation)
-        picture = recipe.draw(plan).picture
+        composition = Composition("pair", ("apple", "car"), "3d", "white", relation=relation)
+        picture = mixture.draw(composition).picture
         assert sign * (middle(picture, "apple") - middle(picture, "car"))[axis] > 40
         border = np.concatenate([picture[[0, -1]].reshape(-1, 3), picture[:, [0, -1]].reshape(-1, 3)])
         assert (border == 255).all()
 
 
-def test_colours_of_a_pair_are_each_its_own(recipe: Recipe):
+def test_colours_of_a_pair_are_each_its_own(mixture: Mixture):
     plain = Composition("pair", ("car", "umbrella"), "flat", "white", relation="left of")
-    both = recipe.draw(replace(plain, colour="blue", second_colour="yellow")).picture
-    left = recipe.draw(replace(plain, colour="blue")).picture
-    right = recipe.draw(replace(plain, second_colour="yellow")).picture
-    bare = recipe.draw(plain).picture
+    both = mixture.draw(replace(plain, colour="blue", second_colour="yellow")).picture
+    left = mixture.draw(replace(plain, colour="blue")).picture
+    right = mixture.draw(replace(plain, second_colour="yellow")).picture
+    bare = mixture.draw(plain).picture
     assert np.array_equal(both[:, :64], left[:, :64]) and np.array_equal(both[:, 64:], right[:, 64:])
     assert not np.array_equal(left[:, :64], bare[:, :64]) and np.array_equal(left[:, 64:], bare[:, 64:])
 
 
-def test_a_holder_holds_a_thing_before_it_and_a_small_thing_is_small(sprites: SpriteSet, recipe: Recipe):
-    plan = Composition("holding", ("fox", "apple"), "3d", "white", relation=HOLDING)
-    picture = recipe.draw(plan).picture
+def test_a_holder_holds_a_thing_before_it_and_a_small_thing_is_small(sprites: SpriteSet, mixture: Mixture):
+    composition = Composition("holding", ("fox", "apple"), "3d", "white", relation=HOLDING)
+    picture = mixture.draw(composition).picture
     x, y, _ = HOLDER[1]
     colour = sprites.pixels["apple", "3d"][64, 64, :3]
     assert np.abs(picture[round(y * 128), round(x * 128)].astype(int) - colour).max() < 4
     small, whole = (
-        recipe.draw(Composition("single", ("fox",), "3d", "white", size=size)) for size in ("small", "")
+        mixture.draw(Composition("single", ("fox",), "3d", "white", size=size)) for size in ("small", "")
     )
     assert 3 * (small.picture < 250).any(-1).mean() < (whole.picture < 250).any(-1).mean()
 
@@ -348,8 +357,8 @@ def test_held_out_words_are_in_no_caption(sprites: SpriteSet):
     assert not is_held_out({"cat", "apple"}) and not is_held_out({"raccoon", "top hat"})
     things = ["cat", "cat face", "umbrella", "raccoon", "fox"]
     weights = {"pair": 1.0, "holding": 1.0, "astronaut": 1.0}
-    recipe = Recipe(sprites, RecipeConfig(things=things, weights=weights))
-    captions = [recipe.sample(i).caption for i in range(1500)]
+    mixture = Mixture(sprites, MixtureConfig(things=things, weights=weights))
+    captions = [mixture.sample(i).caption for i in range(1500)]
     assert any("cat" in each for each in captions) and any("umbrella" in each for each in captions)
     assert not [each for each in captions if "cat" in each and "umbrella" in each]
     assert not [
@@ -357,14 +366,14 @@ def test_held_out_words_are_in_no_caption(sprites: SpriteSet):
     ]
 
 
-def test_finishes_redraw_the_whole_picture(recipe: Recipe):
-    plan = Composition("single", ("apple",), "3d", "white")
-    plain = recipe.draw(plan).picture
+def test_finishes_redraw_the_whole_picture(mixture: Mixture):
+    composition = Composition("single", ("apple",), "3d", "white")
+    plain = mixture.draw(composition).picture
     for name in FINISHES:
-        made = recipe.draw(replace(plan, finish=name)).picture
+        made = mixture.draw(replace(composition, finish=name)).picture
         assert made.shape == plain.shape and made.dtype == np.uint8
         assert (np.ptp(made, axis=-1) == 0).all(), "no colour is left"
-    lines = recipe.draw(replace(plan, finish="line drawing")).picture
+    lines = mixture.draw(replace(composition, finish="line drawing")).picture
     inside, edge = lines[64, 64, 0], lines[64, :64, 0]
     assert inside == 255 and edge.min() < 60  # an ellipse of one colour becomes its outline
     flat = np.full((32, 32, 3), 77, np.uint8)
@@ -372,50 +381,52 @@ def test_finishes_redraw_the_whole_picture(recipe: Recipe):
 
 
 def test_everything_holds_what_is_held_out(sprites: SpriteSet):
-    some = RecipeConfig(seed=7, things=["apple", "raccoon"], weights={"colour": 1, "astronaut": 1})
-    recipe, judge = Recipe(sprites, some), Recipe(sprites, some, everything=True)
-    assert not any(is_held_out(Composition(**recipe.sample(i).parts).names) for i in range(300))
+    some = MixtureConfig(seed=7, things=["apple", "raccoon"], weights={"colour": 1, "astronaut": 1})
+    mixture, judge = Mixture(sprites, some), Mixture(sprites, some, everything=True)
+    assert not any(is_held_out(Composition(**mixture.sample(i).parts).names) for i in range(300))
     assert any(is_held_out(Composition(**judge.sample(i).parts).names) for i in range(300))
-    assert recipe.fingerprint != judge.fingerprint == Recipe(sprites, some, everything=True).fingerprint
+    assert mixture.fingerprint != judge.fingerprint == Mixture(sprites, some, everything=True).fingerprint
 
 
-def test_an_astronaut_is_a_portrait_for_the_face_to_be_seen(sprites: SpriteSet, recipe: Recipe):
+def test_an_astronaut_is_a_portrait_for_the_face_to_be_seen(sprites: SpriteSet, mixture: Mixture):
     """The helmet is whole and larger than in the sprite; the suit reaches the lower edge."""
     suit = sprites.pixels["astronaut", "flat"]
     for seed in range(8):
-        plan = Composition("astronaut", ("fox",), costume="astronaut", style="flat", setting="white")
-        drawn = (recipe.draw(plan, seed).picture < 250).any(-1)
+        composition = Composition("astronaut", ("fox",), costume="astronaut", style="flat", setting="white")
+        drawn = (mixture.draw(composition, seed).picture < 250).any(-1)
         side = len(drawn)
         assert drawn[-1].any() and not drawn[0].any()
         assert drawn.sum() / side**2 > (suit[..., 3] > 128).mean()
 
 
-def test_held_out_combinations_are_composed_on_demand(recipe: Recipe):
-    plans = recipe.heldout_plans()
-    assert {plan.style for plan in plans if plan.names == {"raccoon", "astronaut"}} == {"3d", "flat"}
-    for index in range(2 * len(plans)):
-        example = recipe.heldout(index)
-        plan = Composition(**example.parts)
-        assert is_held_out(plan.names)
-        check_words(plan, example.caption)
-    seen = [recipe.sample(index).parts for index in range(2000)]
+def test_held_out_combinations_are_composed_on_demand(mixture: Mixture):
+    compositions = mixture.heldout_compositions()
+    assert {
+        composition.style for composition in compositions if composition.names == {"raccoon", "astronaut"}
+    } == {"3d", "flat"}
+    for index in range(2 * len(compositions)):
+        example = mixture.heldout(index)
+        composition = Composition(**example.parts)
+        assert is_held_out(composition.names)
+        check_words(composition, example.caption)
+    seen = [mixture.sample(index).parts for index in range(2000)]
     assert any(parts["things"] == ("raccoon",) and parts["costume"] in ("top hat", "crown") for parts in seen)
     assert any(parts["things"] == ("fox",) and parts["costume"] == "astronaut" for parts in seen)
 
 
 def test_wrong_configurations_are_user_errors(sprites: SpriteSet):
     for config in (
-        RecipeConfig(styles=["cartoon"]),
-        RecipeConfig(styles=[]),
-        RecipeConfig(things=["raccon"]),
-        RecipeConfig(weights={"singel": 1.0}),
-        RecipeConfig(things=["raccoon"], weights={"pair": 1.0}),
+        MixtureConfig(styles=["cartoon"]),
+        MixtureConfig(styles=[]),
+        MixtureConfig(things=["raccon"]),
+        MixtureConfig(weights={"singel": 1.0}),
+        MixtureConfig(things=["raccoon"], weights={"pair": 1.0}),
     ):
         with pytest.raises(UserError):
-            Recipe(sprites, config)
+            Mixture(sprites, config)
     with pytest.raises(UserError, match="held out"):
-        Recipe(sprites, RecipeConfig(things=["fox", "apple"], weights={"pair": 1.0})).sample(0)
+        Mixture(sprites, MixtureConfig(things=["fox", "apple"], weights={"pair": 1.0})).sample(0)
 
 
 def test_another_size(sprites: SpriteSet):
-    assert Recipe(sprites, RecipeConfig(size=64)).sample(0).picture.shape == (64, 64, 3)
+    assert Mixture(sprites, MixtureConfig(size=64)).sample(0).picture.shape == (64, 64, 3)

@@ -26,10 +26,10 @@ from ldm.emoji.detectors import (
     views,
 )
 from ldm.emoji.figures import shares
+from ldm.emoji.mixture import Mixture, MixtureConfig
 from ldm.emoji.prepare import compositions_of
 from ldm.emoji.prompts import UNSEEN_WORDS, Asked, ask, ask_words
 from ldm.emoji.questions import WHOLE, Question, questions, readings
-from ldm.emoji.recipe import Recipe, RecipeConfig
 from ldm.emoji.sprites import SpriteSet
 from ldm.emoji.things import THINGS
 from ldm.errors import UserError
@@ -61,8 +61,8 @@ def sprites() -> SpriteSet:
 
 
 @pytest.fixture(scope="module")
-def recipe(sprites: SpriteSet) -> Recipe:
-    return Recipe(sprites, RecipeConfig(things=list(THINGS_HERE)))
+def mixture(sprites: SpriteSet) -> Mixture:
+    return Mixture(sprites, MixtureConfig(things=list(THINGS_HERE)))
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +144,18 @@ def test_a_view_is_the_square_that_is_asked_for():
 def test_detectors_learn_from_compositions_and_travel_in_a_file(
     sprites: SpriteSet, features: Features, tmp_path: Path
 ):
-    config = RecipeConfig(things=list(THINGS_HERE), weights={"single": 2, "pair": 2, "count": 1, "scene": 1})
-    recipe = Recipe(sprites, config, everything=True)
-    made = quality.fitted(features, recipe, 256)
+    config = MixtureConfig(things=list(THINGS_HERE), weights={"single": 2, "pair": 2, "count": 1, "scene": 1})
+    mixture = Mixture(sprites, config, everything=True)
+    made = quality.fitted(features, mixture, 256)
     assert {"thing", "part", "style", "setting", "count"} <= set(made.detectors)
-    tested = quality.tested(made, recipe, 64)
+    tested = quality.tested(made, mixture, 64)
     assert (
         tested["thing"][0] > 0.7 and tested["part"][0] > 0.6
     )  # ten things, a network that was never trained
     save_detectors(tmp_path / "d.safetensors", made, tested)
     again, told = load_detectors(tmp_path / "d.safetensors", features)
     assert told == tested
-    pictures, asked = next(quality.compositions(recipe, 16, 10**6))
+    pictures, asked = next(quality.compositions(mixture, 16, 10**6))
     assert again.judge(pictures, asked) == made.judge(pictures, asked)
     (tmp_path / "d.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError):
@@ -179,8 +179,10 @@ def test_worn_pictures_keep_their_size_and_their_mean():
 
 def test_questions_are_about_all_that_a_plan_shows():
     def asked(**parts: object) -> set[tuple[str, str, bool]]:
-        plan = Composition(**{"kind": "k", "things": ("fox",), "style": "3d", "setting": "white"} | parts)  # type: ignore[arg-type]
-        return {(q.attribute, q.answer, q.told) for q in questions(plan)}
+        composition = Composition(
+            **{"kind": "k", "things": ("fox",), "style": "3d", "setting": "white"} | parts
+        )  # type: ignore[arg-type]
+        return {(q.attribute, q.answer, q.told) for q in questions(composition)}
 
     basis = {("style", "3d", False), ("setting", "white", False)}
     one = {("thing", "fox", True), ("count", "1", False), ("size", "large", False)}
@@ -210,7 +212,7 @@ def test_questions_are_about_all_that_a_plan_shows():
 
 
 @pytest.mark.parametrize(
-    "plan",
+    "composition",
     [
         *(
             Composition("pair", ("apple", "car"), "3d", "white", relation=relation)
@@ -222,62 +224,65 @@ def test_questions_are_about_all_that_a_plan_shows():
         Composition("single", ("car",), "3d", "white", size="small"),
     ],
 )
-def test_questions_look_where_the_recipe_paints(recipe: Recipe, plan: Composition):
-    picture = torch.from_numpy(recipe.draw(plan).picture).permute(2, 0, 1)[None].float()
-    asked = [each for each in questions(plan) if each.attribute in ("part", "thing", "holder")]
-    assert len(asked) == len(plan.things) * plan.count
+def test_questions_look_where_the_mixture_paints(mixture: Mixture, composition: Composition):
+    picture = torch.from_numpy(mixture.draw(composition).picture).permute(2, 0, 1)[None].float()
+    asked = [each for each in questions(composition) if each.attribute in ("part", "thing", "holder")]
+    assert len(asked) == len(composition.things) * composition.count
     for question in asked:
         (seen,) = views(picture, [question.place])
-        colour = torch.from_numpy(recipe.sprites.pixels[question.answer, "3d"][80, 40, :3]).float()
+        colour = torch.from_numpy(mixture.sprites.pixels[question.answer, "3d"][80, 40, :3]).float()
         assert (seen[:, 80, 40] - colour).abs().max() < 2
 
 
 def test_things_next_to_each_other_may_stand_either_way_round():
-    plan = Composition("pair", ("apple", "car"), "3d", "white", colour="red", relation="next to")
-    first, turned = readings(plan)
+    composition = Composition("pair", ("apple", "car"), "3d", "white", colour="red", relation="next to")
+    first, turned = readings(composition)
     left, right = (next(q.place for q in first if q.answer == thing) for thing in ("apple", "car"))
     assert left != right
     assert [(q.answer, q.place) for q in turned if q.attribute == "part"] == [("car", left), ("apple", right)]
     assert [q.place for q in turned if q.attribute == "part's colour"] == [right]
-    assert len(readings(replace(plan, relation="left of"))) == 1
+    assert len(readings(replace(composition, relation="left of"))) == 1
 
 
-def test_a_turned_pair_is_right(recipe: Recipe, sprites: SpriteSet, features: Features):
-    config = replace(recipe.config, weights={"pair": 1.0}, white=1.0, setting_named=0, finished=0, painted=0)
-    made = quality.fitted(features, Recipe(sprites, config, everything=True), 160)
-    plans = {
+def test_a_turned_pair_is_right(mixture: Mixture, sprites: SpriteSet, features: Features):
+    config = replace(mixture.config, weights={"pair": 1.0}, white=1.0, setting_named=0, finished=0, painted=0)
+    made = quality.fitted(features, Mixture(sprites, config, everything=True), 160)
+    compositions = {
         relation: Composition("pair", ("raccoon", "tree"), "3d", "white", relation=relation)
         for relation in ("next to", "left of", "right of")
     }
-    asked = [Asked("", plan, 0, "seen", relation) for relation, plan in plans.items()]
-    other = recipe.draw(plans["right of"]).picture  # the raccoon on the right
+    asked = [Asked("", composition, 0, "seen", relation) for relation, composition in compositions.items()]
+    other = mixture.draw(compositions["right of"]).picture  # the raccoon on the right
     judged = quality.judge(made, asked, {"drawn": to_tensor([other] * 3)})
-    shares_of = {relation: judged.shares("drawn", "seen", relation).composed for relation in plans}
+    shares_of = {relation: judged.shares("drawn", "seen", relation).composed for relation in compositions}
     assert shares_of == {"next to": 1, "left of": 0, "right of": 1}
 
 
-def test_prompts_are_half_seen_and_half_held_out_and_always_the_same(recipe: Recipe):
-    asked = ask(recipe, 80)
-    assert asked == ask(recipe, 80) and asked != ask(recipe, 80, seed=1)
+def test_prompts_are_half_seen_and_half_held_out_and_always_the_same(mixture: Mixture):
+    asked = ask(mixture, 80)
+    assert asked == ask(mixture, 80) and asked != ask(mixture, 80, seed=1)
     assert [each.part for each in asked] == ["seen"] * 40 + ["held-out"] * 40
-    assert {each.group for each in asked[:40]} == set(recipe.kinds)
-    held_out = ask(recipe, 400)[200:]
+    assert {each.group for each in asked[:40]} == set(mixture.kinds)
+    held_out = ask(mixture, 400)[200:]
     assert {each.group for each in held_out} == {"hat", "astronaut", "colour", "pair", "style"}
     for told in ("style_named", "setting_named"):
-        assert {getattr(each.plan, told) for each in held_out if not each.plan.finish} == {True, False}
-    assert len({each.plan.setting for each in held_out}) > 5
-    assert {each.plan.names >= {"raccoon", "astronaut"} for each in asked[:40]} == {False}
+        assert {getattr(each.composition, told) for each in held_out if not each.composition.finish} == {
+            True,
+            False,
+        }
+    assert len({each.composition.setting for each in held_out}) > 5
+    assert {each.composition.names >= {"raccoon", "astronaut"} for each in asked[:40]} == {False}
 
 
 def test_unseen_words_are_in_no_caption(sprites: SpriteSet):
     assert set(UNSEEN_WORDS.values()) <= set(THINGS)
     said = {word for thing in THINGS.values() for name in thing.names for word in name.split()}
     assert not said & set(UNSEEN_WORDS)
-    recipe = Recipe(sprites, RecipeConfig(things=list(THINGS_HERE)))
-    words = {word for i in range(2000) for word in recipe.sample(i).caption.replace(",", " ").split()}
+    mixture = Mixture(sprites, MixtureConfig(things=list(THINGS_HERE)))
+    words = {word for i in range(2000) for word in mixture.sample(i).caption.replace(",", " ").split()}
     assert not words & set(UNSEEN_WORDS)
-    asked = ask_words(recipe)
-    assert {each.plan.things[0] for each in asked} == {"astronaut", "car", "robot"}
+    asked = ask_words(mixture)
+    assert {each.composition.things[0] for each in asked} == {"astronaut", "car", "robot"}
     assert sum(each.part == "word" for each in asked) == sum(each.part == "name" for each in asked)
 
 
@@ -293,7 +298,7 @@ def test_shares_count_what_was_told():
     fifth, untold = verdict("part", "e", "abcdef"), verdict("style", "z", "yz", told=False)
     colour = verdict("colour", "red", ["red", "blue"])
     found = shares([[right, untold], [right, colour], [wrong, colour], [right, fifth]])
-    assert found.pictures == 4 and found.composed == 2 / 4
+    assert found.count == 4 and found.composed == 2 / 4
     assert found.top1 == 3 / 5 and found.top5 == 4 / 5
     assert found.attributes == {"colour": (1.0, 2), "part": (0.0, 1), "thing": (3 / 4, 4)}
     assert np.isnan(shares([[untold]]).top1)
@@ -301,8 +306,8 @@ def test_shares_count_what_was_told():
     assert shares([[unknown]]).composed == 0 == shares([[unknown]]).top5
 
 
-def test_pictures_are_drawn_once(tmp_path: Path, recipe: Recipe):
-    asked, calls = ask(recipe, 10), []
+def test_pictures_are_drawn_once(tmp_path: Path, mixture: Mixture):
+    asked, calls = ask(mixture, 10), []
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         calls.extend(zip(prompts, seeds, strict=True))
@@ -320,10 +325,10 @@ def test_pictures_are_drawn_once(tmp_path: Path, recipe: Recipe):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_the_whole_judgement_of_real_pictures(recipe: Recipe, sprites: SpriteSet, features: Features):
-    made = quality.fitted(features, Recipe(sprites, recipe.config, everything=True), 192)
-    asked = [*ask(recipe, 48), *ask_words(recipe, 1)]
-    real, other = quality.real(recipe, asked), quality.real(recipe, asked, 1)
+def test_the_whole_judgement_of_real_pictures(mixture: Mixture, sprites: SpriteSet, features: Features):
+    made = quality.fitted(features, Mixture(sprites, mixture.config, everything=True), 192)
+    asked = [*ask(mixture, 48), *ask_words(mixture, 1)]
+    real, other = quality.real(mixture, asked), quality.real(mixture, asked, 1)
     assert not torch.equal(real, other)
     torch.manual_seed(0)
     config = AutoencoderConfig(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
@@ -334,11 +339,11 @@ def test_the_whole_judgement_of_real_pictures(recipe: Recipe, sprites: SpriteSet
     drawn, chance = (judged.shares(side, "seen") for side in ("drawn", "chance"))
     assert drawn.top1 > 0.6 and drawn.top1 > chance.top1 + 0.3 and drawn.composed > chance.composed
     assert judged.shares("floor", "seen").top1 < drawn.top1, "an autoencoder that was never trained"
-    assert judged.shares("drawn", "held-out", "pair").pictures == sum(e.group == "pair" for e in asked[24:])
+    assert judged.shares("drawn", "held-out", "pair").count == sum(e.group == "pair" for e in asked[24:])
     lost = quality.reconstructed(PerceptualDistance(features.network), real, floor)
     error = ((real - floor) / 2).square().flatten(1).mean(1)
     assert lost.psnr == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-5) and lost.distance > 0
-    training = torch.cat([features.pooled(pictures) for pictures, _ in quality.compositions(recipe, 64)])
+    training = torch.cat([features.pooled(pictures) for pictures, _ in quality.compositions(mixture, 64)])
     alike = quality.likeness(features, training, other, real, other, floor)
     assert alike.frechet == pytest.approx(alike.frechet_real) and alike.frechet < alike.frechet_floor
     assert alike.nearest == alike.nearest_real > 0
@@ -351,8 +356,8 @@ def test_the_whole_judgement_of_real_pictures(recipe: Recipe, sprites: SpriteSet
 @pytest.fixture
 def bench(tmp_path: Path, sprites: SpriteSet, features: Features) -> Bench:
     pipe = TextToImagePipeline.from_pretrained(tiny_pipeline_folder(tmp_path, "sd1"))
-    recipe = Recipe(sprites, RecipeConfig(things=list(THINGS_HERE), size=32))
-    return Bench("tiny", pipe, recipe, features.network, tmp_path / "out", 256, 48, 32)
+    mixture = Mixture(sprites, MixtureConfig(things=list(THINGS_HERE), size=32))
+    return Bench("tiny", pipe, mixture, features.network, tmp_path / "out", 256, 48, 32)
 
 
 def test_an_evaluation_writes_what_it_found_and_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch):
@@ -372,22 +377,22 @@ def test_an_evaluation_writes_what_it_found_and_goes_on(bench: Bench, monkeypatc
         assert (bench.output / f"{part}.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setattr(quality, "fitted", None)  # what is there already is neither fitted nor drawn again
     monkeypatch.setattr(Bench, "draw", None)
-    again = Bench("tiny", bench.pipe, bench.recipe, bench.network, bench.output, 256, 48, 32)
+    again = Bench("tiny", bench.pipe, bench.mixture, bench.network, bench.output, 256, 48, 32)
     assert evaluated(again, 16, Settings(1)) == text
     with pytest.raises(UserError, match="another evaluation"):
         evaluated(again, 16, Settings(2))
 
 
-def test_detectors_are_of_a_recipe_and_of_their_fit(bench: Bench):
+def test_detectors_are_of_a_mixture_and_of_their_fit(bench: Bench):
     same = replace(bench)
     fewer = replace(bench, fitted=128)
-    other = replace(bench, recipe=Recipe(bench.recipe.sprites, replace(bench.recipe.config, white=0.5)))
+    other = replace(bench, mixture=Mixture(bench.mixture.sprites, replace(bench.mixture.config, white=0.5)))
     assert same.identity == bench.identity and len({bench.identity, fewer.identity, other.identity}) == 3
 
 
 def test_a_model_of_another_size_is_refused(bench: Bench):
     with pytest.raises(UserError, match="128"):
-        replace(bench, recipe=Recipe(bench.recipe.sprites, RecipeConfig(things=list(THINGS_HERE))))
+        replace(bench, mixture=Mixture(bench.mixture.sprites, MixtureConfig(things=list(THINGS_HERE))))
 
 
 def test_a_grid_has_four_seeds_of_each_line(bench: Bench, tmp_path: Path):
@@ -465,6 +470,6 @@ def test_bad_input_is_one_line(
         assert said in error
 
 
-def test_the_recipe_of_the_bundled_model_is_read():
-    config = compositions_of(Path(BUNDLED)).recipe
+def test_the_mixture_of_the_bundled_model_is_read():
+    config = compositions_of(Path(BUNDLED)).mixture
     assert len(config.things) == 101 and config.weights["pair"] > 0

@@ -110,7 +110,7 @@ def test_imports_point_downward(path: Path) -> None:
         ("ldm.conditioning.text", "import ldm.system"),
         ("ldm.training.loop", "from ldm.evaluation import frechet"),
         ("ldm.training.loop", "from ldm.emoji import pools"),
-        ("pipelines.cli", "import ldm.emoji.recipe"),
+        ("pipelines.cli", "import ldm.emoji.mixture"),
         ("ldm.training.loop", "from pipelines import TextToImagePipeline"),
         ("pipelines.text_to_image", "from ldm.training import loop"),
         ("pipelines.cli", "from scripts import generate"),

@@ -18,8 +18,8 @@ from training_runs import TINY_VAE, side_by_side
 from ldm.checkpoints.files import read_tensors
 from ldm.data.buckets import cut
 from ldm.data.pictures import PictureSet, open_pictures
-from ldm.emoji.pools import RecipePool
-from ldm.emoji.recipe import Recipe, RecipeConfig
+from ldm.emoji.mixture import Mixture, MixtureConfig
+from ldm.emoji.pools import MixturePool
 from ldm.emoji.sprites import SpriteSet, load_sprites
 from ldm.errors import UserError
 from ldm.files import try_lock
@@ -175,11 +175,11 @@ def test_a_pool_knows_what_it_was_made_from(
     """What was made otherwise has other keys: it is built beside, and what was there stays."""
     monkeypatch.setattr("ldm.emoji.pools.SHARD", 8)
     autoencoder = tiny_autoencoder()
-    recipe = RecipeConfig(size=32, things=["tree", "star", "rocket"], styles=["3d"])
+    mixture = MixtureConfig(size=32, things=["tree", "star", "rocket"], styles=["3d"])
     names = load_sprites(sprites)
 
-    def pool(recipe: RecipeConfig = recipe, sprites: SpriteSet = names, **options: Any) -> RecipePool:
-        return RecipePool(Recipe(sprites, recipe), autoencoder, 16, tmp_path / "latents", **options)
+    def pool(mixture: MixtureConfig = mixture, sprites: SpriteSet = names, **options: Any) -> MixturePool:
+        return MixturePool(Mixture(sprites, mixture), autoencoder, 16, tmp_path / "latents", **options)
 
     def shards() -> int:
         return len(list((tmp_path / "latents").iterdir()))
@@ -188,7 +188,7 @@ def test_a_pool_knows_what_it_was_made_from(
     assert shards() == 1  # as needed
     batch = pool(with_pictures=True).read(0, 16)
     assert batch.latents.shape == (16, 4, 16, 16) and batch.latents.dtype == torch.float32 and shards() == 2
-    examples = [Recipe(names, recipe).sample(i) for i in range(16)]
+    examples = [Mixture(names, mixture).sample(i) for i in range(16)]
     assert batch.captions == [example.caption for example in examples] and not pool().notes()
     assert batch.pictures is not None
     assert torch.equal(batch.pictures, to_tensor([example.picture for example in examples]))
@@ -204,7 +204,7 @@ def test_a_pool_knows_what_it_was_made_from(
         torch.equal(pool().read(0, 16).latents, batch.latents) and shards() == 2
     )  # a decoder makes no latents
     other = {key: each // 2 for key, each in names.pixels.items()}
-    pool(replace(recipe, jitter=0.2)).read(0, 8)
+    pool(replace(mixture, jitter=0.2)).read(0, 8)
     pool(sprites=SpriteSet(other, 128)).read(0, 8)
     pool(dtype=torch.float32).read(0, 8)
     assert shards() == 5
@@ -213,7 +213,7 @@ def test_a_pool_knows_what_it_was_made_from(
     assert not torch.equal(pool().read(0, 8).latents, batch.latents[:8]) and shards() == 6
     for pictures in (0, 12):
         with pytest.raises(UserError, match="make it a multiple of 8"):
-            RecipePool(Recipe(names, recipe), autoencoder, pictures, tmp_path)
+            MixturePool(Mixture(names, mixture), autoencoder, pictures, tmp_path)
 
 
 # Pictures from disk

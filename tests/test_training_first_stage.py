@@ -172,14 +172,14 @@ def test_losses_are_what_they_are_called(sprites: str) -> None:
     torch.testing.assert_close(loss(made)[0], expected)
 
 
-def test_labels_are_the_recipes(sprites: str) -> None:
+def test_labels_are_the_mixtures(sprites: str) -> None:
     kinds, things = objective(sprites, labels="kind"), objective(sprites, labels="thing")
     assert isinstance(kinds.examples, Compositions)
-    recipe = kinds.examples.recipe
-    assert kinds.labels == recipe.kinds and things.labels == ["tree", "star", "rocket"]
+    mixture = kinds.examples.mixture
+    assert kinds.labels == mixture.kinds and things.labels == ["tree", "star", "rocket"]
     for made, of in ((kinds, lambda e: e.kind), (things, lambda e: e.parts["things"][0])):
         names = [made.labels[i] for i in made.batch(8, 8, slice(2, 8)).labels]  # type: ignore[union-attr]
-        assert names == [of(recipe.sample(i)) for i in range(10, 16)]
+        assert names == [of(mixture.sample(i)) for i in range(10, 16)]
 
 
 def test_what_contradicts_itself_is_refused(tmp_path: Path, sprites: str) -> None:
@@ -252,6 +252,19 @@ def test_a_plain_autoencoder_is_exported_without_chance(
         objective(sprites, "none", labels="kind", model=None, init=str(tmp_path))
 
 
+@pytest.mark.parametrize("key", ["data.recipe", "recipe"])
+def test_what_the_mixture_was_called_before_is_told(tmp_path: Path, sprites: str, key: str) -> None:
+    """In an old run's config, and on its command line."""
+    path = run_file(tmp_path / "run", sprites, "kl")
+    message = rf"'autoencoder.{key}' is called autoencoder.data.mixture"
+    with pytest.raises(UserError, match=message):
+        read_run(path, [f"autoencoder.{key}.size=16"])
+    old = path.read_text().replace("mixture:", "recipe:")
+    path.write_text(old)
+    with pytest.raises(UserError, match=r"'autoencoder.data.recipe' is called autoencoder.data.mixture now"):
+        read_run(path)
+
+
 def test_the_shipped_configs_are_whole() -> None:
     folder = Path(__file__).parent.parent / "configs"
     kl, vq = (read_run(folder / f"autoencoder-{name}.yaml").settings for name in ("kl", "vq"))
@@ -270,8 +283,8 @@ def run_file(
 ) -> Path:
     """A whole run with everything on, from a file."""
     folder.mkdir()
-    recipe = {"size": 32, "things": ["tree", "star", "rocket"], "styles": ["3d"]}
-    data = {"kind": "compositions", "recipe": recipe, "sprites": sprites, "labels": "thing"}
+    mixture = {"size": 32, "things": ["tree", "star", "rocket"], "styles": ["3d"]}
+    data = {"kind": "compositions", "mixture": mixture, "sprites": sprites, "labels": "thing"}
     settings = {
         "quantizer": quantizer,
         "vq_model" if quantizer == "vq" else "model": TINY_VQ if quantizer == "vq" else TINY_VAE,

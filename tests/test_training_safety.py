@@ -18,9 +18,9 @@ from training_runs import LOOP, TOY, Toy, state, write_config
 from ldm.errors import UserError
 from ldm.training import cli
 from ldm.training.loop import LoopConfig, Trainer
+from ldm.training.loop_config import accelerator_for
 from ldm.training.optimization import OptimizerConfig
 from ldm.training.run import Run, read_run
-from ldm.training.settings import accelerator_for
 from ldm.training.state import newest
 
 ROOT = Path(__file__).parent.parent

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny import tiny_bert_folder
 
 from ldm.checkpoints.folder import write_component
+from ldm.emoji.mixture import MixtureConfig
 from ldm.emoji.pools import CompositionsConfig
-from ldm.emoji.recipe import RecipeConfig
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.training.distributed import BatchGenerator
 from ldm.training.loop import LoopConfig
@@ -61,7 +61,7 @@ def config(folder: Path, sprites: str, latents: Path | None = None, **changes: o
         vae = AutoencoderKL(AutoencoderConfig.from_diffusers(TINY_VAE))
     write_component(folder, "vae", vae.config.to_diffusers(), vae.state_dict())
     tiny_bert_folder(folder)
-    recipe = {"size": 32, "things": ["tree", "star", "rocket"], "styles": ["3d"]}
+    mixture = {"size": 32, "things": ["tree", "star", "rocket"], "styles": ["3d"]}
     objective = {
         "base": {
             "autoencoder": str(folder),
@@ -74,7 +74,7 @@ def config(folder: Path, sprites: str, latents: Path | None = None, **changes: o
             "cache": str(latents or folder / "latents"),
             "sprites": sprites,
             "pictures": 2048,
-            "recipe": recipe,
+            "mixture": mixture,
         },
         "validation": {"prompts": ["a tree", "a star"], "steps": 2},
     }
@@ -89,8 +89,8 @@ def write_config(folder: Path, sections: dict[str, Any]) -> Path:
 
 
 def first_stage_config(sprites: str, **changes: Any) -> autoencoder.Config:
-    recipe = RecipeConfig(size=32, things=["tree", "star", "rocket"], styles=["3d"])
-    data = CompositionsConfig(recipe, sprites, labels=changes.pop("labels", None))
+    mixture = MixtureConfig(size=32, things=["tree", "star", "rocket"], styles=["3d"])
+    data = CompositionsConfig(mixture, sprites, labels=changes.pop("labels", None))
     return autoencoder.Config(**{"data": data, "crop": 16, **changes})
 
 

@@ -149,7 +149,7 @@ class Layer:
     norm: bool = False
 
     def key(self, part: str) -> str:
-        """A name in diffusers' layout, which is ours."""
+        """Return a name in diffusers' layout, which is ours."""
         return f"{self.component}.{self.name}.{part}"
 
 
@@ -171,7 +171,7 @@ def layers_of(component: str, network: nn.Module) -> list[Layer]:
 
 
 def name_of(path: str) -> str:
-    """The layer's name in files: CLIP's begin with `text_model.`, whatever this version of transformers calls them."""
+    """Return the layer's name in files: CLIP's begin with `text_model.` in any version of transformers."""
     (name,) = canonical_clip({path: torch.empty(0)})
     return name
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 def clean(text: str, kept: Iterable[str] = ()) -> str:
-    """The text as CLIP reads it: mended (ftfy), HTML entities undone twice, white space single, lower case.
+    """Return the text as CLIP reads it: mended (ftfy), HTML entities undone twice, white space single, lower case.
 
     kept: words that stay as they are written, in any case: those of textual inversion, whose signs may mean something
     else in HTML, and of which a tokenizer may ask for capitals.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.files import load_strict
 from ldm.checkpoints.folder import read_component
-from ldm.conditioning.settings import network_settings
+from ldm.conditioning.network_settings import network_settings
 from ldm.conditioning.text import execution_device
 from ldm.conditioning.tokenizer import quiet
 from ldm.data.pictures import rgb

@@ -51,7 +51,7 @@ class ExtendedEmbedding(nn.Embedding):
         self.rows = nn.Parameter(rows, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Ids (N, S) -> (N, S, D), in the table's dtype."""
+        """Embed ids (N, S) -> (N, S, D), in the table's dtype."""
         known = super().forward(input.clamp(min=0))
         new = F.embedding((-1 - input).clamp(min=0), self.rows.to(known.dtype))
         return torch.where((input < 0)[..., None], new, known)
@@ -81,7 +81,7 @@ class NewWords:
         return table if isinstance(table, ExtendedEmbedding) else None
 
     def vectors(self, word: str) -> Tensor:
-        """The vectors of a word: (n, D)."""
+        """Return the vectors of a word: (n, D)."""
         assert self.embedding is not None
         start = sum(self._counts[each] for each in self.words[: self.words.index(word)])
         return self.embedding.rows.detach()[start : start + self._counts[word]]

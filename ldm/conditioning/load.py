@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ldm.checkpoints.files import load_strict
 from ldm.checkpoints.folder import read_component
 from ldm.checkpoints.layouts import canonical_clip, fit_clip, is_clip
-from ldm.conditioning.families import Family, family_of, states_of
+from ldm.conditioning.architectures import Architecture, architecture_of, states_of
 from ldm.conditioning.inversion import ExtendedEmbedding
+from ldm.conditioning.network_settings import network_settings
 from ldm.conditioning.open_clip import as_transformers, build_open_clip, is_open_clip
-from ldm.conditioning.settings import network_settings
 from ldm.conditioning.text import TextEncoder, WindowedEncoder
-from ldm.conditioning.tokenizer import check_size, load_tokenizer, quiet, text_ids, window_of
+from ldm.conditioning.tokenizer import check_vocabulary, load_tokenizer, quiet, text_ids, window_of
 from ldm.errors import UserError
 from ldm.foreign import foreign
 
@@ -41,7 +41,7 @@ def load_text_encoder(
     where = str(Path(folder) / component)
     config, tensors = read_component(folder, component, variant)
     if isinstance(tokenizer, str) and not is_open_clip(config):
-        tokenizer = load_tokenizer(Path(folder) / tokenizer, family_of(config, where).name)
+        tokenizer = load_tokenizer(Path(folder) / tokenizer, architecture_of(config, where).name)
     name = component or "text_encoder"
     return build_text_encoder(config, tensors, tokenizer, torch_dtype, device, name, penultimate, where)
 
@@ -63,26 +63,26 @@ def build_text_encoder(
     """
     if is_open_clip(config):
         return build_open_clip(config, tensors, torch_dtype, device, name, penultimate, where)
-    family = family_of(config, where)
-    module = _build_module(family, config, tensors, where).to(device=device, dtype=torch_dtype)
-    check_size(tokenizer, module.get_input_embeddings().num_embeddings, where)
+    architecture = architecture_of(config, where)
+    module = _build_module(architecture, config, tensors, where).to(device=device, dtype=torch_dtype)
+    check_vocabulary(tokenizer, module.get_input_embeddings().num_embeddings, where)
     limit = getattr(module.config, "max_position_embeddings", _T5_WINDOW)
-    masked = bool(config.get("use_attention_mask", family.masks))
+    masked = bool(config.get("use_attention_mask", architecture.masks))
     module.config.use_attention_mask = masked  # so that a saved folder says what was done
     return WindowedEncoder(
         module=module.eval().requires_grad_(False),
         tokenize=lambda text: text_ids(tokenizer, text),
         window=window_of(tokenizer, limit),
-        states=states_of(family, penultimate),
+        states=states_of(architecture, penultimate),
         name=name,
         masked=masked,
-        stretches=family.stretches,
+        stretches=architecture.stretches,
         tokenizer=tokenizer,
     )
 
 
 def export(encoder: TextEncoder) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Each network's config and tensors by its component's name, as a diffusers folder has them."""
+    """Return each network's config and tensors by its component's name, as a diffusers folder has them."""
     return {
         name: (_config_of(module), _tensors_of(module))
         if hasattr(module, "config")
@@ -101,7 +101,7 @@ def write_tokenizers(encoder: TextEncoder, folder: str | Path) -> None:
 
 
 def tokenizer_name(component: str) -> str:
-    """The folder of the tokenizer that goes with a text encoder's: "text_encoder_2" -> "tokenizer_2"."""
+    """Return the folder of the tokenizer that goes with a text encoder's: "text_encoder_2" -> "tokenizer_2"."""
     return component.replace("text_encoder", "tokenizer")
 
 
@@ -123,15 +123,15 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _build_module(
-    family: Family, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+    architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
 ) -> Any:
     from accelerate import init_empty_weights
 
     with quiet():
         import transformers
 
-        kind = getattr(transformers, family.model)
-        settings = network_settings(_settings_in(config, where), family.name, len(tensors), where)
+        kind = getattr(transformers, architecture.model)
+        settings = network_settings(_settings_in(config, where), architecture.name, len(tensors), where)
         # transformers checks settings in many ways, none of them its own error
         with (
             foreign(f"{where}:", "transformers refuses the config"),
@@ -140,7 +140,7 @@ def _build_module(
             # Which attention is ours to say: by a name in a config it would ask the hub for code.
             attention = "sdpa" if kind._supports_sdpa else "eager"
             module = kind(kind.config_class(**settings, attn_implementation=attention))
-    load_strict(module, _names_of(module, family, tensors), where)
+    load_strict(module, _names_of(module, architecture, tensors), where)
     module.tie_weights()
     return module
 
@@ -153,9 +153,13 @@ def _settings_in(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return found
 
 
-def _names_of(module: nn.Module, family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _names_of(
+    module: nn.Module, architecture: Architecture, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The tensors that the module wants, by the names it has in this version of transformers."""
-    kept = {name: each for name, each in tensors.items() if name.startswith(family.keep or "")}
+    kept = {name: each for name, each in tensors.items() if name.startswith(architecture.keep or "")}
     if "shared.weight" in kept:
         kept.setdefault("encoder.embed_tokens.weight", kept["shared.weight"])
-    return fit_clip(module, kept)  # for every family: it also drops the position_ids that older folders hold
+    return fit_clip(
+        module, kept
+    )  # for every architecture: it also drops the position_ids that older folders hold

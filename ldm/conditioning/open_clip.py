@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ldm.checkpoints.files import load_strict
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.layouts import open_clip_rows
-from ldm.conditioning.families import check_skip
-from ldm.conditioning.settings import check_size as check_setting
+from ldm.conditioning.architectures import check_skip
+from ldm.conditioning.network_settings import check_size
 from ldm.conditioning.text import WindowedEncoder
-from ldm.conditioning.tokenizer import check_size, clip_tokenizer, text_ids, window_of
+from ldm.conditioning.tokenizer import check_vocabulary, clip_tokenizer, text_ids, window_of
 from ldm.errors import UserError
 from ldm.foreign import foreign
 
@@ -26,7 +26,7 @@ _LONGEST = 4096  # tokens: their causal mask, a number for each two of them, is 
 
 
 def is_open_clip(config: Mapping[str, Any]) -> bool:
-    """Whether this is the `model_cfg` of an open_clip checkpoint, and no config of transformers."""
+    """Return whether this is the `model_cfg` of an open_clip checkpoint, and no config of transformers."""
     return "text_cfg" in config
 
 
@@ -39,14 +39,14 @@ def build_open_clip(
     penultimate: bool = False,
     where: str = "the checkpoint",
 ) -> WindowedEncoder:
-    """The text tower of an open_clip model, with CLIP's own vocabulary; see `build_text_encoder`.
+    """Return the text tower of an open_clip model, with CLIP's own vocabulary; see `build_text_encoder`.
 
     The states and the pooled vector are those of the transformers CLIP with the same weights. Raises UserError, also
     where open_clip is not installed.
     """
     tower = _build(config, tensors, where).to(device=device, dtype=torch_dtype)
     tokenizer = clip_tokenizer(pad_token="!")
-    check_size(tokenizer, tower.vocab_size, where)
+    check_vocabulary(tokenizer, tower.vocab_size, where)
     return WindowedEncoder(
         module=tower.eval().requires_grad_(False),
         tokenize=lambda text: text_ids(tokenizer, text),
@@ -58,7 +58,7 @@ def build_open_clip(
 
 
 def as_transformers(tower: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of the transformers CLIP that computes the same, for the component `name`.
+    """Return the config and the tensors of the transformers CLIP that computes the same, for the component `name`.
 
     Only SDXL's second text encoder keeps the projection: diffusers' other pipelines would read it as the states.
     """
@@ -109,8 +109,8 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str)
             )
         for key in ("context_length", "vocab_size", "width", "heads", "layers"):
             if key in text:
-                check_setting(key, text[key], len(tensors), where)
-        check_setting("embed_dim", config.get("embed_dim"), len(tensors), where)
+                check_size(key, text[key], len(tensors), where)
+        check_size("embed_dim", config.get("embed_dim"), len(tensors), where)
         if not 0 < float(text.get("mlp_ratio", 4)) <= 64 or text.get("context_length", 77) > _LONGEST:
             raise UserError(f"{where}: mlp_ratio or context_length is more than any text tower has")
         with init_empty_weights(include_buffers=False):

@@ -49,7 +49,7 @@ class JoinedEncoder:
 
 
 def join(parts: list[WindowedEncoder], zeros_without_negative: bool = True) -> JoinedEncoder:
-    """SDXL's pair from its parts. Raises UserError where their windows differ."""
+    """Return SDXL's pair from its parts. Raises UserError where their windows differ."""
     if len({part.window.size for part in parts}) != 1:
         sizes = ", ".join(f"{part.name} {part.window.size}" for part in parts)
         raise UserError(f"the text encoders have windows of different sizes ({sizes}) and can't be joined")
@@ -57,7 +57,7 @@ def join(parts: list[WindowedEncoder], zeros_without_negative: bool = True) -> J
 
 
 def parts_of(encoder: TextEncoder) -> list[WindowedEncoder]:
-    """The encoders that read windows of the prompt: one, or SDXL's pair."""
+    """Return the encoders that read windows of the prompt: one, or SDXL's pair."""
     if isinstance(encoder, JoinedEncoder):
         return encoder.parts
     return [encoder] if isinstance(encoder, WindowedEncoder) else []

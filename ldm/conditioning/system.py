@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.checkpoint import Checkpoint
-from ldm.conditioning.families import family_of
+from ldm.conditioning.architectures import architecture_of
 from ldm.conditioning.load import build_text_encoder, tokenizer_name
 from ldm.conditioning.open_clip import is_open_clip
 from ldm.conditioning.sdxl import join
@@ -53,7 +53,7 @@ def _tokenizer(config: Mapping[str, Any], name: str, folder: str | Path | None) 
     if is_open_clip(config):
         return None
     if folder is not None:
-        family = family_of(config, f"{folder}: {name}")
-        return load_tokenizer(Path(folder) / tokenizer_name(name), family.name)
+        architecture = architecture_of(config, f"{folder}: {name}")
+        return load_tokenizer(Path(folder) / tokenizer_name(name), architecture.name)
     # OpenCLIP's towers (plain GELU) pad with id 0, as in diffusers' folders; OpenAI's with the end token.
     return clip_tokenizer(pad_token="!" if config.get("hidden_act") == "gelu" else EOS)

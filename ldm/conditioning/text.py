@@ -38,7 +38,7 @@ class TextEncoder(Protocol):
         ...
 
     def length(self, prompts: Sequence[Text]) -> int:
-        """The L that `encode` gives to these prompts: a whole number of windows."""
+        """Return the L that `encode` gives to these prompts: a whole number of windows."""
         ...
 
     def encode(
@@ -55,7 +55,7 @@ class TextEncoder(Protocol):
 def encode_pair(
     encoder: TextEncoder, prompts: Sequence[Text], negatives: Sequence[Text] | None = None, clip_skip: int = 0
 ) -> tuple[Condition, Condition, list[str]]:
-    """The prompts and their negatives at the same L, as classifier-free guidance needs them, and the notes.
+    """Return the prompts and their negatives at the same L, as classifier-free guidance needs them, and the notes.
 
     `negatives` None is "no negative prompt". As in diffusers, `clip_skip` leaves the negatives alone.
     """
@@ -86,13 +86,13 @@ class Window:
         return self.size - len(self.prefix) - len(self.suffix)
 
     def fill(self, text: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The window's token ids around at most `capacity` tokens, and its mask (1 where not padding)."""
+        """Return the window's token ids around at most `capacity` tokens, and its mask (1 where not padding)."""
         used = [*self.prefix, *text, *self.suffix]
         padding = self.size - len(used)
         return used + [self.pad] * padding, [1] * len(used) + [0] * padding
 
     def stretched(self, tokens: int) -> "Window":
-        """The window grown, where needed, to hold so many tokens of text."""
+        """Return the window grown, where needed, to hold so many tokens of text."""
         return replace(self, size=max(self.size, self.size - self.capacity + tokens))
 
 
@@ -105,7 +105,7 @@ class WindowedEncoder:
     """A network that reads windows of tokens: the one TextEncoder behind CLIP, OpenCLIP, BERT and T5.
 
     tokenize: a prompt to its token ids, without special ones.
-    states: the family's way to run the network.
+    states: the architecture's way to run the network.
     name: the component's name in a diffusers folder.
     masked: the network does not see padding.
     stretches: the network reads longer sequences too (T5's relative positions), so a long prompt stays whole.
@@ -202,7 +202,7 @@ def _distinct(prompts: Sequence[Text]) -> list[Text]:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where the module computes: accelerate's hooks know it while the weights rest elsewhere."""
+    """Return where the module computes: accelerate's hooks know it while the weights rest elsewhere."""
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     device = next((each for each in devices if each is not None), None)

@@ -29,35 +29,39 @@ _CLIP_CLASSES = (
     "CLIPTokenizer",
     "CLIPTokenizerFast",
 )  # the latter is an alias of the former in transformers 5
-# What holds a family's vocabulary where tokenizer.json does not.
+# What holds an architecture's vocabulary where tokenizer.json does not.
 _VOCABULARIES = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ("spiece.model",)}
 _SETTINGS = "tokenizer_config.json"
 _NO_LIMIT = 100_000  # transformers writes 1e30 where a tokenizer knows no limit
 
 
-def load_tokenizer(folder: str | Path, family: str) -> Any:
-    """The transformers tokenizer of the family ("clip", "bert" or "t5") from its folder.
+def load_tokenizer(folder: str | Path, architecture: str) -> Any:
+    """Return the transformers tokenizer of the architecture ("clip", "bert" or "t5") from its folder.
 
-    Raises UserError for missing and damaged files, and for another family's. transformers itself would go on without:
-    an empty vocabulary reads every prompt alike, and without the settings the window has another size.
+    Raises UserError for missing and damaged files, and for another architecture's. transformers itself would go on
+    without: an empty vocabulary reads every prompt alike, and without the settings the window has another size.
     """
     path = Path(folder)
     with readable(path):
         if not path.is_dir():
             raise UserError(f"there is no tokenizer folder {path}")
         there = {each.name for each in path.iterdir()}
-    if "tokenizer.json" not in there and not there.issuperset(_VOCABULARIES[family]):
-        wanted = " and ".join(_VOCABULARIES[family])
-        raise UserError(f"{path} holds no vocabulary: a {family} tokenizer has tokenizer.json, or {wanted}")
+    if "tokenizer.json" not in there and not there.issuperset(_VOCABULARIES[architecture]):
+        wanted = " and ".join(_VOCABULARIES[architecture])
+        raise UserError(
+            f"{path} holds no vocabulary: a {architecture} tokenizer has tokenizer.json, or {wanted}"
+        )
     if _SETTINGS not in there:
         raise UserError(f"{path} holds no {_SETTINGS}, which says how long a prompt may be: get it again")
     _check_files(path, there)
     import transformers
 
-    with foreign(f"cannot read the {family} tokenizer", f"in {path}"), quiet():
-        kind = getattr(transformers, _CLASSES[family])
+    with foreign(f"cannot read the {architecture} tokenizer", f"in {path}"), quiet():
+        kind = getattr(transformers, _CLASSES[architecture])
         tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        tokenizer("a \N{SNOWMAN}")  # another family's file may be read well, and fail at an unknown word
+        tokenizer(
+            "a \N{SNOWMAN}"
+        )  # another architecture's file may be read well, and fail at an unknown word
     return tokenizer
 
 
@@ -87,7 +91,7 @@ def _check_patterns(rules: Any, file: Path) -> None:
             raise UserError(f"{file}: its pattern {pattern[:60]!r} is too involved a regular expression")
 
 
-def check_size(tokenizer: Any, rows: int, where: str) -> None:
+def check_vocabulary(tokenizer: Any, rows: int, where: str) -> None:
     """Raise UserError unless the tokenizer's ids are those of a text encoder with a table of `rows` embeddings.
 
     Tables are padded to round numbers, but by a few rows: much fewer tokens are those of another model, too.
@@ -100,7 +104,7 @@ def check_size(tokenizer: Any, rows: int, where: str) -> None:
 
 
 def window_of(tokenizer: Any, limit: int) -> Window:
-    """The window that the tokenizer pads to: its own limit, and never more than the network's `limit`."""
+    """Return the window that the tokenizer pads to: its own limit, and never more than the network's `limit`."""
     size, pad = tokenizer.model_max_length, tokenizer.pad_token_id
     if not isinstance(size, int | float) or size != size or size < 1 or pad is None:
         raise UserError(f"the tokenizer's {_SETTINGS} needs a pad_token and a model_max_length of 1 or more")
@@ -113,7 +117,10 @@ def window_of(tokenizer: Any, limit: int) -> Window:
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of the text alone, uncut. For CLIP it is cleaned first, as CLIP's own tokenizer does (see `clean`)."""
+    """Return the ids of the text alone, uncut.
+
+    For CLIP it is cleaned first, as CLIP's own tokenizer does (see `clean`).
+    """
     if type(tokenizer).__name__ in _CLIP_CLASSES:
         own = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
         text = clean(text, kept=tokenizer.get_added_vocab().keys() - own)
@@ -121,7 +128,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def clip_tokenizer(pad_token: str = EOS) -> Any:
-    """CLIP's tokenizer, with the vocabulary that this package carries.
+    """Return CLIP's tokenizer, with the vocabulary that this package carries.
 
     pad_token: "<|endoftext|>" for SD 1.x and SDXL's first encoder, "!" (id 0) for SD 2.x and SDXL's second.
     """
@@ -155,13 +162,13 @@ def write_clip_tokenizer(
 
 
 def clip_merges() -> list[str]:
-    """The merges of CLIP's BPE, best first."""
+    """Return the merges of CLIP's BPE, best first."""
     lines = gzip.decompress(_BPE.read_bytes()).decode("utf-8").split("\n")
     return lines[1 : 1 + MERGES]  # the first line is a heading
 
 
 def clip_vocabulary(merges: Sequence[str]) -> dict[str, int]:
-    """Token to id: byte symbols, byte symbols at a word's end, merges, then the two special tokens."""
+    """Map token to id: byte symbols, byte symbols at a word's end, merges, then the two special tokens."""
     symbols = list(_byte_symbols())
     ends = (symbol + "</w>" for symbol in symbols)
     tokens = chain(symbols, ends, (merge.replace(" ", "") for merge in merges), (BOS, EOS))

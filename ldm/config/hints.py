@@ -9,7 +9,7 @@ from ldm.errors import nearest
 
 
 def unknown_key(place: str, path: str, hint: Any, keys: Iterable[str], root: Any) -> str:
-    """A sentence about a key that is unknown, with a hint.
+    """Return a sentence about a key that is unknown, with a hint.
 
     place: the path of the key. path: all that was written, which may go on below it. hint: the type of its section.
     keys: what may stand there. root: the class of the whole configuration.

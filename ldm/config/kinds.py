@@ -22,13 +22,13 @@ def add_kind(kinds: dict[str, Any], cls: Any, kind: str) -> None:
 
 
 def kind_of(cls: Any) -> str | None:
-    """The kind of a dataclass that is one of several; None for any other, also one with a field of that name."""
+    """Return the kind of a dataclass that is one of several; None for any other, also one with a field of that name."""
     kind = getattr(cls, KIND, None) if isinstance(cls, type) else None
     return kind if isinstance(kind, str) and is_dataclass(cls) and KIND not in field_hints(cls) else None
 
 
 def kinds_of(hint: Any) -> dict[str, Any]:
-    """The dataclasses that a section of this type may be, by their kinds; none where it has no kind."""
+    """Return the dataclasses that a section of this type may be, by their kinds; none where it has no kind."""
     found: dict[str, Any] = {}
     for member in members_of(hint):
         if isinstance(member, type) and "kinds" in vars(member):
@@ -39,17 +39,17 @@ def kinds_of(hint: Any) -> dict[str, Any]:
 
 
 def members_of(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; a type that is none is its only one."""
+    """Return the types of a union; a type that is none is its only one."""
     return get_args(hint) if get_origin(hint) in UNIONS else (hint,)
 
 
 def sections_of(hint: Any) -> Iterator[Any]:
-    """The dataclasses that a value of this type may be."""
+    """Yield the dataclasses that a value of this type may be."""
     yield from kinds_of(hint).values()
     yield from (each for each in members_of(hint) if is_dataclass(each) and kind_of(each) is None)
 
 
 def field_hints(cls: Any) -> dict[str, Any]:
-    """The types of a dataclass's settings, by their names."""
+    """Return the types of a dataclass's settings, by their names."""
     hints = get_type_hints(cls)
     return {each.name: hints[each.name] for each in fields(cls) if each.init}

@@ -89,7 +89,7 @@ def load_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """What a YAML text holds. Raises UserError that names `where`, whatever PyYAML raises about it."""
+    """Return what a YAML text holds. Raises UserError that names `where`, whatever PyYAML raises about it."""
     with foreign(where, "is not valid YAML", advice="; quote what is text"):
         try:
             return yaml.load(text, _Loader)

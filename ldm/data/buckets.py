@@ -104,13 +104,13 @@ def plan_framing(
 
 
 def covering(original: Size, target: Size) -> Size:
-    """The smallest size of the original's shape that covers the target; the longer side is rounded down."""
+    """Return the smallest size of the original's shape that covers the target; the longer side is rounded down."""
     (height, width), (h, w) = original, target
     return (h, h * width // height) if h * width >= w * height else (w * height // width, w)
 
 
 def cut(picture: Pixels, framing: Framing) -> Pixels:
-    """uint8 (H, W, 3) to uint8 (*framing.target, 3): resized with a Lanczos filter, mirrored, cut."""
+    """Resize with a Lanczos filter, mirror, cut: uint8 (H, W, 3) to uint8 (*framing.target, 3)."""
     from PIL import Image
 
     height, width = covering(framing.original, framing.target)

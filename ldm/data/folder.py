@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm.data.listing import (
     SUFFIXES,
-    Entry,
+    ListedPicture,
     Listing,
     caption_beside,
     captions_of,
@@ -103,7 +103,7 @@ def _add(
     try:
         stamp = stamp_of(path) + (f"+{stamp_of(control)}" if control else "")
         beside = partial(read_plain, control) if control else None
-        listing.entries.append(Entry(name, captions, stamp, partial(read_plain, path), beside))
+        listing.entries.append(ListedPicture(name, captions, stamp, partial(read_plain, path), beside))
     except OSError as error:
         listing.broken[name] = f"can't be read: {why(error)}"
 

@@ -30,7 +30,7 @@ _MOST_TEXT = 2**24  # bytes of a file with one caption
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedPicture:
     """One picture, not yet decoded.
 
     name: for messages, and what it is known by in an index; stamp: changes whenever its bytes do.
@@ -53,27 +53,30 @@ class Listing:
     others: how many pictures there are of kinds that are not read, by their ending.
     """
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[ListedPicture] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
 
 
 def stamp_of(path: Path) -> str:
-    """Size and time of a regular file: both stay as they are only while its bytes do. Raises OSError for others."""
+    """Return size and time of a regular file: both stay as they are only while its bytes do.
+
+    Raises OSError for others.
+    """
     status = plain_status(path)
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def other_kind(name: str) -> str:
-    """The ending of a picture, or of a shard, that is of a kind that is not read; "" for all other names."""
+    """Return the ending of a picture, or of a shard, that is of a kind that is not read; "" for all other names."""
     lowered = name.lower()
     first, last = (lowered[at:] if at > 0 else "" for at in (lowered.rfind(".tar."), lowered.rfind(".")))
     return next((each for each in (first, last) if each in _OTHERS), "")
 
 
 def walk(root: Path, broken: dict[str, str]) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder with its files, sorted; hidden ones are left out, links to folders are followed.
+    """Yield every folder with its files, sorted; hidden ones are left out, links to folders are followed.
 
     broken: takes up, by name, folders that can't be read and links that lead nowhere, or to where it was already.
     """
@@ -96,17 +99,17 @@ def walk(root: Path, broken: dict[str, str]) -> Iterator[tuple[Path, list[str]]]
 
 
 def relative(root: Path, path: Path) -> str:
-    """The name of a file below `root`, with slashes."""
+    """Return the name of a file below `root`, with slashes."""
     return Path(os.path.relpath(path, root)).as_posix()
 
 
 def inside(root: Path, path: Path) -> bool:
-    """Whether a path is below `root` as it is written: links that lie there may lead anywhere."""
+    """Return whether a path is below `root` as it is written: links that lie there may lead anywhere."""
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
 
 
 def why(error: Exception) -> str:
-    """An error's reason on one line."""
+    """Return an error's reason on one line."""
     said = getattr(error, "strerror", None) or str(error)
     return (said.strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -115,7 +118,7 @@ def why(error: Exception) -> str:
 
 
 def read_lines(path: Path) -> str:
-    """A text file, UTF-8 with or without a byte order mark, its lines ended by "\\n". Raises UserError."""
+    """Return a text file, UTF-8 with or without a byte order mark, its lines ended by "\\n". Raises UserError."""
     try:
         return as_text(read_plain(path))
     except (OSError, ValueError) as error:
@@ -123,7 +126,7 @@ def read_lines(path: Path) -> str:
 
 
 def caption_beside(picture: Path) -> str:
-    """The caption in the text file beside a picture, on one line; "" without one.
+    """Return the caption in the text file beside a picture, on one line; "" without one.
 
     Raises ValueError where it can't be read.
     """
@@ -137,7 +140,7 @@ def caption_beside(picture: Path) -> str:
 
 
 def as_text(content: bytes) -> str:
-    """UTF-8 bytes as text, its lines ended by "\\n". Raises ValueError that names the line."""
+    """Return UTF-8 bytes as text, its lines ended by "\\n". Raises ValueError that names the line."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("it is in UTF-16: save it as UTF-8")
     try:
@@ -153,7 +156,7 @@ def one_line(text: str) -> str:
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
-    """What stands for a picture's caption in a row or in JSON: a text, several, or None.
+    """Return what stands for a picture's caption in a row or in JSON: a text, several, or None.
 
     Of several, those that are empty are left out; ("",) where nothing is left. Raises ValueError for what is no text,
     and of these UnicodeError for half of a surrogate pair, which JSON may hold and no text encoder takes; the message
@@ -177,7 +180,7 @@ def _kind(value: Any) -> str:
 
 
 def no_column(where: str | Path, column: str, known: Iterable[str]) -> UserError:
-    """The error for a column that is not there; it names those that are."""
+    """Return the error for a column that is not there; it names those that are."""
     names = list(known)
     have = ", ".join(names) or "none"
     return UserError(f"{where} has no column {column!r}{nearest(column, names)} (its columns: {have})")

@@ -10,7 +10,7 @@ _EVERYTHING = (
 
 
 def random_mask(height: int, width: int, rng: Generator) -> NDArray[np.uint8]:
-    """(height, width), 1 where the picture is to be drawn anew, 0 where it stays."""
+    """Return a mask (height, width), 1 where the picture is to be drawn anew, 0 where it stays."""
     from PIL import Image, ImageDraw
 
     if rng.random() < _EVERYTHING:

@@ -15,7 +15,7 @@ FILES = ("metadata.jsonl", "metadata.csv")
 
 
 def lines_of(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line as a mapping, and what to call the line. notes: takes up what is passed over.
+    """Yield each line as a mapping, and what to call the line. notes: takes up what is passed over.
 
     Raises UserError.
     """

@@ -33,7 +33,7 @@ class Order:
         self._turn = lru_cache(maxsize=2)(self._batches_of)
 
     def places(self, start: int, size: int) -> list[tuple[int, int]]:
-        """(pass, index of the picture) at each position from `start` on: no such pair ever comes again.
+        """Return (pass, index of the picture) at each position from `start` on: no such pair ever comes again.
 
         Both numbers count pictures and are multiples of `batch_size`.
         """
@@ -44,7 +44,7 @@ class Order:
         return [place for number in numbers for place in self._batch(number)]
 
     def batches_before(self, turn: int) -> int:
-        """How many batches come before a turn."""
+        """Return how many batches come before a turn."""
         return sum(turn * len(each) // self.batch_size for each in self._members)
 
     def _batch(self, number: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm.data.buckets import Pixels
 from ldm.data.folder import list_folder
-from ldm.data.listing import SUFFIXES, Entry, Listing, other_kind, walk, why
+from ldm.data.listing import SUFFIXES, ListedPicture, Listing, other_kind, walk, why
 from ldm.data.saved import is_saved, list_saved
 from ldm.data.webdataset import Scan, is_scan, list_shards
 from ldm.errors import UserError, nearest, printable
@@ -53,7 +53,7 @@ class Item:
         return self.captions[0]
 
     def pick(self, rng: np.random.Generator) -> str:
-        """One of its captions, each as likely as the others."""
+        """Return one of its captions, each as likely as the others."""
         return (
             self.captions[int(rng.integers(len(self.captions)))] if len(self.captions) > 1 else self.caption
         )
@@ -90,13 +90,16 @@ class PictureSet:
         return len(self.items)
 
     def report(self) -> list[str]:
-        """What the user should know of them, a line each, fit to print: the notes, and what was skipped."""
+        """Return what the user should know of them, a line each, fit to print: the notes, and what was skipped."""
         skipped = [f"skipped {name}: {why}" for name, why in self.broken.items()]
         count = [f"{len(skipped)} broken pictures were skipped"] if skipped else []
         return [printable(each) for each in (*self.notes, *skipped, *count)]
 
     def read(self, i: int) -> Pixels:
-        """uint8 (H, W, 3). Raises UserError where the picture has changed or gone since it was listed."""
+        """Return the picture, uint8 (H, W, 3).
+
+        Raises UserError where the picture has changed or gone since it was listed.
+        """
         item = self.items[i]
         try:
             content = self.contents[i]()
@@ -111,7 +114,7 @@ class PictureSet:
         return decode(content)
 
     def read_conditioning(self, i: int) -> Pixels:
-        """uint8 (H, W, 3), the control picture. Raises UserError where it has gone since it was listed."""
+        """Return the control picture, uint8 (H, W, 3). Raises UserError where it has gone since it was listed."""
         try:
             return decode(self.conditionings[i]())
         except (OSError, ValueError) as error:
@@ -191,7 +194,7 @@ def open_pictures(
 
 
 def decode(content: bytes) -> Pixels:
-    """A picture file's bytes as uint8 RGB (H, W, 3): turned as EXIF says, clear parts over white, 16 bits as 8.
+    """Decode a picture file's bytes to uint8 RGB (H, W, 3): turned as EXIF says, clear parts over white, 16 bits as 8.
 
     Of an animation, or of several pages, it is the first. Colour profiles are not applied.
 
@@ -203,7 +206,7 @@ def decode(content: bytes) -> Pixels:
 
 
 def decode_whole(content: bytes) -> Decoded:
-    """A picture file's bytes with all that stays of it where it is changed and saved again: see `Decoded`.
+    """Decode a picture file's bytes, with all that stays of it where it is changed and saved again: see `Decoded`.
 
     Raises ValueError as `decode` does.
     """
@@ -211,7 +214,7 @@ def decode_whole(content: bytes) -> Decoded:
 
 
 def eight_bits(picture: "Image") -> "Image":
-    """A picture turned as its EXIF says, 16 bits as 8, in the mode L, LA, RGB or RGBA: grey and clear stay so.
+    """Return a picture turned as its EXIF says, 16 bits as 8, in the mode L, LA, RGB or RGBA: grey and clear stay so.
 
     Raises ValueError for numbers of which nothing says which of them is white.
     """
@@ -261,7 +264,7 @@ def _check_range(file: "Image") -> None:
 
 
 def rgb(picture: "Image") -> Pixels:
-    """A picture of any mode as uint8 RGB (H, W, 3): clear parts over white, 16 bits as 8."""
+    """Return a picture of any mode as uint8 RGB (H, W, 3): clear parts over white, 16 bits as 8."""
     from PIL import Image
 
     if picture.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
@@ -310,7 +313,7 @@ def _list(
 
 
 def _examine(
-    entries: Sequence[Entry], before: dict[str, Any], shards: dict[str, Scan], index: Path | None
+    entries: Sequence[ListedPicture], before: dict[str, Any], shards: dict[str, Scan], index: Path | None
 ) -> list[Row]:
     """A row for each entry: as the index knows it, or from decoding it now, several at a time."""
     from tqdm import tqdm
@@ -338,7 +341,7 @@ def _examine(
     return [rows[entry.name] for entry in entries]
 
 
-def _look(entry: Entry) -> Row:
+def _look(entry: ListedPicture) -> Row:
     try:
         content = entry.content()
     except OSError as error:  # no stamp: it may be readable the next time although nothing of it has changed

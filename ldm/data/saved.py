@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.listing import (
-    Entry,
+    ListedPicture,
     Listing,
     captions_of,
     inside,
@@ -24,7 +24,7 @@ SPLITS = "dataset_dict.json"
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Return whether `save_to_disk` wrote this folder."""
     return (path / SPLITS).is_file() or (path / STATE).is_file()
 
 
@@ -72,9 +72,9 @@ def list_saved(
     stamp += f"-{conditioning_column}" if conditioning_column else ""
     within = None if outside else path
 
-    def entry(i: int, own: tuple[str, ...]) -> Entry:
+    def entry(i: int, own: tuple[str, ...]) -> ListedPicture:
         control = partial(_bytes, rows, i, conditioning_column, within) if conditioning_column else None
-        return Entry(f"row {i}", own, stamp, partial(_bytes, rows, i, image_column, within), control)
+        return ListedPicture(f"row {i}", own, stamp, partial(_bytes, rows, i, image_column, within), control)
 
     return Listing([entry(i, each) for i, each in enumerate(captions)])
 

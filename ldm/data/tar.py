@@ -55,7 +55,7 @@ def members_of(path: Path) -> Members:
 
 
 def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Bytes of a file; fewer where it ends before."""
+    """Read bytes of a file; fewer where it ends before."""
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(size)

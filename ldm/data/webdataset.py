@@ -14,7 +14,7 @@ from typing import Any
 
 from ldm.data.listing import (
     SUFFIXES,
-    Entry,
+    ListedPicture,
     Listing,
     as_text,
     captions_of,
@@ -57,7 +57,7 @@ def list_shards(
         listing.notes += [f"{path}: {note}" for note in scan["notes"]]
         listing.others.update(scan["others"])
         listing.entries += [
-            Entry(
+            ListedPicture(
                 f"{name}/{member}", tuple(captions), f"{stamp}-{offset}", partial(read_at, path, offset, size)
             )
             for member, captions, offset, size in scan["members"]
@@ -66,7 +66,10 @@ def list_shards(
 
 
 def is_scan(scan: Scan) -> bool:
-    """Whether what an index holds for a shard is of this making. Raises TypeError or LookupError for odd JSON."""
+    """Return whether what an index holds for a shard is of this making.
+
+    Raises TypeError or LookupError for odd JSON.
+    """
     members = (
         isinstance(name, str)
         and bool(captions)

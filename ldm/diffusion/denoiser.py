@@ -57,7 +57,7 @@ class Denoiser:
         return self.x0_from(self.output(x, sigma), x, sigma)
 
     def output(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The network's own prediction at `x` (B, C, ...) and `sigma` (B,), in the dtype of `x`.
+        """Return the network's own prediction at `x` (B, C, ...) and `sigma` (B,), in the dtype of `x`.
 
         C channels; with `learned_variance` 2C. Raises UserError where the network did not learn its variance.
         """
@@ -72,13 +72,13 @@ class Denoiser:
         return output[:, :channels].to(x.dtype)
 
     def x0_from(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """The clean picture that the prediction in `output` stands for; a variance behind it stays as it is."""
+        """Return the clean picture that the prediction in `output` stands for; a variance behind it stays as it is."""
         return change_x0(
             lambda prediction: parameterization.x0_from(self.prediction_type, prediction, x, sigma), output, x
         )
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The timesteps (B,), float32, that the network is told at noise levels `sigma` (B,)."""
+        """Return the timesteps (B,), float32, that the network is told at noise levels `sigma` (B,)."""
         timestep = self.schedule.to(sigma.device).timestep(sigma)
         rounding = [self.rounding] if isinstance(self.rounding, str) else self.rounding
         if len(set(rounding)) == 1:

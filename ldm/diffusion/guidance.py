@@ -19,7 +19,9 @@ def classifier_free(
     rescale: float | Tensor = 0.0,
     interval: tuple[float | Tensor, float | Tensor] = (0.0, math.inf),
 ) -> Denoise:
-    """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond), in one network call.
+    """Return the denoiser of classifier-free guidance: uncond + scale * (cond - uncond), in one network call.
+
+    Ho & Salimans 2022.
 
     Every number is one for all images, or one each, (B,): images of unlike requests may share a call.
     denoiser: its network takes B rows, all under the condition, or 2B, the first B without it.
@@ -98,7 +100,7 @@ def limited(denoise: Denoise, limit: Limit | Sequence[Limit | None]) -> Denoise:
 
 
 def threshold_x0(x0: Tensor, quantile: float = 0.995, limit: float = 1.0) -> Tensor:
-    """Dynamic thresholding (Saharia et al. 2022, section 2.3) of x0 (B, ...).
+    """Threshold x0 (B, ...) dynamically (Saharia et al. 2022, section 2.3).
 
     Each image is clipped to its `quantile` of |x0|, at least 1 and at most `limit`, and divided by it.
     """
@@ -129,7 +131,7 @@ def known_pixels(
 
 
 def consistency(denoise: Denoise, schedule: NoiseSchedule, timestep_scaling: float = 10.0) -> Denoise:
-    """The boundary condition of a latent consistency model, f(x, 0) = x (Luo et al. 2023, appendix B).
+    """Apply the boundary condition of a latent consistency model, f(x, 0) = x (Luo et al. 2023, appendix B).
 
     The published models have sigma_data 0.5.
     """

@@ -53,7 +53,7 @@ def prediction_loss(
     prediction_type: str = "epsilon",
     config: LossConfig | None = None,
 ) -> Tensor:
-    """Weighted squared error of a network's output (B, C, h, w), one value per picture (B,), float32.
+    """Return the weighted squared error of a network's output (B, C, h, w), one value per picture (B,), float32.
 
     The output answers `noised.sample(prediction_type)`; with a learned variance it has twice the channels, and the
     timesteps are integers. Raises UserError for a prediction type that the schedule does not allow.
@@ -120,7 +120,7 @@ class Posterior:
 
     @classmethod
     def at(cls, timestep: Tensor, schedule: NoiseSchedule) -> "Posterior":
-        """timestep: (B,) integers."""
+        """Return the posterior at timesteps (B,), integers."""
         here = schedule.alphas_cumprod
         before = torch.cat([torch.ones_like(here[:1]), here[:-1]])
         beta = 1 - here / before
@@ -130,7 +130,7 @@ class Posterior:
         return cls(*(table[timestep.long()] for table in tables))
 
     def learned_log_variance(self, fraction: Tensor) -> Tensor:
-        """Where `fraction` (B, ...), in [-1, 1], lies between the two bounds (Nichol & Dhariwal 2021, eq. 15)."""
+        """Return what `fraction` (B, ...), in [-1, 1], names between the bounds (Nichol & Dhariwal 2021, eq. 15)."""
         low, high = (
             per_image(each.to(fraction.dtype), fraction) for each in (self.log_variance, self.log_beta)
         )
@@ -138,7 +138,7 @@ class Posterior:
 
 
 def variational_bound(error: Tensor, fraction: Tensor, timestep: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Terms of the variational bound, nats an element, (B,): KL(q(x_{t-1}|x_t, x0) || p(x_{t-1}|x_t)).
+    """Return the terms of the variational bound, nats an element, (B,): KL(q(x_{t-1}|x_t, x0) || p(x_{t-1}|x_t)).
 
     error: of x0, (B, C, h, w). fraction: (B, C, h, w), see `Posterior.learned_log_variance`. The last term, of t = 0,
     is the Gaussian's negative log-likelihood: latents are no whole numbers, which the paper's discrete decoder is for.

@@ -24,7 +24,7 @@ class Noised:
     timestep: Tensor
 
     def sample(self, prediction_type: str) -> Tensor:
-        """The input of a network of this prediction type: what is shown, at unit variance."""
+        """Return the input of a network of this prediction type: what is shown, at unit variance."""
         return self.seen * parameterization.c_in(prediction_type, per_image(self.sigma, self.seen))
 
 
@@ -46,7 +46,7 @@ def add_noise(
 
 
 def shifted(timestep: Tensor, shift: float, num_train_timesteps: int) -> Tensor:
-    """Uniform timesteps (B,), integers, moved towards noise: u to s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
+    """Move uniform timesteps (B,), integers, towards noise: u to s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
 
     Half of them lie above s / (1 + s) of the whole: above 0.75 for a shift of 3. Where text decides, at high noise, a
     network so learns it from more pictures.

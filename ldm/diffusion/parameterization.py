@@ -19,7 +19,7 @@ from ldm.errors import UserError, nearest
 
 
 def unit_variance(sigma: Tensor) -> Tensor:
-    """The scale that gives x0 + sigma * noise unit variance, in the shape of `sigma`."""
+    """Return the scale that gives x0 + sigma * noise unit variance, in the shape of `sigma`."""
     return 1 / (1 + sigma**2).sqrt()
 
 
@@ -41,23 +41,23 @@ PREDICTION_TYPES = tuple(_TABLE)
 
 
 def c_in(prediction_type: str, sigma: Tensor) -> Tensor:
-    """The scale of what the network sees, in the shape of `sigma`."""
+    """Return the scale of what the network sees, in the shape of `sigma`."""
     return _TABLE[prediction_type].scale_in(sigma)
 
 
 def c_skip_out(prediction_type: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) of a prediction type (one of PREDICTION_TYPES), each in the shape of `sigma`."""
+    """Return (c_skip, c_out) of a prediction type (one of PREDICTION_TYPES), each in the shape of `sigma`."""
     return _TABLE[prediction_type].skip_out(sigma)
 
 
 def x0_from(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-    """The clean picture that a network's output (B, ...) stands for at `x` (B, ...) and `sigma` (B,)."""
+    """Return the clean picture that a network's output (B, ...) stands for at `x` (B, ...) and `sigma` (B,)."""
     c_skip, c_out = c_skip_out(prediction_type, per_image(sigma, x))
     return c_skip * x + c_out * output
 
 
 def target(prediction_type: str, x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-    """What the network ought to put out at `x` (B, ...), `sigma` (B,) when the clean picture is `x0`."""
+    """Return what the network ought to put out at `x` (B, ...), `sigma` (B,) when the clean picture is `x0`."""
     c_skip, c_out = c_skip_out(prediction_type, per_image(sigma, x))
     return (x0 - c_skip * x) / c_out
 

@@ -127,7 +127,7 @@ class Plan:
         return after + min(_ROUNDED, (rows[-1] - after) / 2), rows[0] + min(_ROUNDED, (before - rows[0]) / 2)
 
     def denoiser(self, network: Network) -> Denoiser:
-        """The network, with its condition bound, as a denoiser."""
+        """Return the network, with its condition bound, as a denoiser."""
         return Denoiser(network, self.schedule, self.prediction_type, self.rounding, self.learned_variance)
 
     def wrap(self, denoise: Denoise) -> Denoise:
@@ -137,7 +137,7 @@ class Plan:
         return denoise
 
     def steps(self, x: Tensor, noise: NoiseSource) -> Steps:
-        """The sampler's coroutine from the state `x` (B, C, h, w) at `first_sigma`."""
+        """Return the sampler's coroutine from the state `x` (B, C, h, w) at `first_sigma`."""
         return SAMPLERS[self.sampler].solve(x, self.sigmas, noise, span=self.span, **self.options)
 
     def sample(

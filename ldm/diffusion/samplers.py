@@ -56,7 +56,7 @@ def _extrapolate(x0: Tensor, previous: Tensor, h: float, h_previous: float) -> T
 
 
 def euler(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, span: range | None = None) -> Steps:
-    """Euler's method (Karras et al. 2022, algorithm 1 without the second order); DDIM with eta 0."""
+    """Sample by Euler's method (Karras et al. 2022, algorithm 1 without the second order); DDIM with eta 0."""
     for _, sigma, sigma_next in _steps(sigmas, span):
         x0 = yield x, sigma
         x = _step(x, x0, sigma, sigma_next)
@@ -72,7 +72,7 @@ def euler_ancestral(
     stops: Sequence[float] | None = None,
     clip: Callable[[Tensor], Tensor] | None = None,
 ) -> Steps:
-    """Euler's method with fresh noise at every step; it is DDIM(eta) written in sigma: Song et al. 2020, eq. 12.
+    """Sample by Euler's method with fresh noise at each step: DDIM(eta) written in sigma, Song et al. 2020, eq. 12.
 
     clip: applied to the estimate of x0 but not to the noise estimated with it, as DDIM does.
     stops: where each step ends, if beside the next sigma: diffusers' DDIM steps back a constant T // n
@@ -99,7 +99,7 @@ def ddim(
     stops: Sequence[float] | None = None,
     clip: Callable[[Tensor], Tensor] | None = None,
 ) -> Steps:
-    """DDIM (Song et al. 2020): `euler_ancestral`, without noise unless eta says otherwise.
+    """Sample by DDIM (Song et al. 2020): `euler_ancestral`, without noise unless eta says otherwise.
 
     The noise is eta times the paper's own (eq. 16), also of a network that learned its variance: no paper puts that
     into DDIM, and guided-diffusion leaves it out too.
@@ -114,7 +114,7 @@ def ddpm(
     span: range | None = None,
     variance: Variance = "fixed_small",
 ) -> Steps:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2): the mean of the posterior q(x_next | x, x0), and noise.
+    """Sample ancestrally (Ho et al. 2020, algorithm 2): the mean of the posterior q(x_next | x, x0), and noise.
 
     variance: of the noise. "fixed_small" is the posterior's, beta-tilde; "fixed_large" the forward step's, beta (Ho et
     al. 2020, section 3.2); "learned_range" lies between the two in their logarithms, where the estimate says so, which
@@ -145,7 +145,7 @@ def heun(
     span: range | None = None,
     long_steps: bool = False,
 ) -> Steps:
-    """Heun's second order (Karras et al. 2022, algorithm 1): two predictions a step, one for the last.
+    """Sample by Heun's method (Karras et al. 2022, algorithm 1): two predictions a step, one for the last.
 
     It averages the slopes of x in sigma, which moves a step's end by (sigma / sigma_next - 1) / 2 of the change of x0
     on the way: beyond the new x0 where sigma more than halves. long_steps: average those steps' slopes of x / sigma in
@@ -173,7 +173,7 @@ def lms(
     span: range | None = None,
     order: int = 4,
 ) -> Steps:
-    """Linear multistep (Adams-Bashforth on uneven steps) in sigma, order 1 to 4."""
+    """Sample by linear multistep (Adams-Bashforth on uneven steps) in sigma, order 1 to 4."""
     slopes: list[Tensor] = []
     for i, sigma, sigma_next in _steps(sigmas, span):
         x0 = yield x, sigma
@@ -204,7 +204,7 @@ def dpmpp_2m(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> Steps:
-    """DPM-Solver++(2M), midpoint; with eta 1 its SDE form.
+    """Sample by DPM-Solver++(2M), midpoint; with eta 1 its SDE form.
 
     The last step is of first order if it ends at 0, if `euler_at_final`, or if there are fewer than 15
     steps and `lower_order_final` (diffusers' rules).
@@ -234,7 +234,7 @@ def dpmpp_2m_sde(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> Steps:
-    """SDE-DPM-Solver++(2M): `dpmpp_2m` with noise."""
+    """Sample by SDE-DPM-Solver++(2M): `dpmpp_2m` with noise."""
     return dpmpp_2m(x, sigmas, noise, span, eta, lower_order_final, euler_at_final)
 
 
@@ -245,7 +245,7 @@ def dpmpp_2s(
     span: range | None = None,
     lower_order_final: bool = True,
 ) -> Steps:
-    """DPM-Solver++(2S): steps over two sigmas at a time, with a prediction at the one between.
+    """Sample by DPM-Solver++(2S): steps over two sigmas at a time, with a prediction at the one between.
 
     With `lower_order_final`, or where it ends at 0, the last step is of first order.
     """
@@ -273,7 +273,7 @@ def dpmpp_sde(
     span: range | None = None,
     eta: float = 1.0,
 ) -> Steps:
-    """DPM-Solver++ SDE, singlestep of second order with r = 1/2 (k-diffusion's sample_dpmpp_sde).
+    """Sample by DPM-Solver++ SDE, singlestep of second order with r = 1/2 (k-diffusion's sample_dpmpp_sde).
 
     The noise of the half step is part of the noise of the whole one: both lie on one Brownian path,
     which runs in sigma as diffusers' does.
@@ -300,7 +300,7 @@ def unipc(
     span: range | None = None,
     lower_order_final: bool = True,
 ) -> Steps:
-    """UniPC of order 2 with B(h) = exp(h) - 1 (Zhao et al. 2023, arXiv:2302.04867; "bh2").
+    """Sample by UniPC of order 2 with B(h) = exp(h) - 1 (Zhao et al. 2023, arXiv:2302.04867; "bh2").
 
     Each prediction serves twice: it corrects the step that led to it (UniC), then takes the next (UniP,
     which is DPM-Solver++(2M)).
@@ -342,7 +342,7 @@ def pndm(
     midpoints: Sequence[float] = (),
     uneven: Collection[int] = (),
 ) -> Steps:
-    """PNDM (Liu et al. 2022, arXiv:2202.09778): linear multistep on the network's output, DDIM as transfer.
+    """Sample by PNDM (Liu et al. 2022, arXiv:2202.09778): linear multistep on the network's output, DDIM as transfer.
 
     midpoints: a sigma inside each of the first steps, which Runge-Kutta (PRK) then takes; without them
     the first step is a two-stage one (PLMS, as Stable Diffusion is sampled).
@@ -392,7 +392,7 @@ _PNDM_WEIGHTS = {
 
 
 def lcm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, span: range | None = None) -> Steps:
-    """Multistep consistency sampling (Luo et al. 2023, arXiv:2310.04378): to x0 and back up, each step."""
+    """Sample by multistep consistency sampling (Luo et al. 2023, arXiv:2310.04378): to x0 and back up, each step."""
     for _, sigma, sigma_next in _steps(sigmas, span):
         x = yield x, sigma
         if sigma_next > 0:

@@ -118,7 +118,7 @@ class NoiseSchedule:
         return self.sigmas[-1].item()
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """Noise level of timesteps of any shape, in [0, T-1]; between two integers log sigma is linear."""
+        """Return the noise level of timesteps of any shape, in [0, T-1]; between two integers log sigma is linear."""
         last = self.num_train_timesteps - 1
         timestep = timestep.to(self.sigmas.dtype).clamp(0, last)
         low = timestep.long()
@@ -126,7 +126,7 @@ class NoiseSchedule:
         return below * (above / below) ** (timestep - low)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The timestep of noise levels of any shape: the inverse of `sigma`, clamped to [0, T-1].
+        """Return the timestep of noise levels of any shape: the inverse of `sigma`, clamped to [0, T-1].
 
         Whole timesteps come back whole although sigma is often float32 here: a value within 1e-3 of an
         integer is that integer.
@@ -139,7 +139,7 @@ class NoiseSchedule:
         return torch.where((timestep - whole).abs() < 1e-3, whole, timestep)
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """The same schedule with its table on `device` (float32 on MPS, which has no float64); made once."""
+        """Return the same schedule with its table on `device` (float32 on MPS, which has no float64); made once."""
         device = torch.device(device)
         if self.alphas_cumprod.device == device:
             return self

@@ -208,7 +208,7 @@ class SchedulerConfig:
         return cls(class_name, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The mapping to write as scheduler_config.json; diffusers reads it as we do.
+        """Return the mapping to write as scheduler_config.json; diffusers reads it as we do.
 
         Raises UserError if the spacing named has no name in diffusers' class.
         """
@@ -232,14 +232,14 @@ class SchedulerConfig:
         )
 
     def get(self, key: str) -> Any:
-        """The value of `key` as the class reads it: the file's, or its default, or None if unknown to it."""
+        """Return the value of `key` as the class reads it: the file's, or its default, or None if unknown to it."""
         known = CLASSES[self.class_name].defaults if self.class_name in CLASSES else _MODEL
         if key in self.values and (key in known or key in MODEL_KEYS):
             return self.values[key]
         return known.get(key)
 
     def with_sampler(self, name: str) -> "SchedulerConfig":
-        """The same keys under the class of the sampler `name`; raises UserError if it is unknown."""
+        """Return the same keys under the class of the sampler `name`; raises UserError if it is unknown."""
         if name not in SAMPLERS:
             raise UserError(
                 f"sampler {name!r} is unknown{nearest(name, SAMPLERS)}; known: {', '.join(SAMPLERS)}"
@@ -250,7 +250,7 @@ class SchedulerConfig:
         return replace(self, class_name=SAMPLERS[name].scheduler, values=values)
 
     def with_schedule(self, name: str) -> "SchedulerConfig":
-        """The same with the spacing `name` (of spacing.SPACINGS) in place of the file's own.
+        """Return the same with the spacing `name` (of spacing.SPACINGS) in place of the file's own.
 
         karras and exponential, named here, lie between the noise schedule's own ends with every sampler, as in
         k-diffusion; where a file says `use_karras_sigmas` itself, they lie where diffusers' class has them, with
@@ -268,11 +268,11 @@ class SchedulerConfig:
         return replace(self, values=values, spacing=name)
 
     def with_values(self, **values: Any) -> "SchedulerConfig":
-        """The same with keys set."""
+        """Return the same with keys set."""
         return replace(self, values={**self.values, **values})
 
     def noise_schedule(self) -> NoiseSchedule:
-        """The model's noise schedule; raises UserError if it is unknown."""
+        """Return the model's noise schedule; raises UserError if it is unknown."""
         # Of diffusers' classes those of family ddim leave alpha_bar at 0; here it only has to be too small to see. A
         # spacing named by noise levels would spend its steps on the way down from there: it begins as everywhere else.
         family = CLASSES[self.class_name].family if self.class_name in CLASSES else "k"

@@ -24,7 +24,7 @@ def spaced_timesteps(
     whole: bool = True,
     extra_point: bool = False,
 ) -> Tensor:
-    """Descending timesteps (n,), float64, of a spacing in TIMESTEP_SPACINGS (Lin et al. 2023, table 2).
+    """Return descending timesteps (n,), float64, of a spacing in TIMESTEP_SPACINGS (Lin et al. 2023, table 2).
 
     leading: multiples of T // n, from 0, plus `steps_offset`; trailing: counted down from T - 1; linspace:
     from T - 1 to 0 with both ends; sgm_uniform: as linspace of n + 1 points without the last.
@@ -45,7 +45,7 @@ def spaced_timesteps(
 
 
 def lcm_timesteps(n: int, num_train_timesteps: int = 1000, original_inference_steps: int = 50) -> Tensor:
-    """Descending timesteps (n,), float64: n of the `original_inference_steps` a consistency model knows.
+    """Return descending timesteps (n,), float64: n of the `original_inference_steps` a consistency model knows.
 
     Raises UserError if n is larger than those.
     """
@@ -70,7 +70,7 @@ def spaced_sigmas(
     extra_point: bool = False,
     is_xl: bool = False,
 ) -> Tensor:
-    """Descending noise levels (n + 1,), float64, of any of SPACINGS; the last is `final`.
+    """Return descending noise levels (n + 1,), float64, of any of SPACINGS; the last is `final`.
 
     ends: (sigma_max, sigma_min) between which karras (Karras et al. 2022, eq. 5, rho 7) and exponential lie;
     the schedule's own if None. is_xl: align_your_steps as found for SDXL. The other options: see `spaced_timesteps`.

@@ -1,4 +1,4 @@
-"""Words for a plan: several natural ways to ask for the same picture."""
+"""Words for a composition: several natural ways to ask for the same picture."""
 
 from collections.abc import Sequence
 
@@ -78,17 +78,17 @@ def pick(rng: Generator, choices: Sequence[str]) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
-def caption(plan: Composition, rng: Generator) -> str:
-    """Return one of the plan's captions: it names the style and the setting when the plan says so."""
-    number, words = _subject(plan, rng)
+def caption(composition: Composition, rng: Generator) -> str:
+    """Return one of the composition's captions: it names the style and the setting when the composition says so."""
+    number, words = _subject(composition, rng)
     bare = rng.random() < 0.12
-    setting = _setting(plan.setting, rng) if plan.setting_named else ""
-    if not plan.style_named and not plan.finish:
+    setting = _setting(composition.setting, rng) if composition.setting_named else ""
+    if not composition.style_named and not composition.finish:
         framed = pick(rng, FRAMES) if rng.random() < 0.1 else "{}"
         return framed.format(phrase(number, words, bare and framed == "{}") + setting)
-    form = pick(rng, STYLE_WORDS[plan.finish or plan.style])
+    form = pick(rng, STYLE_WORDS[composition.finish or composition.style])
     if form.startswith("["):
-        return phrase(number, _with_style(plan, form.strip("[]"), words), bare) + setting
+        return phrase(number, _with_style(composition, form.strip("[]"), words), bare) + setting
     return form.format(phrase(number, words, bare and form.startswith("{}")) + setting)
 
 
@@ -99,24 +99,24 @@ def phrase(number: str, words: str, bare: bool = False) -> str:
     return f"the {words}" if number == "the" else f"{article(words)} {words}"
 
 
-def _subject(plan: Composition, rng: Generator) -> tuple[str, str]:
+def _subject(composition: Composition, rng: Generator) -> tuple[str, str]:
     """Return the number ("one", "mass", "many", "the") and the words of what the picture shows."""
-    thing = THINGS[plan.things[0]]
-    if plan.costume:
-        return "one", _costumed(thing, plan.costume, rng)
-    if plan.relation:
-        other = THINGS[plan.things[1]]
+    thing = THINGS[composition.things[0]]
+    if composition.costume:
+        return "one", _costumed(thing, composition.costume, rng)
+    if composition.relation:
+        other = THINGS[composition.things[1]]
         name, other_name = _name(thing, rng), _name(other, rng)
-        if plan.relation == HOLDING:
+        if composition.relation == HOLDING:
             name = thing.wearer or name
-        second = phrase(_number(other, other_name), _joined(plan.second_colour, other_name))
-        first = _joined(plan.colour, name)
-        return _number(thing, name), f"{first} {pick(rng, RELATION_WORDS[plan.relation])} {second}"
-    colour = f"{plan.colour} " if plan.colour else ""
-    size = f"{pick(rng, SIZE_WORDS[plan.size])} " if plan.size else ""
-    if plan.count > 1:
-        return "many", f"{NUMBERS[plan.count]} {colour}{thing.plural}"
-    if plan.own_colour_named:
+        second = phrase(_number(other, other_name), _joined(composition.second_colour, other_name))
+        first = _joined(composition.colour, name)
+        return _number(thing, name), f"{first} {pick(rng, RELATION_WORDS[composition.relation])} {second}"
+    colour = f"{composition.colour} " if composition.colour else ""
+    size = f"{pick(rng, SIZE_WORDS[composition.size])} " if composition.size else ""
+    if composition.count > 1:
+        return "many", f"{NUMBERS[composition.count]} {colour}{thing.plural}"
+    if composition.own_colour_named:
         return thing.number, f"{size}{thing.colour} {thing.name}"
     name = thing.name if colour else _name(thing, rng)
     return _number(thing, name), f"{size}{_mood(thing, rng)}{colour}{name}"
@@ -154,8 +154,8 @@ def _costumed(thing: Thing, costume: str, rng: Generator) -> str:
     return f"{mood}{wearer} {pick(rng, ('wearing', 'wearing', 'in', 'with'))} {worn}"
 
 
-def _with_style(plan: Composition, style: str, words: str) -> str:
-    if plan.count > 1:
+def _with_style(composition: Composition, style: str, words: str) -> str:
+    if composition.count > 1:
         number, rest = words.split(" ", 1)
         return f"{number} {style} {rest}"
     return f"{style} {words}"

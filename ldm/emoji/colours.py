@@ -55,13 +55,13 @@ _TO_LAB = np.array(
 
 
 def oklab(rgb: Floats) -> Floats:
-    """sRGB in [0, 1], (..., 3), to OKLab."""
+    """Convert sRGB in [0, 1], (..., 3), to OKLab."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return (np.cbrt(linear @ _TO_LMS.T) @ _TO_LAB.T).astype(np.float32)
 
 
 def srgb(lab: Floats) -> Floats:
-    """OKLab, (..., 3), to sRGB, clipped to [0, 1]."""
+    """Convert OKLab, (..., 3), to sRGB, clipped to [0, 1]."""
     linear = (lab @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_LMS).T
     linear = np.clip(linear, 0.0, 1.0)
     return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055).astype(

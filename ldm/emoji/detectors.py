@@ -28,7 +28,7 @@ _SHRINKAGE = 0.02  # towards a diagonal, of the covariance within the classes
 
 @torch.no_grad()
 def views(pictures: Tensor, places: Sequence[Place]) -> Tensor:
-    """A square of each picture (B, 3, H, W), enlarged to the picture's own size."""
+    """Return a square of each picture (B, 3, H, W), enlarged to the picture's own size."""
     side, cut = pictures.shape[-1], list[Tensor]()
     for picture, (x, y, share) in zip(pictures, places, strict=True):
         if (x, y, share) == WHOLE:
@@ -56,7 +56,7 @@ class Features:
         return torch.cat(parts)
 
     def pooled(self, pictures: Tensor) -> Tensor:
-        """The network's alone (B, 1280): for distances between pictures."""
+        """Return the network's features alone (B, 1280): for distances between pictures."""
         return self(pictures)[:, : self.network.fc.in_features]
 
 
@@ -69,13 +69,13 @@ class Detector:
     means: Tensor
 
     def nearest(self, features: Tensor) -> list[list[str]]:
-        """All classes for each row of features (N, D), the nearest first."""
+        """Return all classes for each row of features (N, D), the nearest first."""
         distances = torch.cdist(features.double() @ self.project, self.means)
         return [[self.classes[k] for k in row] for row in distances.argsort(dim=1).tolist()]
 
 
 def fit(features: Tensor, labels: Sequence[str]) -> Detector:
-    """From features (N, D) and their classes. Raises UserError for a class seen once, or a single class."""
+    """Fit one to features (N, D) and their classes. Raises UserError for a class seen once, or a single class."""
     counts = Counter(labels)
     classes = sorted(counts)
     if len(classes) < 2 or min(counts.values()) < 2:
@@ -110,7 +110,7 @@ class Verdict:
         return self.ranking[:1] == [self.question.answer]
 
     def within(self, first: int) -> bool:
-        """Whether the answer is among the `first` nearest."""
+        """Return whether the answer is among the `first` nearest."""
         return self.question.answer in self.ranking[:first]
 
 
@@ -121,7 +121,7 @@ class Detectors:
         self.features, self.detectors = features, dict(detectors)
 
     def judge(self, pictures: Tensor, asked: Sequence[Sequence[Question]]) -> list[list[Verdict]]:
-        """Verdicts on each picture's questions. What no detector knows the answer of counts as wrong."""
+        """Return verdicts on each picture's questions. What no detector knows the answer of counts as wrong."""
         rows = _rows(self.features, pictures, [(i, each) for i, some in enumerate(asked) for each in some])
 
         def verdict(i: int, question: Question) -> Verdict:
@@ -134,7 +134,7 @@ class Detectors:
 
 
 def fit_all(features: Features, batches: Iterable[tuple[Tensor, list[list[Question]]]]) -> Detectors:
-    """From batches of real pictures, with all questions about each. Classes seen once are left out."""
+    """Fit detectors to batches of real pictures, with all questions about each. Classes seen once are left out."""
     rows: dict[str, list[Tensor]] = defaultdict(list)
     labels: dict[str, list[str]] = defaultdict(list)
     for pictures, asked in batches:

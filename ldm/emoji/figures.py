@@ -19,7 +19,7 @@ class Shares:
     how many.
     """
 
-    pictures: int
+    count: int
     top1: float
     top5: float
     composed: float
@@ -27,7 +27,7 @@ class Shares:
 
 
 def shares(verdicts: Sequence[Sequence[Verdict]]) -> Shares:
-    """Over each picture's verdicts."""
+    """Return the shares over each picture's verdicts."""
     told = [[each for each in some if each.question.told] for some in verdicts]
     things = [each for some in told for each in some if each.question.attribute in THINGS]
     by_attribute: dict[str, list[bool]] = defaultdict(list)
@@ -35,7 +35,7 @@ def shares(verdicts: Sequence[Sequence[Verdict]]) -> Shares:
         for each in some:
             by_attribute[each.question.attribute].append(each.right)
     return Shares(
-        pictures=len(verdicts),
+        count=len(verdicts),
         top1=_mean([each.right for each in things]),
         top5=_mean([each.within(FIRST) for each in things]),
         composed=_mean([all(each.right for each in some) for some in told]),

@@ -14,7 +14,7 @@ _INK = 0.88
 
 
 def line_drawing(picture: Picture) -> Picture:
-    """Dark outlines on white, as in a colouring book: the gradient of OKLab, its colours counting double."""
+    """Draw dark outlines on white, as in a colouring book: the gradient of OKLab, its colours counting double."""
     lab = oklab(picture.astype(np.float32) / 255) * np.array([1, 2, 2], np.float32)
     smooth = _blurred(_blurred(lab, 0), 1)
     down, right = np.gradient(smooth, axis=(0, 1))
@@ -24,7 +24,7 @@ def line_drawing(picture: Picture) -> Picture:
 
 
 def black_and_white(picture: Picture) -> Picture:
-    """As luma (ITU-R BT.601)."""
+    """Return luma (ITU-R BT.601)."""
     return _grey(picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32))
 
 

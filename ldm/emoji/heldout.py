@@ -62,6 +62,6 @@ _SAID = frozenset(_said(combination) for combination in HELD_OUT)
 
 
 def is_held_out(names: set[str]) -> bool:
-    """Whether a picture that combines these names (things, costume, colour) holds a held-out combination."""
+    """Return whether a picture that combines these names (things, costume, colour) holds a held-out combination."""
     said = _said(names)
     return any(combination <= said for combination in _SAID)

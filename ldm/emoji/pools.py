@@ -1,4 +1,4 @@
-"""Compositions of a recipe as training data: a pool of latents, and squares for a first stage."""
+"""Compositions of a mixture as training data: a pool of latents, and squares for a first stage."""
 
 import hashlib
 import json
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.data.buckets import Pixels
-from ldm.emoji.recipe import Example, Recipe, RecipeConfig
+from ldm.emoji.mixture import Example, Mixture, MixtureConfig
 from ldm.emoji.sprites import SPRITES_FILE, load_sprites
 from ldm.emoji.things import choose
 from ldm.errors import UserError
@@ -32,70 +32,72 @@ _ALL = slice(None)
 
 @dataclass(frozen=True)
 class CompositionsConfig(Data, kind="compositions"):
-    """Compositions of a recipe; for text_to_image a pool of them, encoded once.
+    """Compositions of a mixture; for text_to_image a pool of them, encoded once.
 
     cache: folder of the pool's latents. pictures: the pool's size, in whole shards of 2048; a longer run goes over it
-    again, reshuffled. labels: condition a first stage on what each composition shows: its "kind" in the recipe, or
+    again, reshuffled. labels: condition a first stage on what each composition shows: its "kind" in the mixture, or
     first "thing". encoding: the precision in which the autoencoder computes the pool; bfloat16 is under autocast.
     """
 
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    renamed: ClassVar[dict[str, str]] = {"recipe": "mixture"}
+
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     sprites: str = str(SPRITES_FILE)
     cache: str | None = None
     pictures: int = 131_072
     labels: Labels | None = None
     encoding: Literal["float32", "bfloat16"] = "bfloat16"
 
-    def made(self) -> Recipe:
-        """Return the recipe with its sprites. Raises UserError."""
-        return Recipe(load_sprites(self.sprites), self.recipe)
+    def made(self) -> Mixture:
+        """Return the mixture with its sprites. Raises UserError."""
+        return Mixture(load_sprites(self.sprites), self.mixture)
 
     def latents(self, where: str, system: System, with_pictures: bool) -> LatentSource:
-        """As Data says."""
+        """See `Data`."""
         if self.cache is None:
             raise UserError(f"{where}.cache is missing: give a folder for the latents of the compositions")
         dtype: torch.dtype = getattr(torch, self.encoding)
-        return RecipePool(self.made(), system.autoencoder, self.pictures, self.cache, with_pictures, dtype)
+        return MixturePool(self.made(), system.autoencoder, self.pictures, self.cache, with_pictures, dtype)
 
     def examples(self, where: str, crop: int | None, held_out: int) -> Examples:
-        """As Data says."""
+        """See `Data`."""
         return Compositions(self.made(), crop, self.labels, held_out)
 
 
-class RecipePool:
-    """`pictures` compositions of a recipe as latents, float16 on disk.
+class MixturePool:
+    """`count` compositions of a mixture as latents, float16 on disk.
 
     The first pass goes through the pool in order and builds what is missing, SHARD at a time; each later pass has an
-    order of its own. Another recipe, other sprites or another encoder have keys of their own in the folder.
+    order of its own. Another mixture, other sprites or another encoder have keys of their own in the folder.
 
     with_pictures: also compose the pictures, which takes longer than reading latents.
     dtype: what the encoder computes in, under autocast.
 
-    Raises UserError unless `pictures` is a multiple of SHARD.
+    Raises UserError unless `count` is a multiple of SHARD.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        mixture: Mixture,
         autoencoder: AutoencoderKL,
-        pictures: int,
+        count: int,
         folder: str | Path,
         with_pictures: bool = False,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        if pictures < SHARD or pictures % SHARD:
+        if count < SHARD or count % SHARD:
             raise UserError(
-                f"compositions.pictures is {pictures}: make it a multiple of {SHARD}, a shard's size"
+                f"compositions.pictures is {count}: make it a multiple of {SHARD}, a shard's size"
             )
-        self.recipe, self.autoencoder, self.pictures = recipe, autoencoder, pictures
+        self.mixture, self.autoencoder, self.count = mixture, autoencoder, count
         self.with_pictures, self.dtype = with_pictures, dtype
         self.captions: Sequence[str] = ()
         self.resolution: int | None = None
         self.cache = TensorCache(folder)
-        self._turn, self._order = 0, np.arange(pictures)
+        self._turn, self._order = 0, np.arange(count)
 
     def prepare(self, batch_size: int) -> None:
-        """Nothing: the pool is built as it is needed."""
+        """Do nothing: the pool is built as it is needed."""
 
     def notes(self) -> list[str]:
         return []
@@ -107,18 +109,20 @@ class RecipePool:
             self._build(range(shard * SHARD, (shard + 1) * SHARD))
         mine = indices[rows]
         keys = [self._key(i) for i in mine]
-        side = self.recipe.config.size
+        side = self.mixture.config.size
         return LatentBatch(
             latents=torch.stack([self.cache.read(key)["latents"] for key in keys]).float(),
             captions=[self.cache.note(key) for key in keys],
             time_ids=torch.tensor([[side, side, 0, 0, side, side]] * len(mine), dtype=torch.float32),
-            pictures=to_tensor([self.recipe.sample(i).picture for i in mine]) if self.with_pictures else None,
+            pictures=to_tensor([self.mixture.sample(i).picture for i in mine])
+            if self.with_pictures
+            else None,
         )
 
     @cached_property
     def made_from(self) -> str:
-        """A hash of all that decides the pool's content: encoder and scaling, recipe, sprites."""
-        parts = [encoder_key(self.autoencoder, self.dtype), self.recipe.fingerprint]
+        """A hash of all that decides the pool's content: encoder and scaling, mixture, sprites."""
+        parts = [encoder_key(self.autoencoder, self.dtype), self.mixture.fingerprint]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _key(self, index: int) -> str:
@@ -126,9 +130,9 @@ class RecipePool:
 
     def _index(self, position: int) -> int:
         """The composition at a position of the endless order."""
-        turn, place = divmod(position, self.pictures)
+        turn, place = divmod(position, self.count)
         if turn != self._turn:
-            self._turn, everything = turn, np.arange(self.pictures)
+            self._turn, everything = turn, np.arange(self.count)
             self._order = np.random.default_rng(turn).permutation(everything) if turn else everything
         return int(self._order[place])
 
@@ -137,36 +141,36 @@ class RecipePool:
         captions: dict[str, str] = {}
 
         def make(keys: Sequence[str]) -> list[Entry]:
-            examples = [self.recipe.sample(numbers[key]) for key in keys]
+            examples = [self.mixture.sample(numbers[key]) for key in keys]
             captions.update(zip(keys, (e.caption for e in examples), strict=True))
             latents = encode(self.autoencoder, to_tensor([e.picture for e in examples]), self.dtype)
             return [{"latents": each} for each in latents.mean]
 
-        chunk = chunk_of(self.recipe.config.size, self.recipe.config.size)
+        chunk = chunk_of(self.mixture.config.size, self.mixture.config.size)
         self.cache.fill(list(numbers), make, chunk, SHARD, note=captions.__getitem__)
 
 
 class Compositions:
-    """A recipe's compositions, each of them new. cut: a side in pixels, or None for whole ones."""
+    """A mixture's compositions, each of them new. cut: a side in pixels, or None for whole ones."""
 
-    def __init__(self, recipe: Recipe, cut: int | None, labels: Labels | None, held_out: int):
-        self.recipe, self.cut, self.kind = recipe, cut, labels
-        self.side, self.held_out, self.count = recipe.config.size, held_out, _UNSEEN
-        things = [thing.name for thing in choose(recipe.config.things)]
-        self.labels = {None: [], "kind": recipe.kinds, "thing": things}[labels]
+    def __init__(self, mixture: Mixture, cut: int | None, labels: Labels | None, held_out: int):
+        self.mixture, self.cut, self.kind = mixture, cut, labels
+        self.side, self.held_out, self.count = mixture.config.size, held_out, _UNSEEN
+        things = [thing.name for thing in choose(mixture.config.things)]
+        self.labels = {None: [], "kind": mixture.kinds, "thing": things}[labels]
 
     def cuts(self, start: int, size: int, rows: slice = _ALL) -> Batch:
-        """As Examples says. Of a picture, the liveliest of three cuts: plain background teaches little."""
+        """See `Examples`. Of a picture, the liveliest of three cuts: plain background teaches little."""
         indices = range(start, start + size)[rows]
-        examples = [self.recipe.sample(i) for i in indices]
+        examples = [self.mixture.sample(i) for i in indices]
         pictures = [each.picture for each in examples]
         if self.cut:
-            rngs = (np.random.default_rng((self.recipe.config.seed, 3, i)) for i in indices)
+            rngs = (np.random.default_rng((self.mixture.config.seed, 3, i)) for i in indices)
             pictures = [_liveliest(each, self.cut, rng) for each, rng in zip(pictures, rngs, strict=True)]
         return Batch(to_tensor(pictures), self._labels(examples), start)
 
     def whole(self, start: int, size: int) -> Batch:
-        examples = [self.recipe.sample(_UNSEEN + i) for i in range(start, start + size)]
+        examples = [self.mixture.sample(_UNSEEN + i) for i in range(start, start + size)]
         return Batch(to_tensor([each.picture for each in examples]), self._labels(examples), start)
 
     def notes(self) -> list[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from ldm.checkpoints.folder import read_json, whole_folder
 from ldm.data.packages import fetch
 from ldm.emoji.minilm import LAYERS, PACKAGE, minilm_from_package, standardise
+from ldm.emoji.mixture import Mixture, MixtureConfig
 from ldm.emoji.packages import SOURCES
 from ldm.emoji.pools import CompositionsConfig
-from ldm.emoji.recipe import Recipe, RecipeConfig
 from ldm.emoji.sprites import SPRITES_FILE, build_sprites, load_sprites
 from ldm.errors import UserError
 from ldm.training.objectives import text_to_image
@@ -22,12 +22,12 @@ _CAPTIONS = 2048
 
 
 def compositions_of(config: str | Path) -> CompositionsConfig:
-    """What a training run's config composes. Raises UserError where it composes nothing."""
+    """Return what a training run's config composes. Raises UserError where it composes nothing."""
     settings = read_run(config).settings
     data = settings.data if isinstance(settings, text_to_image.Config) else None
     if not isinstance(data, CompositionsConfig):
         raise UserError(
-            f"{config} has no compositions in text_to_image.data: give the config of a run on a recipe"
+            f"{config} has no compositions in text_to_image.data: give the config of a run on a mixture"
         )
     return data
 
@@ -41,31 +41,31 @@ def prepare(config: str | Path) -> None:
     files = fetch(SOURCES.values())
     if not SPRITES_FILE.exists():
         build_sprites()
-    recipe = Recipe(load_sprites(), composed.recipe)
-    unpack_minilm(files[PACKAGE], TEXT, [recipe.sample(i).caption for i in range(_CAPTIONS)])
+    mixture = Mixture(load_sprites(), composed.mixture)
+    unpack_minilm(files[PACKAGE], TEXT, [mixture.sample(i).caption for i in range(_CAPTIONS)])
 
 
-def compose(folder: Path, config: RecipeConfig, pictures: int) -> None:
-    """Write compositions of a recipe as a folder of pictures with captions, as fine-tuning reads it: an example set.
+def compose(folder: Path, config: MixtureConfig, pictures: int) -> None:
+    """Write compositions of a mixture as a folder of pictures with captions, as fine-tuning reads it: an example set.
 
     config: what they show. Raises UserError where the folder is there already.
     """
     from PIL import Image
 
-    recipe = Recipe(load_sprites(), config)
+    mixture = Mixture(load_sprites(), config)
     if folder.exists():
         raise UserError(f"{folder} is there already: delete it, or give another folder")
     with whole_folder(folder) as new:
         lines: list[str] = []
         for k in range(pictures):
-            example = recipe.sample(k)
+            example = mixture.sample(k)
             Image.fromarray(example.picture).save(new / f"{k:05d}.png")
             lines.append(json.dumps({"file_name": f"{k:05d}.png", "text": example.caption}) + "\n")
         (new / "metadata.jsonl").write_text("".join(lines))
 
 
 def unpack_minilm(package: Path, folder: Path, captions: Sequence[str]) -> None:
-    """`text_encoder` and `tokenizer` out of the package, both whole or no folder at all. Raises UserError."""
+    """Unpack `text_encoder` and `tokenizer` from the package, both whole or no folder at all. Raises UserError."""
     if (folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir():
         layers = read_json(folder / "text_encoder" / "config.json").get("num_hidden_layers")
         if layers != LAYERS:

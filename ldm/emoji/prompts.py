@@ -6,11 +6,11 @@ import numpy as np
 
 from ldm.emoji.captions import caption, phrase
 from ldm.emoji.composition import Composition
-from ldm.emoji.recipe import Recipe
+from ldm.emoji.mixture import Mixture
 from ldm.emoji.things import THINGS, choose
 from ldm.errors import UserError
 
-# Words that no caption of the recipe has (a test watches over it), by the thing that they mean.
+# Words that no caption of the mixture has (a test watches over it), by the thing that they mean.
 # fmt: off
 UNSEEN_WORDS = {
     "kitty": "cat", "puppy": "dog", "automobile": "car", "motorcar": "car", "spaceman": "astronaut",
@@ -24,67 +24,75 @@ UNSEEN_WORDS = {
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, its seed, and the plan of what the picture should show.
+    """A prompt, its seed, and the composition of what the picture should show.
 
     part: "seen", "held-out", "word" (a synonym never seen) or "name" (the same thing by its name). group: the kind, or
     "style" where a thing's style is what is held out.
     """
 
     prompt: str
-    plan: Composition
+    composition: Composition
     seed: int
     part: str
     group: str
 
 
-def ask(recipe: Recipe, prompts: int, seed: int = 0) -> list[Asked]:
-    """Half of `prompts` of what was trained on, each of the recipe's kinds in turn; half of what was held out.
+def ask(mixture: Mixture, prompts: int, seed: int = 0) -> list[Asked]:
+    """Return half of `prompts` of what was trained on, each of the mixture's kinds in turn; half of what was held out.
 
     Both halves have the settings and the wording of training.
     Raises UserError where nothing held out can be drawn.
     """
-    return [*_seen(recipe, prompts // 2, seed), *_held_out(recipe, prompts - prompts // 2, seed)]
+    return [*_seen(mixture, prompts // 2, seed), *_held_out(mixture, prompts - prompts // 2, seed)]
 
 
-def ask_words(recipe: Recipe, seeds: int = 2) -> list[Asked]:
-    """Each of UNSEEN_WORDS, and beside it the name of the same thing, with as many seeds."""
-    asked, known = [], {thing.name for thing in choose(recipe.config.things)}
+def ask_words(mixture: Mixture, seeds: int = 2) -> list[Asked]:
+    """Return each of UNSEEN_WORDS, and beside it the name of the same thing, with as many seeds."""
+    asked, known = [], {thing.name for thing in choose(mixture.config.things)}
     for word, thing in UNSEEN_WORDS.items():
         if thing not in known:
             continue
-        plan = Composition("single", (thing,), recipe.config.styles[0], "white")
+        composition = Composition("single", (thing,), mixture.config.styles[0], "white")
         name = phrase(THINGS[thing].number, THINGS[thing].name)
         for seed in range(seeds):
             asked.append(
-                Asked(phrase("many" if word == "spectacles" else "one", word), plan, seed, "word", "word")
+                Asked(
+                    phrase("many" if word == "spectacles" else "one", word), composition, seed, "word", "word"
+                )
             )
-            asked.append(Asked(name, plan, seed, "name", "name"))
+            asked.append(Asked(name, composition, seed, "name", "name"))
     return asked
 
 
-def _seen(recipe: Recipe, count: int, seed: int) -> list[Asked]:
+def _seen(mixture: Mixture, count: int, seed: int) -> list[Asked]:
     asked = []
     for number in range(count):
         rng = np.random.default_rng([seed, 0, number])
-        kind = recipe.kinds[number % len(recipe.kinds)]
-        plan = recipe.plan(kind, rng)
-        asked.append(Asked(caption(plan, rng), plan, number, "seen", kind))
+        kind = mixture.kinds[number % len(mixture.kinds)]
+        composition = mixture.composition(kind, rng)
+        asked.append(Asked(caption(composition, rng), composition, number, "seen", kind))
     return asked
 
 
-def _held_out(recipe: Recipe, count: int, seed: int) -> list[Asked]:
-    plans, asked = recipe.heldout_plans(), []
-    if not plans:
+def _held_out(mixture: Mixture, count: int, seed: int) -> list[Asked]:
+    compositions, asked = mixture.heldout_compositions(), []
+    if not compositions:
         raise UserError(
-            "none of the held-out combinations can be drawn of this recipe's things, sprites and styles"
+            "none of the held-out combinations can be drawn of this mixture's things, sprites and styles"
         )
     order = np.random.default_rng([seed, 2]).permutation(
-        len(plans)
-    )  # fewer prompts than plans: some of each kind
+        len(compositions)
+    )  # fewer prompts than compositions: some of each kind
     for number in range(count):
         rng = np.random.default_rng([seed, 1, number])
-        plan = recipe.dressed(plans[order[number % len(plans)]], rng)
+        composition = mixture.dressed(compositions[order[number % len(compositions)]], rng)
         asked.append(
-            Asked(caption(plan, rng), plan, number, "held-out", "style" if plan.finish else plan.kind)
+            Asked(
+                caption(composition, rng),
+                composition,
+                number,
+                "held-out",
+                "style" if composition.finish else composition.kind,
+            )
         )
     return asked

@@ -1,7 +1,7 @@
-"""The quality of a model that was trained on a recipe: what it draws, judged against what it was asked for.
+"""The quality of a model that was trained on a mixture: what it draws, judged against what it was asked for.
 
-Beside each figure stand its floor, real compositions of the same plans through the autoencoder, and its ceiling of
-chance, drawn pictures judged by the prompts of others.
+Beside each figure stand its floor, pictures of the same compositions made from sprites and passed through the
+autoencoder, and its ceiling of chance, drawn pictures judged by the prompts of others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +19,9 @@ from ldm.data.pictures import decode
 from ldm.emoji.composition import Composition
 from ldm.emoji.detectors import Detectors, Features, Verdict, fit_all
 from ldm.emoji.figures import Shares, shares
+from ldm.emoji.mixture import Mixture
 from ldm.emoji.prompts import Asked
 from ldm.emoji.questions import Question, questions, readings
-from ldm.emoji.recipe import Recipe
 from ldm.evaluation.frechet import frechet_distance
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.perceptual import PerceptualDistance
@@ -58,16 +58,17 @@ class Reconstructed:
 
     psnr: float
     distance: float
-    pictures: int
+    count: int
 
 
 @dataclass(frozen=True)
 class Likeness:
     """Of a part's pictures as a set. Distances are in EfficientNet-Lite0's pooled features.
 
-    frechet: between those drawn and as many real ones of the same plans; frechet_real: between the latter and others
-    of the same plans; frechet_floor: between others and the first through the autoencoder. nearest, nearest_real:
-    the median distance, of unit vectors, from one drawn, or a real one, to the nearest training composition.
+    frechet: between those drawn and as many real ones of the same compositions; frechet_real: between the latter
+    and others of the same compositions; frechet_floor: between others and the first through the autoencoder.
+    nearest, nearest_real: the median distance, of unit vectors, from one drawn, or a real one, to the nearest training
+    composition.
     """
 
     frechet: float
@@ -77,24 +78,26 @@ class Likeness:
     nearest_real: float
 
 
-def compositions(recipe: Recipe, count: int, first: int = 0) -> Iterator[tuple[Tensor, list[list[Question]]]]:
-    """Batches of a recipe's own compositions, each with all questions about it."""
+def compositions(
+    mixture: Mixture, count: int, first: int = 0
+) -> Iterator[tuple[Tensor, list[list[Question]]]]:
+    """Yield batches of a mixture's own compositions, each with all questions about it."""
     for start in range(first, first + count, _AT_ONCE):
-        made = [recipe.sample(i) for i in range(start, min(start + _AT_ONCE, first + count))]
+        made = [mixture.sample(i) for i in range(start, min(start + _AT_ONCE, first + count))]
         yield (
             to_tensor([each.picture for each in made]),
             [questions(Composition(**each.parts)) for each in made],
         )
 
 
-def fitted(features: Features, recipe: Recipe, count: int) -> Detectors:
-    """Detectors fitted on `count` compositions of a recipe, which should compose everything, also what is held out.
+def fitted(features: Features, mixture: Mixture, count: int) -> Detectors:
+    """Fit detectors on `count` compositions of a mixture, which should compose everything, also what is held out.
 
     Each composition is shown twice, once worn: what a picture shows is asked, not how sharp and clean it is.
     """
 
     def shown() -> Iterator[tuple[Tensor, list[list[Question]]]]:
-        for number, (pictures, asked) in enumerate(compositions(recipe, count)):
+        for number, (pictures, asked) in enumerate(compositions(mixture, count)):
             yield pictures, asked
             yield worn(pictures, number), asked
 
@@ -102,7 +105,7 @@ def fitted(features: Features, recipe: Recipe, count: int) -> Detectors:
 
 
 def worn(pictures: Tensor, seed: int) -> Tensor:
-    """Each picture (B, 3, H, W) shrunk to between 1/4 and 3/4 of its side and enlarged again, with blotches.
+    """Shrink each picture (B, 3, H, W) to between 1/4 and 3/4 of its side, enlarge it again, and add blotches.
 
     These are about a sixteenth of the side wide, with a standard deviation of up to 0.1, where colours are in [-1, 1]:
     as a model that has not learned to the end leaves them, on what should be plain.
@@ -118,18 +121,18 @@ def worn(pictures: Tensor, seed: int) -> Tensor:
     return torch.stack(made)
 
 
-def tested(detectors: Detectors, recipe: Recipe, count: int) -> dict[str, tuple[float, int]]:
-    """The share right of each attribute, and of how many, on compositions that the detectors were not fitted on."""
+def tested(detectors: Detectors, mixture: Mixture, count: int) -> dict[str, tuple[float, int]]:
+    """Return the share right of each attribute, and of how many, on compositions not fitted on."""
     verdicts = [
         [Verdict(_told(v.question), v.ranking) for v in some]
-        for pictures, asked in compositions(recipe, count, _TESTED)
+        for pictures, asked in compositions(mixture, count, _TESTED)
         for some in detectors.judge(pictures, asked)
     ]
     return shares(verdicts).attributes
 
 
 def judge(detectors: Detectors, asked: Sequence[Asked], sides: dict[str, Tensor]) -> Judged:
-    """Verdicts on each side's pictures (B, 3, H, W), one a prompt; chance is made of those drawn."""
+    """Return verdicts on each side's pictures (B, 3, H, W), one a prompt; chance is made of those drawn."""
     moved = torch.roll(sides["drawn"], len(asked) // 2 + 1, 0)[_mixed(len(asked))]
     all_sides = sides | {"chance": moved}
     return Judged(list(asked), {name: _verdicts(detectors, asked, some) for name, some in all_sides.items()})
@@ -137,7 +140,7 @@ def judge(detectors: Detectors, asked: Sequence[Asked], sides: dict[str, Tensor]
 
 def _verdicts(detectors: Detectors, asked: Sequence[Asked], pictures: Tensor) -> list[list[Verdict]]:
     """Of each picture under the reading of its prompt that most speaks for."""
-    ways = [readings(each.plan) for each in asked]
+    ways = [readings(each.composition) for each in asked]
     first = detectors.judge(pictures, [each[0] for each in ways])
     turned = [i for i, each in enumerate(ways) if len(each) > 1]
     others = detectors.judge(pictures[turned], [ways[i][1] for i in turned]) if turned else []
@@ -146,23 +149,23 @@ def _verdicts(detectors: Detectors, asked: Sequence[Asked], pictures: Tensor) ->
     return first
 
 
-def real(recipe: Recipe, asked: Sequence[Asked], seed: int = 0) -> Tensor:
-    """A composition of each prompt's plan."""
+def real(mixture: Mixture, asked: Sequence[Asked], seed: int = 0) -> Tensor:
+    """Return a picture of each prompt's composition, from its sprites."""
     return to_tensor(
-        [recipe.draw(each.plan, seed * 10**6 + number).picture for number, each in enumerate(asked)]
+        [mixture.draw(each.composition, seed * 10**6 + number).picture for number, each in enumerate(asked)]
     )
 
 
 @torch.no_grad()
 def reconstruct(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Pictures through the autoencoder, by the posterior's mean, rounded to 8 bits as files are."""
+    """Pass pictures through the autoencoder, by the posterior's mean, rounded to 8 bits as files are."""
     parts = [autoencoder.decode(autoencoder.encode(some).mean) for some in pictures.split(_AT_ONCE)]
     return ((torch.cat(parts).float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 @torch.no_grad()
 def reconstructed(distance: PerceptualDistance, pictures: Tensor, decoded: Tensor) -> Reconstructed:
-    """What the autoencoder loses, a mean over pictures."""
+    """Return what the autoencoder loses, a mean over pictures."""
     error = ((pictures - decoded) / 2).square().flatten(1).mean(1)
     apart = [distance(a, b) for a, b in zip(pictures.split(_AT_ONCE), decoded.split(_AT_ONCE), strict=True)]
     return Reconstructed(
@@ -173,7 +176,9 @@ def reconstructed(distance: PerceptualDistance, pictures: Tensor, decoded: Tenso
 def likeness(
     features: Features, training: Tensor, drawn: Tensor, one: Tensor, other: Tensor, floor: Tensor
 ) -> Likeness:
-    """training: features of training compositions (N, 1280); floor: the first real ones through the autoencoder."""
+    """Compare sets of pictures.
+
+    training: features of training compositions (N, 1280); floor: the first real ones through the autoencoder."""
     seen, a, b, c = (features.pooled(each) for each in (drawn, one, other, floor))
     return Likeness(
         frechet_distance(seen, a),
@@ -185,13 +190,13 @@ def likeness(
 
 
 def nearest(rows: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
-    """The distance of each row (N, D) to the nearest of `training` (M, D), as unit vectors, and which that is."""
+    """Return the distance of each row (N, D) to the nearest of `training` (M, D), as unit vectors, and which it is."""
     found = torch.cdist(F.normalize(rows.float()), F.normalize(training.float())).min(dim=1)
     return found.values, found.indices
 
 
 def draw_all(draw: Draw, asked: Sequence[Asked], folder: Path, at_once: int = 16) -> "list[Image]":
-    """All pictures, as PNG files in `folder`; whole ones that are there already are read, so it can be interrupted."""
+    """Draw all pictures, as PNG files in `folder`; those that are there are read, so it can be interrupted."""
     paths = [folder / f"{number:05d}.png" for number in range(len(asked))]
     found = [_read(path) for path in paths]
     missing = [number for number, picture in enumerate(found) if picture is None]

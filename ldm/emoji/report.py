@@ -18,7 +18,7 @@ _RIGHT, _WRONG, _FRAME, _LINES, _LINE = (60, 170, 80), (220, 70, 60), 3, 3, 11
 
 
 def table(judged: Judged, part: str) -> str:
-    """The shares of a part's prompts, of each group and in all; in brackets those of chance, the floor and the real."""
+    """Return the shares of a part's prompts, a group and in all; in brackets chance, the floor and the real."""
     rows = [(group, group) for group in judged.groups(part)] if len(judged.groups(part)) > 1 else []
     lines = [
         f"In brackets: {'; '.join(list(_COLUMNS.values())[1:])}.\n",
@@ -31,12 +31,12 @@ def table(judged: Judged, part: str) -> str:
         for figure in ("top1", "top5", "composed"):
             beside = ", ".join(_percent(getattr(each, figure)) for each in others)
             cells.append(f"{_percent(getattr(drawn, figure))} ({beside})")
-        lines.append(f"| {name} | {drawn.pictures} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {drawn.count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def attributes(judged: Judged, part: str) -> str:
-    """The share right of each attribute that the prompts tell."""
+    """Return the share right of each attribute that the prompts tell."""
     by_side = {side: judged.shares(side, part).attributes for side in SIDES}
     lines = ["| told | n | " + " | ".join(_COLUMNS.values()) + " |", "|---|---|---|---|---|---|"]
     for name, (_, count) in by_side["drawn"].items():
@@ -46,7 +46,7 @@ def attributes(judged: Judged, part: str) -> str:
 
 
 def detectors(tested: dict[str, tuple[float, int]]) -> str:
-    """The error of each detector on real compositions."""
+    """Return the error of each detector on real compositions."""
     lines = ["| detector | right on real compositions | of |", "|---|---|---|"]
     return "\n".join(
         [*lines, *(f"| {name} | {_percent(share)} | {n} |" for name, (share, n) in tested.items())]
@@ -54,7 +54,7 @@ def detectors(tested: dict[str, tuple[float, int]]) -> str:
 
 
 def sets(likeness: dict[str, Likeness], autoencoder: dict[str, Reconstructed]) -> str:
-    """Distances of whole sets, and what the autoencoder loses."""
+    """Return distances of whole sets, and what the autoencoder loses."""
     lines = [
         "| prompts | Fréchet distance: drawn to real | real to real | autoencoded to real | nearest training "
         "composition: drawn | real | autoencoder: PSNR | perceptual |",
@@ -72,7 +72,7 @@ def sets(likeness: dict[str, Likeness], autoencoder: dict[str, Reconstructed]) -
 def sheet(
     pictures: "Sequence[Image]", words: Sequence[str], columns: int, marks: Sequence[bool] | None = None
 ) -> "Image":
-    """Pictures of one size with words below them; `marks` frames each in green or red."""
+    """Lay out pictures of one size, with words below them; `marks` frames each in green or red."""
     from PIL import Image, ImageDraw
 
     width, height = pictures[0].size

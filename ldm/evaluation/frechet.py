@@ -11,7 +11,7 @@ from ldm.errors import UserError
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
-    """Of features (N, D) and (M, D): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64.
+    """Return the distance of features (N, D) and (M, D): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64.
 
     With fewer pictures than features it is biased upward: compare only sets of the same size. Raises UserError for
     fewer than two pictures.

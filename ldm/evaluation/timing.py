@@ -42,7 +42,7 @@ def compare(contenders: Mapping[str, Work], rounds: int, warm_up: int = 1) -> di
 
 
 def table(speeds: Mapping[str, Speed], baseline: str, unit: str) -> str:
-    """Markdown: a row a contender, with the ratio of its median to the baseline's."""
+    """Return a table in Markdown: a row a contender, with the ratio of its median to the baseline's."""
     head = f"| | {unit} a second (least to most) | ratio |\n|---|---|---|"
     rows = [
         f"| {name} | {speed.median:.3g} ({speed.least:.3g} to {speed.most:.3g}) "
@@ -53,7 +53,7 @@ def table(speeds: Mapping[str, Speed], baseline: str, unit: str) -> str:
 
 
 def machine() -> str:
-    """What a figure was measured on, in a line."""
+    """Return what a figure was measured on, in a line."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is not None and device.type == "cuda":
         where = torch.cuda.get_device_name()

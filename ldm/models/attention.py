@@ -44,7 +44,7 @@ def _has_xformers() -> bool:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V over `heads` heads (Vaswani et al. 2017, eq. 1).
+    """Compute softmax(Q K^T / sqrt(d)) V over `heads` heads (Vaswani et al. 2017, eq. 1).
 
     query: (B, L, H*d); key, value: (B, S, H*d). Returns (B, L, H*d) in the dtype of `query`.
     """

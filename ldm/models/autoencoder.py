@@ -129,11 +129,11 @@ class DiagonalGaussian:
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """The latent for this unit `noise` of the mean's shape (the reparameterisation trick)."""
+        """Return the latent for this unit `noise` of the mean's shape (the reparameterisation trick)."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
-        """KL divergence from the unit Gaussian, summed over a latent: (B,), in nats."""
+        """Return the KL divergence from the unit Gaussian, summed over a latent: (B,), in nats."""
         terms = self.mean.square() + self.logvar.exp() - 1 - self.logvar
         return 0.5 * terms.flatten(1).sum(1)
 
@@ -160,7 +160,7 @@ class AutoencoderKL(nn.Module):
     def forward(
         self, picture: Tensor, noise: Tensor | None = None, labels: Tensor | None = None
     ) -> tuple[Tensor, DiagonalGaussian]:
-        """What training runs: the decoding of a latent, and the posterior.
+        """Return what training needs: the decoding of a latent, and the posterior.
 
         The latent is drawn with `noise` (shaped like it); without, it is the posterior's mean.
         """
@@ -169,29 +169,29 @@ class AutoencoderKL(nn.Module):
         return self.decode(latent, labels), posterior
 
     def encode(self, picture: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
-        """picture: (B, 3, H, W) in [-1, 1], H and W divisible by the factor; labels: (B,), where it is conditioned."""
+        """Encode pictures (B, 3, H, W) in [-1, 1], H and W divisible by the factor; labels: (B,), if conditioned."""
         return self.posterior(self.encoder(picture, embedded(self, labels)))
 
     def posterior(self, moments: Tensor) -> DiagonalGaussian:
-        """What the encoder gave, (B, 2C, h, w), as the distribution that it stands for."""
+        """Return what the encoder gave, (B, 2C, h, w), as the distribution that it stands for."""
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
         mean, logvar = moments.chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, latent: Tensor, labels: Tensor | None = None) -> Tensor:
-        """latent: (B, C, h, w), unscaled. Returns (B, 3, h*f, w*f), about in [-1, 1], not clamped."""
+        """Decode a latent (B, C, h, w), unscaled. Returns (B, 3, h*f, w*f), about in [-1, 1], not clamped."""
         if self.config.use_post_quant_conv:
             latent = self.post_quant_conv(latent)
         return self.decoder(latent, embedded(self, labels))
 
     def scale(self, latent: Tensor) -> Tensor:
-        """A latent of the autoencoder as the U-Net sees it: about unit variance."""
+        """Return a latent of the autoencoder as the U-Net sees it: about unit variance."""
         mean, std = self._moments(latent)
         return (latent - mean) / std
 
     def unscale(self, latent: Tensor) -> Tensor:
-        """The inverse of `scale`."""
+        """Return the inverse of `scale`."""
         mean, std = self._moments(latent)
         return latent * std + mean
 
@@ -222,7 +222,7 @@ def check_first_stage(config: "FirstStageConfig", where: str) -> None:
 
 
 def embedded(network: nn.Module, labels: Tensor | None) -> Tensor | None:
-    """What conditions the residual blocks of a network with a `class_embedding`: (B, D), SiLU-activated.
+    """Return what conditions the residual blocks of a network with a `class_embedding`: (B, D), SiLU-activated.
 
     labels: (B,) whole numbers. Raises UserError where they are missing, or the network knows none.
     """
@@ -258,7 +258,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(
                 Stage(width, out, config.layers_per_block, groups, "downsamplers", sampler, label_width)
             )
-        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention, label_width)
+        self.mid_block = AutoencoderMidBlock(widths[-1], groups, config.mid_block_add_attention, label_width)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
@@ -277,7 +277,7 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         label_width = _label_width(config)
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention, label_width)
+        self.mid_block = AutoencoderMidBlock(widths[0], groups, config.mid_block_add_attention, label_width)
         self.up_blocks = nn.ModuleList()
         for i, (width, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             sampler = Upsample(out) if i < len(widths) - 1 else None
@@ -323,7 +323,7 @@ class Stage(nn.Module):
         return x if samplers is None else samplers[0](x)
 
 
-class MidBlock(nn.Module):
+class AutoencoderMidBlock(nn.Module):
     """Residual block, one-head self-attention over all positions, residual block."""
 
     def __init__(self, channels: int, groups: int, attention: bool, label_width: int | None):

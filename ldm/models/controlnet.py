@@ -17,7 +17,7 @@ from ldm.errors import UserError
 from ldm.models import diffusers_config
 from ldm.models.denoising import Residuals
 from ldm.models.layers import ResnetBlock, TimestepEmbedding, TransformerBlock
-from ldm.models.unet import MidBlock, UNet, down_blocks, embed_time, map_channels, size_embedding
+from ldm.models.unet import UNet, UNetMidBlock, down_blocks, embed_time, map_channels, size_embedding
 from ldm.models.unet_config import UNetConfig, levels
 
 CLASS = "ControlNetModel"
@@ -151,7 +151,7 @@ class ControlNet(nn.Module):
         self.down_blocks = down_blocks(encoder)
         attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
         lowest = levels(encoder, config.down_block_types, "Down")[-1]
-        self.mid_block = MidBlock(widths[-1], replace(lowest, attention=attends), encoder)
+        self.mid_block = UNetMidBlock(widths[-1], replace(lowest, attention=attends), encoder)
         self.controlnet_down_blocks = nn.ModuleList(
             _zero(nn.Conv2d(channels, channels, 1)) for channels in map_channels(encoder)
         )
@@ -171,7 +171,7 @@ class ControlNet(nn.Module):
         return network
 
     def wants(self, latent_channels: int) -> dict[str, int]:
-        """As DenoisingNetwork's: what it takes of the U-Net's condition."""
+        """See `DenoisingNetwork`: what it takes of the U-Net's condition."""
         return self._encoder.wants(latent_channels)
 
     @property

@@ -26,7 +26,7 @@ def parse(
     class_name: str,
     where: str,
 ) -> T:
-    """A config dataclass from a diffusers `config.json`.
+    """Build a config dataclass from a diffusers `config.json`.
 
     class_name: the `_class_name` that it must have, if it has one. Raises UserError that names an unsupported key.
     """
@@ -52,7 +52,7 @@ def parse(
 
 
 def to_diffusers(config: Any, class_name: str, ours: Collection[str] = ()) -> dict[str, Any]:
-    """The `config.json` that diffusers' `class_name` is built from.
+    """Return the `config.json` that diffusers' `class_name` is built from.
 
     ours: settings that diffusers does not know, left out where they are None.
     """
@@ -107,7 +107,7 @@ def check_groups(widths: tuple[int, ...], groups: int, where: str) -> None:
 
 
 def per_level(value: int | tuple[int, ...], levels: int, name: str, where: str) -> tuple[int, ...]:
-    """One value for each level of a network; a single number stands for all of them."""
+    """Return one value for each level of a network; a single number stands for all of them."""
     values = (value,) * levels if isinstance(value, int) else tuple(value)
     if len(values) != levels:
         raise UserError(f"{where}: {name} has {len(values)} values for a network of {levels} levels")

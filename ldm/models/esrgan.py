@@ -94,7 +94,10 @@ class RRDBNet(nn.Module):
         self.conv_last = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3, scale*H, scale*W). Sizes that `step` doesn't divide are filled up for the while."""
+        """Enlarge (B, 3, H, W) -> (B, 3, scale*H, scale*W).
+
+        Sizes that `step` doesn't divide are filled up for the while.
+        """
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % self.step, 0, -height % self.step), mode="replicate")
         x = self.conv_first(F.pixel_unshuffle(x, self.step))
@@ -131,7 +134,7 @@ class SRVGGNetCompact(nn.Module):
         self.body = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3, scale*H, scale*W)."""
+        """Enlarge (B, 3, H, W) -> (B, 3, scale*H, scale*W)."""
         h = x
         for layer in self.body:
             h = layer(h)

@@ -71,7 +71,7 @@ class GELUProjection(nn.Module):
         return F.gelu(self.proj(x))
 
 
-class FeedForward(nn.Module):
+class GELUFeedForward(nn.Module):
     """GELU's projection and a linear layer; the numbers in `net` are the field's, of which 1 is a dropout."""
 
     def __init__(self, width: int, inner: int, out: int, bias: bool):
@@ -89,7 +89,7 @@ class FullProjection(nn.Module):
 
     def __init__(self, features: int, context_dim: int):
         super().__init__()
-        self.ff = FeedForward(features, features, context_dim, bias=True)
+        self.ff = GELUFeedForward(features, features, context_dim, bias=True)
         self.norm = nn.LayerNorm(context_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class ResamplerLayer(nn.Module):
         super().__init__()
         self.ln0, self.ln1 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
         self.attn = ResamplerAttention(hidden, inner)
-        self.ff = nn.Sequential(nn.LayerNorm(hidden), FeedForward(hidden, ff, hidden, bias=False))
+        self.ff = nn.Sequential(nn.LayerNorm(hidden), GELUFeedForward(hidden, ff, hidden, bias=False))
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         normed = self.ln1(latents)
@@ -201,7 +201,7 @@ class IPAdapter(nn.Module):
             self._handles.pop().remove()
 
     def is_attached_to(self, network: nn.Module) -> bool:
-        """Whether the network, and no copy or other one, sees its tokens."""
+        """Return whether the network, and no copy or other one, sees its tokens."""
         return bool(self._handles) and any(each is self._cores[0] for each in network.modules())
 
     def tokens(self, features: Tensor) -> Tensor:

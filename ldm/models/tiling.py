@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ldm.models.attention import attend
 from ldm.models.autoencoder import (
     AutoencoderKL,
+    AutoencoderMidBlock,
     DiagonalGaussian,
-    MidBlock,
     PositionAttention,
     Stage,
     embedded,
@@ -47,11 +47,11 @@ class Map(Protocol):
     def width(self) -> int: ...
 
     def rows(self, top: int, end: int) -> Tensor:
-        """(B, C, end - top, W)."""
+        """Return the rows, (B, C, end - top, W)."""
         ...
 
     def release(self, top: int) -> None:
-        """No row above `top` will be asked for any more."""
+        """Forget rows above `top`: none will be asked for any more."""
         ...
 
 
@@ -179,20 +179,20 @@ class Strips:
     size: int
 
     def of(self, source: Map) -> Iterator[tuple[int, int]]:
-        """(top, end) of each strip of a map."""
+        """Yield (top, end) of each strip of a map."""
         rows = max(self.size // (source.width * source.channels), _FEWEST)
         for top in range(0, source.height, rows):
             yield top, min(top + rows, source.height)
 
     def each(self, source: Map) -> Iterator[Tensor]:
-        """The strips of a map, which is released on the way."""
+        """Yield the strips of a map, which is released on the way."""
         for top, end in self.of(source):
             strip = source.rows(top, end)
             source.release(end)
             yield strip
 
     def stored(self, source: Map, device: torch.device) -> Stored:
-        """A map computed and stored, in the place of the one that it is made of."""
+        """Compute and store a map, in the place of the one that it is made of."""
         return Stored([_kept(each) for each in self.each(source)], device)
 
 
@@ -280,7 +280,7 @@ def _attention(layer: PositionAttention, source: Stored, device: torch.device, s
 
 
 def _middle(
-    block: MidBlock, source: Map, label: Tensor | None, strips: Strips, device: torch.device
+    block: AutoencoderMidBlock, source: Map, label: Tensor | None, strips: Strips, device: torch.device
 ) -> Stored:
     before, after = cast(list[ResnetBlock], list(block.resnets))
     x = strips.stored(_resnet(before, source, label, strips), device)
@@ -318,7 +318,7 @@ def _ending(norm: nn.GroupNorm, conv: nn.Conv2d, source: Map, strips: Strips) ->
 def decode_in_strips(
     autoencoder: AutoencoderKL, latent: Tensor, tile: int, labels: Tensor | None = None
 ) -> Tensor:
-    """What `autoencoder.decode` gives, without a gradient: (B, 3, h*f, w*f).
+    """Return what `autoencoder.decode` gives, without a gradient: (B, 3, h*f, w*f).
 
     tile: strips have about the pixels of a square of this side. On an accelerator, maps wait in the CPU's memory.
     """
@@ -339,7 +339,7 @@ def decode_in_strips(
 def encode_in_strips(
     autoencoder: AutoencoderKL, picture: Tensor, tile: int, labels: Tensor | None = None
 ) -> DiagonalGaussian:
-    """What `autoencoder.encode` gives, without a gradient; tile: as for `decode_in_strips`."""
+    """Return what `autoencoder.encode` gives, without a gradient; tile: as for `decode_in_strips`."""
     encoder, label = autoencoder.encoder, embedded(autoencoder, labels)
     strips, device = Strips(tile**2 * min(autoencoder.config.block_out_channels)), picture.device
     x: Map = _conv(encoder.conv_in, Stored([picture], device))

@@ -39,7 +39,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out)])
 
     def forward(self, x: Tensor, time: Tensor, context: Context) -> list[Tensor]:
-        """Every feature map on the way; the last is what goes on."""
+        """Return every feature map on the way; the last is what goes on."""
         maps: list[Tensor] = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
@@ -59,7 +59,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out)])
 
     def forward(self, x: Tensor, maps: list[Tensor], time: Tensor, context: Context) -> Tensor:
-        """`maps`, in the order of the way down, loses what is used."""
+        """Take from `maps`, in the order of the way down, what is used."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, maps.pop()], dim=1), time)
             x = self.attentions[i](x, context) if self.attentions else x
@@ -68,7 +68,7 @@ class UpBlock(nn.Module):
         return x
 
 
-class MidBlock(nn.Module):
+class UNetMidBlock(nn.Module):
     """Residual block, transformer, residual block, at the lowest resolution; or the first alone, without attention."""
 
     def __init__(self, channels: int, level: Level, config: UNetConfig):
@@ -108,7 +108,7 @@ class UNet(DenoisingNetwork):
         self.add_embedding = size_embedding(config)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = down_blocks(config)
-        self.mid_block = MidBlock(widths[-1], replace(down[-1], attention=True), config)
+        self.mid_block = UNetMidBlock(widths[-1], replace(down[-1], attention=True), config)
 
         width, kept = widths[-1], map_channels(config)
         self.up_blocks = nn.ModuleList()
@@ -126,11 +126,11 @@ class UNet(DenoisingNetwork):
         return UNetConfig.from_diffusers(mapping, where)
 
     def wants(self, latent_channels: int) -> dict[str, int]:
-        """As DenoisingNetwork says: the text, SDXL's pooled text and sizes, inpainting's mask and masked latents."""
+        """See `DenoisingNetwork`: the text, SDXL's pooled text and sizes, inpainting's mask and masked latents."""
         return self.config.wants(latent_channels)
 
     def take_channels(self, in_channels: int) -> None:
-        """As DenoisingNetwork says."""
+        """See `DenoisingNetwork`."""
         old = self.conv_in
         new = nn.Conv2d(in_channels, old.out_channels, 3, padding=1).to(old.weight)
         nn.init.zeros_(new.weight)
@@ -191,7 +191,7 @@ class UNet(DenoisingNetwork):
 
 
 def size_embedding(config: UNetConfig) -> TimestepEmbedding | None:
-    """The embedding of SDXL's pooled text and sizes, for networks that have one."""
+    """Return the embedding of SDXL's pooled text and sizes, for networks that have one."""
     if not config.addition_embed_type:
         return None
     return TimestepEmbedding(
@@ -200,7 +200,7 @@ def size_embedding(config: UNetConfig) -> TimestepEmbedding | None:
 
 
 def down_blocks(config: UNetConfig) -> nn.ModuleList:
-    """The blocks of the way down, one a level."""
+    """Return the blocks of the way down, one a level."""
     widths = config.block_out_channels
     pairs = pairwise((widths[0], *widths))
     rows = zip(pairs, levels(config, config.down_block_types, "Down"), strict=True)
@@ -211,7 +211,7 @@ def down_blocks(config: UNetConfig) -> nn.ModuleList:
 
 
 def map_channels(config: UNetConfig) -> list[int]:
-    """The channels of every feature map of the way down, the first convolution's among them, in order."""
+    """Return the channels of every feature map of the way down, the first convolution's among them, in order."""
     kept = [config.block_out_channels[0]]
     for out in config.block_out_channels:
         kept += [out] * (config.layers_per_block + 1)

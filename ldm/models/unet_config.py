@@ -123,7 +123,7 @@ class UNetConfig:
         return len(self.block_out_channels) * self.layers_per_block + self.layers_per_block * deepest
 
     def wants(self, latent_channels: int) -> dict[str, int]:
-        """The parts of a condition that a network of these settings wants, as DenoisingNetwork says."""
+        """Return the parts of a condition that a network of these settings wants, as DenoisingNetwork says."""
         parts = {"hidden": self.cross_attention_dim, **extra_channels(self.in_channels, latent_channels)}
         if self.addition_embed_type:
             pooled = (self.projection_class_embeddings_input_dim or 0) - 6 * (
@@ -146,7 +146,7 @@ class Level:
 
 
 def levels(config: UNetConfig, types: tuple[str, ...], way: str, where: str = "the U-Net") -> list[Level]:
-    """The levels in the order of `types`, diffusers' block names; those upwards begin at the lowest resolution."""
+    """Return the levels in the order of `types`, diffusers' block names; upwards the lowest resolution is first."""
     known = {f"{way}Block2D": False, f"CrossAttn{way}Block2D": True}
     count = len(config.block_out_channels)
     if len(types) != count:

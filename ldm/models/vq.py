@@ -99,7 +99,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
 
     def forward(self, z: Tensor) -> Quantized:
-        """z: (B, D, h, w). Computed in float32, where near codes can be told apart."""
+        """Quantise z, (B, D, h, w). Computed in float32, where near codes can be told apart."""
         with torch.autocast(z.device.type, enabled=False):
             wide, codes = z.float(), self.embedding.weight.float()
             positions = wide.permute(0, 2, 3, 1)  # (B, h, w, D)
@@ -133,24 +133,24 @@ class VQModel(nn.Module):
             self.class_embedding = nn.Embedding(config.num_class_embeds, config.block_out_channels[-1])
 
     def forward(self, picture: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Quantized]:
-        """The decoding of the picture's codes, and the codes."""
+        """Return the decoding of the picture's codes, and the codes."""
         quantized = self.quantize(self.encode(picture, labels))
         return self.decode(quantized.latent, labels), quantized
 
     def encode(self, picture: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(B, D, H/f, W/f), not yet quantised, as diffusion models learn them (Rombach et al. 2022, sec. 3.1).
+        """Return (B, D, H/f, W/f), not yet quantised, as diffusion models learn them (Rombach et al. 2022, sec. 3.1).
 
         picture: (B, 3, H, W) in [-1, 1], H and W divisible by the factor; labels: (B,), where it is conditioned.
         """
         return self.quant_conv(self.encoder(picture, embedded(self, labels)))
 
     def decode(self, latent: Tensor, labels: Tensor | None = None) -> Tensor:
-        """latent: (B, D, h, w), of codes: quantise others first. Returns (B, 3, h*f, w*f), about in [-1, 1]."""
+        """Decode a latent (B, D, h, w) of codes: quantise others first. Returns (B, 3, h*f, w*f), about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(latent), embedded(self, labels))
 
 
 def codebook_use(counts: Tensor) -> dict[str, Tensor]:
-    """How much of a codebook is used.
+    """Return how much of a codebook is used.
 
     counts: (K,), how often each code was chosen, up to a factor. `perplexity` is the exponential of the choice's
     entropy, K where all are chosen alike, 1 for a single one; `codes_used` the share of codes chosen at all.

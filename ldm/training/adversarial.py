@@ -50,7 +50,7 @@ class Verdicts:
 
 
 def judge(discriminator: PatchDiscriminator, originals: Tensor, decoded: Tensor) -> Verdicts:
-    """originals, decoded: (B, 3, H, W) in [-1, 1]."""
+    """Judge originals and decoded: (B, 3, H, W) in [-1, 1]."""
     real, fake = discriminator(torch.cat([originals, decoded.detach()])).chunk(2)
     frozen = {name: each.detach() for name, each in discriminator.named_parameters()}
     return Verdicts(real, fake, functional_call(discriminator, frozen, (decoded,)))
@@ -59,7 +59,7 @@ def judge(discriminator: PatchDiscriminator, originals: Tensor, decoded: Tensor)
 def adversarial_loss(
     config: AdversarialConfig, verdicts: Verdicts, reconstruction: Tensor, last_layer: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Both players' terms, summed, and scalars for the log.
+    """Return both players' terms, summed, and scalars for the log.
 
     reconstruction: the rest of the decoder's loss, which the adaptive weight keeps the generator's term level with at
     `last_layer`, the decoder's last weight.
@@ -72,13 +72,13 @@ def adversarial_loss(
 
 
 def generator_loss(kind: Kind, decoded: Tensor) -> Tensor:
-    """What makes decodings seem real."""
+    """Return the loss that makes decodings seem real."""
     decoded = decoded.float()
     return -decoded.mean() if kind == "hinge" else F.softplus(-decoded).mean()
 
 
 def discriminator_loss(kind: Kind, real: Tensor, fake: Tensor) -> Tensor:
-    """What tells decodings from originals; the mean of both halves."""
+    """Return the loss that tells decodings from originals; the mean of both halves."""
     real, fake = real.float(), fake.float()
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
@@ -86,7 +86,7 @@ def discriminator_loss(kind: Kind, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor) -> Tensor:
-    """The ratio of the two losses' gradients at the decoder's last layer, by their norms (Esser et al. 2021, eq. 7).
+    """Return the ratio of the losses' gradients at the decoder's last layer, by their norms (Esser et al. 2021, eq. 7).
 
     Of the whole batch's gradients, however many processes share it; where it is taken in parts, of
     each part's own, which is a noisier ratio.

@@ -63,11 +63,14 @@ def main(arguments: Sequence[str] | None = None, kinds: Sequence[str] = ()) -> i
 
 
 def describe(run: "Run") -> str:
-    """What training takes. Raises UserError where it would not begin: this machine, the objective, the optimizer."""
+    """Return what training takes.
+
+    Raises UserError where it would not begin: this machine, the objective, the optimizer.
+    """
     from ldm.training import state
     from ldm.training.distributed import launch_notes
+    from ldm.training.loop_config import accelerator_for
     from ldm.training.optimization import build_optimizer
-    from ldm.training.settings import accelerator_for
 
     accelerator = accelerator_for(run.loop, run.output)
     objective = run.objective()

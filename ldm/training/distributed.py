@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def processes() -> "PartialState":
-    """The processes that train together. Accelerate chooses the device; the CPU where asked for, or nothing else is."""
+    """Return the processes that train together.
+
+    Accelerate chooses the device; the CPU where asked for, or nothing else is.
+    """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -24,7 +27,7 @@ def processes() -> "PartialState":
 
 
 def launch_notes() -> list[str]:
-    """What the user should know about how the processes were started.
+    """Return what the user should know about how the processes were started.
 
     accelerate launch takes --num_processes without --multi_gpu, or with --cpu, for one process and says nothing; its
     environment alone tells, by an address to meet at and no number of processes.
@@ -40,7 +43,7 @@ def launch_notes() -> list[str]:
 
 
 def rows_of(size: int, process: int, processes: int, parts: int = 1) -> list[slice]:
-    """The rows of a batch of `size` that one of several processes takes, in `parts` equal parts.
+    """Return the rows of a batch of `size` that one of several processes takes, in `parts` equal parts.
 
     Raises UserError if it doesn't divide.
     """
@@ -55,7 +58,7 @@ def rows_of(size: int, process: int, processes: int, parts: int = 1) -> list[sli
 
 
 def sharded() -> bool:
-    """Whether accelerate is asked to hold a part of every weight in each process (FSDP2).
+    """Return whether accelerate is asked to hold a part of every weight in each process (FSDP2).
 
     Raises UserError for what can't be honoured: FSDP1, whose parts don't know the whole, and DeepSpeed, whose engine
     takes optimizer, clipping and averaging out of the loop's hands.
@@ -73,7 +76,7 @@ def sharded() -> bool:
 
 
 def shard_on_cpu(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> bool:
-    """FSDP2 for processes on CPUs, where accelerate's own settings ask for it and accelerate has it for GPUs only.
+    """Shard over CPUs by FSDP2, where accelerate's settings ask for it: its own way is for GPUs only.
 
     In place; False where it is not asked for, or is accelerate's to do. blocks: what is gathered at a time.
     """
@@ -93,7 +96,7 @@ def shard_on_cpu(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> bool:
 
 
 def whole(tensor: Tensor, keep: bool = True) -> Tensor:
-    """The tensor; where processes hold a part each (FSDP), put together: all of them must ask for it.
+    """Return the tensor; where processes hold a part each (FSDP), put together: all of them must ask for it.
 
     keep: such a one is moved to the CPU; who doesn't keep it gets an empty one.
     """
@@ -105,7 +108,7 @@ def whole(tensor: Tensor, keep: bool = True) -> Tensor:
 
 
 def like(reference: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor as `reference` is held: device, layout in memory and, where sharded, this process's part."""
+    """Return a whole tensor as `reference` is held: device, memory layout and, where sharded, this process's part."""
     if hasattr(reference, "full_tensor"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -128,20 +131,20 @@ class BatchGenerator:
         self.size, self.rows = size, rows
 
     def uniform(self) -> Tensor:
-        """A number in [0, 1) each: (rows,)."""
+        """Draw a number in [0, 1) each: (rows,)."""
         return torch.rand(self.size, generator=self.generator)[self.rows]
 
     def normal(self, *shape: int) -> Tensor:
-        """Unit noise of a shape each: (rows, *shape)."""
+        """Draw unit noise of a shape each: (rows, *shape)."""
         return torch.randn(self.size, *shape, generator=self.generator)[self.rows]
 
     def integers(self, high: int) -> Tensor:
-        """A whole number in [0, high) each: (rows,)."""
+        """Draw a whole number in [0, high) each: (rows,)."""
         return torch.randint(high, (self.size,), generator=self.generator)[self.rows]
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of what each process has under this name, without a gradient: the same in all of them."""
+    """Return the mean of what each process has under this name, without a gradient: the same in all of them."""
     from accelerate.utils import reduce
 
     processes()  # decides on the device where nothing did before

@@ -36,7 +36,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, trained: nn.Module, batch_size: int, seen: int) -> None:
-        """After a step on `batch_size` pictures, `seen` in all."""
+        """Take in a step on `batch_size` pictures, `seen` in all."""
         half_life = min(self.half_life, RAMP_UP * (seen - batch_size))
         weight = 1 - 0.5 ** (batch_size / max(half_life, 1e-8))
         for name, parameter in trained.named_parameters():
@@ -44,7 +44,7 @@ class EMA:
                 self.averages[name].lerp_(parameter.detach(), weight)
 
     def model(self, trained: nn.Module, keep: bool = True) -> nn.Module:
-        """The averaged model, in evaluation mode; all processes must ask for it together.
+        """Return the averaged model, in evaluation mode; all processes must ask for it together.
 
         Buffers are the trained model's own. It follows no further: ask again after the next step.
         keep: where weights are sharded, this process gets the whole of them, where it computes; else nothing of use.

@@ -52,7 +52,7 @@ class FirstStage(nn.Module):
         labels: Tensor | None = None,
         judged: bool = False,
     ) -> Reconstruction:
-        """One pass of all that is trained.
+        """Run all that is trained once.
 
         source, target: (B, 3, H, W) in [-1, 1], what is encoded and what its decoding should be. noise: see
         AutoencoderKL. labels: (B,). judged: ask the discriminator.
@@ -68,11 +68,11 @@ class FirstStage(nn.Module):
     def reconstruct(
         self, picture: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, DiagonalGaussian | Quantized]:
-        """A picture's decoding, without chance, and its latent."""
+        """Return a picture's decoding, without chance, and its latent."""
         return self._run(picture, None, labels)
 
     def encode(self, picture: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Latents as a second stage is taught them: the posterior's mean, or what is not yet quantised."""
+        """Return latents as a second stage is taught them: the posterior's mean, or what is not yet quantised."""
         encoded = self.autoencoder.encode(picture, labels)
         return encoded.mean if isinstance(encoded, DiagonalGaussian) else encoded
 
@@ -85,7 +85,7 @@ class FirstStage(nn.Module):
 
 
 def component(quantizer: Quantizer) -> str:
-    """The name of the autoencoder's folder, as diffusers' pipelines have it."""
+    """Return the name of the autoencoder's folder, as diffusers' pipelines have it."""
     return "vqvae" if quantizer == "vq" else "vae"
 
 
@@ -95,7 +95,7 @@ def build_autoencoder(
     init: str | None,
     classes: int | None,
 ) -> AutoencoderKL | VQModel:
-    """An autoencoder from nothing, or with the settings and weights in the folder `init`, conditioned on `classes`.
+    """Build an autoencoder from nothing, or by the settings and weights in `init`, conditioned on `classes`.
 
     Raises UserError.
     """
@@ -126,7 +126,7 @@ def freeze_encoder(network: AutoencoderKL | VQModel) -> None:
 
 
 def scaled(network: AutoencoderKL | VQModel, latents: Tensor, certain: bool) -> AutoencoderKL | VQModel:
-    """A copy whose latents a second stage can take as they are, or by the config's scaling_factor.
+    """Return a copy whose latents a second stage can take as they are, or by the config's scaling_factor.
 
     latents: (N, C, h, w), what it encodes pictures to. With a codebook, they get unit variance by the scaling_factor;
     without, zero mean and unit variance a channel by themselves. certain: nobody trained its variance.

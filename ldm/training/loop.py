@@ -25,10 +25,10 @@ from ldm.training import state
 from ldm.training.distributed import BatchGenerator, launch_notes, rows_of, shard_on_cpu, sharded, whole
 from ldm.training.ema import EMA
 from ldm.training.folders import held, make_folder
+from ldm.training.loop_config import LoopConfig, accelerator_for
 from ldm.training.objective import Objective
 from ldm.training.optimization import build_optimizer, learning_rate
 from ldm.training.report import Report
-from ldm.training.settings import LoopConfig, accelerator_for
 from ldm.training.stop import noted_signals
 
 
@@ -174,7 +174,7 @@ class Trainer:
         return True
 
     def step(self) -> dict[str, float]:
-        """One optimizer step; its figures, averaged over the processes."""
+        """Take one optimizer step; return its figures, averaged over the processes."""
         config, seed = self.config, self.config.seed * 1_000_003 + self.seen
         # Dropout's: each process has its own, and none has that of the draws.
         torch.manual_seed(seed + (self.accelerator.process_index + 1 << 40))
@@ -206,7 +206,7 @@ class Trainer:
         return figures
 
     def validate(self) -> None:
-        """Figures and pictures of the averaged weights."""
+        """Log figures and pictures of the averaged weights."""
         averaged = self.ema.model(self.plain, keep=self.accelerator.is_main_process)
         before = set(self.folder.glob("*.png"))
         if self.accelerator.is_main_process:

@@ -17,7 +17,7 @@ class Objective(Protocol):
     watched: str  # the figure, positive, by whose rise a run that diverges is told: "loss", or a part of it
 
     def helpers(self) -> Mapping[str, nn.Module]:
-        """The frozen networks that training also keeps in memory, by name; parts of `model` may be among them."""
+        """Return the frozen networks that training keeps in memory, by name; parts of `model` may be among them."""
         ...
 
     def prepare(self, device: torch.device, batch_size: int) -> None:
@@ -28,15 +28,15 @@ class Objective(Protocol):
         ...
 
     def batch(self, start: int, size: int, rows: slice) -> Any:
-        """The `rows` of pictures `start` .. `start + size` of the endless, deterministic data order."""
+        """Return the `rows` of pictures `start` .. `start + size` of the endless, deterministic data order."""
         ...
 
     def loss(self, model: nn.Module, batch: Any, rng: BatchGenerator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar loss, a mean over the batch's rows, and named scalars for the log. Calls `model` once."""
+        """Return the scalar loss, a mean over the batch's rows, and named scalars for the log. Calls `model` once."""
         ...
 
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
-        """Figures, and pictures written into `folder`, of the averaged weights. In the main process alone."""
+        """Return figures, and write pictures into `folder`, of the averaged weights. In the main process alone."""
         ...
 
     def export(self, model: nn.Module, folder: Path, config: str) -> None:
@@ -47,7 +47,7 @@ class Objective(Protocol):
         ...
 
     def notes(self) -> list[str]:
-        """What the user should be told, such as pictures that were skipped.
+        """Return what the user should be told, such as pictures that were skipped.
 
         Asked for after `prepare` and at the end; each is told once.
         """

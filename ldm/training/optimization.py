@@ -79,7 +79,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
 def odd_moments(
     optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor], seen: int
 ) -> list[str]:
-    """What can't be of a parameter's moments, as they were saved after `seen` pictures, by name with what is odd.
+    """Return what can't be of a parameter's moments, saved after `seen` pictures: by name, with what is odd.
 
     The kernels of an optimizer trust names, shapes and dtypes.
     """
@@ -119,7 +119,7 @@ def _moments_of(
 
 
 def warmup_of(config: OptimizerConfig, pictures: int) -> int:
-    """How many pictures the warm-up of a run of `pictures` takes. Raises UserError where it would never end."""
+    """Return how many pictures the warm-up of a run of `pictures` takes. Raises UserError where it would never end."""
     if config.schedule == "warmup_stable_decay":
         return min(config.warmup, pictures - _decay_of(config, pictures))
     if config.schedule != "constant" and 0 < pictures <= config.warmup:
@@ -131,7 +131,7 @@ def warmup_of(config: OptimizerConfig, pictures: int) -> int:
 
 
 def learning_rate(config: OptimizerConfig, pictures: int) -> Callable[[int], float]:
-    """The learning rate by pictures seen, for a run of `pictures`: the library's schedule, which holds no state.
+    """Return the learning rate by pictures seen, for a run of `pictures`: the library's schedule, which holds no state.
 
     As in transformers, the first step of a warm-up has a rate of 0. Raises UserError where it would never end.
     """

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Report:
     """Speaks in the main process alone. Figures between two lines are averaged."""
 
-    def __init__(self, accelerator: "Accelerator", folder: Path, pictures: int):
-        self.accelerator, self.folder, self.pictures = accelerator, folder, pictures
+    def __init__(self, accelerator: "Accelerator", folder: Path, total: int):
+        self.accelerator, self.folder, self.total = accelerator, folder, total
         self._log = folder / "log.jsonl"
         self._sums: dict[str, float] = {}
         self._steps, self._since, self._logged = 0, time.monotonic(), 0
@@ -42,7 +42,7 @@ class Report:
 
         self._since, self._logged = time.monotonic(), seen
         shown = None if self.accelerator.is_main_process else True
-        self._bar = tqdm(total=self.pictures, initial=seen, unit="pic", disable=shown, dynamic_ncols=True)
+        self._bar = tqdm(total=self.total, initial=seen, unit="pic", disable=shown, dynamic_ncols=True)
         if self.accelerator.log_with:
             self.accelerator.init_trackers(self.folder.name, config)
 
@@ -63,7 +63,7 @@ class Report:
         return figures
 
     def log(self, seen: int, figures: dict[str, float]) -> None:
-        """One line on the console and in `log.jsonl`, and the trackers' figures."""
+        """Write one line on the console and in `log.jsonl`, and the trackers' figures."""
         if not figures:
             return
         self.say(f"{seen:>9,}  " + "  ".join(f"{k} {v:.5g}" for k, v in figures.items()))
@@ -86,14 +86,14 @@ class Report:
                 tracker.log_images(shown, step=seen, **layout)
 
     def say(self, text: str) -> None:
-        """A line on the console, above the bar."""
+        """Print a line on the console, above the bar."""
         if self.accelerator.is_main_process:
             from tqdm.auto import tqdm
 
             tqdm.write(printable(text, sys.stdout.encoding))
 
     def tell(self, notes: Collection[str]) -> None:
-        """Lines on the console, each once in a run."""
+        """Print lines on the console, each once in a run."""
         for note in dict.fromkeys(notes):
             if note not in self._told:
                 self.say(note)

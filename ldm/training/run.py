@@ -20,8 +20,8 @@ from ldm.errors import UserError, nearest
 from ldm.training import objectives
 from ldm.training.distributed import processes
 from ldm.training.loop import Trainer
+from ldm.training.loop_config import LoopConfig
 from ldm.training.objective import Objective
-from ldm.training.settings import LoopConfig
 from ldm.training.stop import raised_signals
 
 
@@ -42,7 +42,7 @@ class Run:
 
 
 def objective_names() -> list[str]:
-    """The objectives that a config can name."""
+    """Return the objectives that a config can name."""
     return sorted(each.name for each in pkgutil.iter_modules(objectives.__path__))
 
 

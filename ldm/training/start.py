@@ -59,7 +59,7 @@ def starting_system(
     variance: bool,
     inpainting: bool,
 ) -> System:
-    """The system that training starts from: see `new_system` and `base_system`.
+    """Return the system that training starts from: see `new_system` and `base_system`.
 
     variance: the U-Net learns it, too. inpainting: see `for_inpainting`. Raises UserError.
     """
@@ -90,7 +90,7 @@ def check_channels(system: System, variance: bool, inpainting: bool) -> None:
 
 
 def new_system(config: NewConfig) -> System:
-    """The parts in float32, frozen but for the new U-Net; DDIM, trailing, from pure noise. Raises UserError."""
+    """Build the parts in float32, frozen but for the new U-Net; DDIM, trailing, from pure noise. Raises UserError."""
     values = {
         **vars(config.schedule),
         "prediction_type": config.prediction_type,
@@ -119,7 +119,7 @@ def _there(key: str, folder: str, otherwise: str) -> Path:
 def base_system(
     name: str, variant: str | None, scheduler: dict[str, Any], torch_dtype: torch.dtype
 ) -> System:
-    """A folder, a single file, a hub id or "bundled", frozen.
+    """Load a folder, a single file, a hub id or "bundled", frozen.
 
     scheduler: values in place of its own, e.g. a zero terminal SNR to be learned; `_class_name` names another of
     diffusers' classes. Raises UserError.
@@ -138,7 +138,7 @@ def base_system(
 
 
 def for_inpainting(system: System) -> System:
-    """The system with a U-Net that also takes a mask and the latents of what is to be seen: 2C + 1 channels.
+    """Return the system with a U-Net that also takes a mask and the latents of what is to be seen: 2C + 1 channels.
 
     The new channels start without a say, as in SD's inpainting models. Raises UserError for other channels.
     """
@@ -155,7 +155,7 @@ def for_inpainting(system: System) -> System:
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:
-    """The frozen first stage from a folder that holds `vae`, in float32 whatever it is stored in."""
+    """Return the frozen first stage from a folder that holds `vae`, in float32 whatever it is stored in."""
     config, tensors = read_component(folder, "vae")
     with torch.device("meta"):
         model = AutoencoderKL(AutoencoderConfig.from_diffusers(config, f"{folder}/vae/config.json"))
@@ -164,7 +164,7 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
 
 
 def half(checkpoint: Checkpoint) -> Checkpoint:
-    """The same weights in float16, for a small file; they are computed with in whatever precision they are loaded."""
+    """Return the weights in float16, for a small file; they are computed with in the precision of loading."""
     tensors = {
         part: {name: each.half() if each.is_floating_point() else each for name, each in own.items()}
         for part, own in checkpoint.tensors.items()

@@ -21,26 +21,26 @@ _NAME = re.compile(r"state-[0-9]{12,}\.safetensors")
 
 
 def saved(folder: Path) -> list[Path]:
-    """The states in a folder, the newest first. A file of another name, such as a copy of one's own, is none."""
+    """Return the states in a folder, the newest first. A file of another name, such as a copy of one's own, is none."""
     return sorted(
         (each for each in folder.glob("state-*.safetensors") if _NAME.fullmatch(each.name)), reverse=True
     )
 
 
 def newest(folder: Path) -> Path | None:
-    """The last state that was saved."""
+    """Return the last state that was saved."""
     return next(iter(saved(folder)), None)
 
 
 def path_of(folder: Path, seen: int) -> Path:
-    """The file of the state after `seen` pictures."""
+    """Return the file of the state after `seen` pictures."""
     return folder / f"state-{seen:012d}.safetensors"
 
 
 def collect(
     model: nn.Module, averages: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, keep: bool
 ) -> dict[str, Tensor]:
-    """All that training changes, by name: weights, buffers, averaged weights, the optimizer's moments.
+    """Return all that training changes, by name: weights, buffers, averaged weights, the optimizer's moments.
 
     What is frozen is not in it. Of sharded weights, which all processes must ask for together, those that `keep`
     get the whole, on the CPU; the others get nothing.
@@ -184,7 +184,7 @@ def _own(model: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trained_of(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name."""
+    """Return the parameters that are trained, by name."""
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 

@@ -96,7 +96,7 @@ def as_prompts(prompts: Sequence[str | Prompt]) -> list[Prompt]:
 
 
 def named(prompt: str) -> str:
-    """How an error or a note names a prompt: by its beginning."""
+    """Return how an error or a note names a prompt: by its beginning."""
     short = prompt[:24].strip()
     return f'prompt "{short}..."' if len(prompt) > 24 else f'prompt "{short}"'
 

@@ -44,11 +44,14 @@ class TensorCache:
         return key in self._places
 
     def keys(self) -> KeysView[str]:
-        """All that can be read."""
+        """Return all that can be read."""
         return self._places.keys()
 
     def read(self, key: str) -> Entry:
-        """The tensors of a key. Raises KeyError where it was never filled, UserError where its shard was damaged."""
+        """Return the tensors of a key.
+
+        Raises KeyError where it was never filled, UserError where its shard was damaged.
+        """
         path, group, row = self._places[key]
         shard = self._shards[path]
         if shard is None:
@@ -59,7 +62,7 @@ class TensorCache:
         return {name.removeprefix(group): shard.read(name, row) for name in names}
 
     def note(self, key: str) -> str:
-        """The text kept with a key, "" if none."""
+        """Return the text kept with a key, "" if none."""
         return self._notes.get(key, "")
 
     def fill(

@@ -61,7 +61,7 @@ class Conditions:
         return embedding.map(lambda part: part.masked_fill(per_image(dropped, part).to(part.device), 0))
 
     def notes(self) -> list[str]:
-        """What was cut, if anything was."""
+        """Return what was cut, if anything was."""
         if not self._long:
             return []
         first, count = next(iter(self._long)), len(self._long)

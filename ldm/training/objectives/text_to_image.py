@@ -140,7 +140,7 @@ class Objective:
         self.conditions.prepare(self.source.captions)
 
     def helpers(self) -> Mapping[str, nn.Module]:
-        """The frozen networks beside `model`."""
+        """Return the frozen networks beside `model`."""
         inside = {self.trained.component, *self.trained.text_encoders}
         return {name: each for name, each in self.system.modules().items() if name not in inside}
 
@@ -150,7 +150,7 @@ class Objective:
     def loss(
         self, model: nn.Module, batch: LatentBatch, rng: BatchGenerator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config, settings = self.config, self.config.loss
+        config, loss = self.config, self.config.loss
         device = next(model.parameters()).device
         if config.frozen != "float32" and not torch.is_autocast_enabled(device.type):
             raise UserError(f"text_to_image.frozen {config.frozen} needs loop.precision bf16 or fp16")
@@ -161,9 +161,9 @@ class Objective:
             rng,
             self.schedule,
             device,
-            timestep_shift=settings.timestep_shift,
-            offset_noise=settings.offset_noise,
-            input_perturbation=settings.input_perturbation,
+            timestep_shift=loss.timestep_shift,
+            offset_noise=loss.offset_noise,
+            input_perturbation=loss.input_perturbation,
         )
         captions = batch.draw_captions(rng)
         channels = self._masked(batch, rng) if config.inpainting else None
@@ -175,7 +175,7 @@ class Objective:
         picture = config.train.control_pictures(batch)
         arguments = () if picture is None else (picture.to(device),)
         output = model(noised.sample(self.prediction_type), noised.timestep.float(), condition, *arguments)
-        return batch.mean(prediction_loss(output, noised, self.schedule, self.prediction_type, settings))
+        return batch.mean(prediction_loss(output, noised, self.schedule, self.prediction_type, loss))
 
     def _masked(self, batch: LatentBatch, rng: BatchGenerator) -> Tensor:
         """Random masks, and the latents of what lies outside of them: (B, 1 + C, h, w)."""
@@ -208,11 +208,11 @@ class Objective:
         return {}
 
     def notes(self) -> list[str]:
-        """What was found out about the pictures and their captions."""
+        """Return what was found out about the pictures and their captions."""
         return self.source.notes() + self.conditions.notes()
 
     def export(self, model: nn.Module, folder: Path, config: str) -> None:
-        """What was trained: a diffusers folder in float16, a LoRA's file, a token's, or a ControlNet's folder."""
+        """Write what was trained: a diffusers folder in float16, a LoRA's file, a token's, or a ControlNet's folder."""
         assert isinstance(model, TrainableModel)
         self.config.train.export(model, self.system, folder, {"config": config})
 

@@ -31,7 +31,7 @@ class TrainableModel(nn.Module):
         self.adapters = nn.ModuleDict()
 
     def train(self, mode: bool = True) -> "TrainableModel":
-        """Text encoders stay in evaluation mode: they were pretrained with dropout that is of no use here."""
+        """Keep text encoders in evaluation mode: they were pretrained with dropout that is of no use here."""
         super().train(mode)
         self.text_encoders.eval()
         return self
@@ -50,7 +50,7 @@ class TrainableModel(nn.Module):
         condition: Callable[[], Condition],
         picture: Tensor | None = None,
     ) -> Tensor:
-        """As the network's own. condition: gives it, with a graph where text encoders are trained.
+        """Compute what the network does. condition: gives it, with a graph where text encoders are trained.
 
         picture: (B, 3, H, W) in [0, 1], for a model that is shown one.
         """
@@ -61,7 +61,7 @@ class TrainableModel(nn.Module):
         return []
 
     def within(self, system: System) -> System:
-        """The system with these networks: to draw with an average."""
+        """Return the system with these networks: to draw with an average."""
         return replace(system, network=self.network, text=self.text or system.text)
 
 

@@ -82,8 +82,12 @@ _INERT: dict[str, tuple[Any, ...]] = {
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def network_settings(config: Mapping[str, Any], family: str, tensors: int, where: str) -> dict[str, Any]:
-    """Return what a network of the family ("clip", "clip_vision", "bert" or "t5") is built from, of a config.json.
+def network_settings(
+    config: Mapping[str, Any], architecture: str, tensors: int, where: str
+) -> dict[str, Any]:
+    """Return the settings in a config.json that a network of the architecture is built from.
+
+    architecture: "clip", "clip_vision", "bert" or "t5".
 
     tensors: how many a file has for the network; no more layers than these are built. Keys that are no settings of
     such a network (who wrote it, how a text is generated, what labels it gives) are left out. Raises UserError.
@@ -94,11 +98,11 @@ def network_settings(config: Mapping[str, Any], family: str, tensors: int, where
                 f"{where}: {key} = {config[key]!r:.60} is not supported (supported: {allowed[0]!r})"
             )
     kept: dict[str, Any] = {}
-    for key in _SIZES[family]:
+    for key in _SIZES[architecture]:
         if (value := config.get(key)) is not None:
             check_size(key, value, tensors, where)
             kept[key] = value
-    for key in _REALS[family]:
+    for key in _REALS[architecture]:
         if (value := config.get(key)) is not None:
             if isinstance(value, bool) or not isinstance(value, int | float) or not _sane(value):
                 raise UserError(f"{where}: {key} is {value!r:.60}, where a number from 0 to 1,000 is needed")

@@ -1,11 +1,10 @@
-"""The recipe: pictures and captions composed on the fly from sprites, a pure function of (seed, index).
+"""A mixture of compositions: pictures and captions made on the fly from sprites, a pure function of (seed, index).
 
-A plan says what a picture shows; drawing and wording read nothing else, so caption and picture cannot disagree.
+A composition says what a picture shows; drawing and wording read nothing else, so caption and picture cannot disagree.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +20,7 @@ from ldm.emoji.composition import HOLDING, RELATIONS, Composition
 from ldm.emoji.costumes import ASTRONAUT, FACES, costumes_of, wear
 from ldm.emoji.costumes import STYLES as COSTUME_STYLES
 from ldm.emoji.finishes import FINISHES
+from ldm.emoji.places import COUNTED, HOLDER, PAIRED, PORTRAIT
 from ldm.emoji.scenes import SCENES, draw_setting
 from ldm.emoji.sprites import SpriteSet, resize
 from ldm.emoji.things import THINGS, choose
@@ -47,7 +47,7 @@ HELD = (
 
 
 @dataclass
-class RecipeConfig:
+class MixtureConfig:
     """What the pictures show. `things`: names, categories, "core" or "all". `weights`: kinds, need not sum to 1.
 
     `jitter` is how much smaller than the frame a thing may be drawn and how far off the centre it may stand.
@@ -71,7 +71,7 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class Example:
-    """One training pair: `picture` (size, size, 3) uint8; `parts` is the plan as a plain dict."""
+    """One training pair: `picture` (size, size, 3) uint8; `parts` is the composition as a plain dict."""
 
     picture: NDArray[np.uint8]
     caption: str
@@ -79,16 +79,16 @@ class Example:
     parts: dict[str, Any]
 
 
-class Recipe:
+class Mixture:
     """Composes examples. Stateless but for a cache of repainted and costumed sprites: safe in worker processes.
 
     everything: also what is held out from training, for those who judge pictures.
     """
 
     def __init__(
-        self, sprites: SpriteSet, config: RecipeConfig | None = None, everything: bool = False
+        self, sprites: SpriteSet, config: MixtureConfig | None = None, everything: bool = False
     ) -> None:
-        self.config = config or RecipeConfig()
+        self.config = config or MixtureConfig()
         self.sprites, self.everything = sprites, everything
         self._check()
         self._made: dict[tuple[str, ...], NDArray[np.uint8]] = {}
@@ -98,7 +98,7 @@ class Recipe:
         ]
         if not self.kinds:
             raise UserError(
-                "the recipe's weights, things and styles leave no kind of picture that can be drawn"
+                "the mixture's weights, things and styles leave no kind of picture that can be drawn"
             )
         weights = np.array([self.config.weights[kind] for kind in self.kinds])
         self._cumulative = np.cumsum(weights / weights.sum())
@@ -120,7 +120,7 @@ class Recipe:
             if style not in self.sprites.styles:
                 raise UserError(f"the sprites hold no style {style!r}{nearest(style, self.sprites.styles)}")
         if not self.config.styles:
-            raise UserError("the recipe needs at least one style")
+            raise UserError("the mixture needs at least one style")
 
     def _pool(self, style: str) -> dict[str, list[Any]]:
         """What each kind may show in a style, leaving out what is held out."""
@@ -161,62 +161,68 @@ class Recipe:
         """Return training example `index`; the same for the same seed, sprites and configuration."""
         rng = np.random.default_rng([self.config.seed, 0, index])
         kind = self.kinds[int(np.searchsorted(self._cumulative, rng.random()).clip(0, len(self.kinds) - 1))]
-        return self._example(self.plan(kind, rng), rng)
+        return self._example(self.composition(kind, rng), rng)
 
     def heldout(self, index: int) -> Example:
         """Return held-out example `index`: every combination in every style in turn, never seen in training."""
         rng = np.random.default_rng([self.config.seed, 1, index])
-        plans = self.heldout_plans()
-        if not plans:
+        compositions = self.heldout_compositions()
+        if not compositions:
             raise UserError("none of the held-out combinations can be drawn from these sprites and styles")
-        return self._example(plans[index % len(plans)], rng)
+        return self._example(compositions[index % len(compositions)], rng)
 
-    def heldout_plans(self) -> list[Composition]:
-        """Return a plan on white, style named, for each held-out combination that the sprites can draw.
+    def heldout_compositions(self) -> list[Composition]:
+        """Return a composition on white, style named, for each held-out combination that the sprites can draw.
 
         `dressed` gives it another setting and wording.
         """
-        plans, have = [], {thing.name for thing in choose(self.config.things)}
+        compositions, have = [], {thing.name for thing in choose(self.config.things)}
         for style in self.config.styles:
             common: dict[str, Any] = {"style": style, "setting": "white", "style_named": True}
             if style in COSTUME_STYLES:
-                plans += [
+                compositions += [
                     Composition("astronaut" if worn == ASTRONAUT else "hat", (face,), costume=worn, **common)
                     for face, worn in heldout.COSTUMES
                 ]
-            plans += [
+            compositions += [
                 Composition("colour", (thing,), colour=colour, **common) for colour, thing in heldout.COLOURS
             ]
-            plans += [
+            compositions += [
                 Composition("pair", pair, relation=RELATIONS[number % len(RELATIONS)], **common)
                 for number, pair in enumerate(heldout.PAIRS)
             ]
-            plans += [
+            compositions += [
                 Composition("single", (thing,), finish=finish, **common) for thing, finish in heldout.FINISHED
             ]
         return [
-            plan for plan in plans if self._drawable(plan) and (plan.costume or have.issuperset(plan.things))
+            composition
+            for composition in compositions
+            if self._drawable(composition) and (composition.costume or have.issuperset(composition.things))
         ]
 
-    def _drawable(self, plan: Composition) -> bool:
-        needed = [*plan.things, *([plan.costume] if plan.costume else [])]
-        return all((name, plan.style) in self.sprites.pixels for name in needed)
+    def _drawable(self, composition: Composition) -> bool:
+        needed = [*composition.things, *([composition.costume] if composition.costume else [])]
+        return all((name, composition.style) in self.sprites.pixels for name in needed)
 
-    def draw(self, plan: Composition, seed: int = 0) -> Example:
-        """Return the example of a plan of one's own."""
-        return self._example(plan, np.random.default_rng([self.config.seed, 2, seed]))
+    def draw(self, composition: Composition, seed: int = 0) -> Example:
+        """Return the example of a composition of one's own."""
+        return self._example(composition, np.random.default_rng([self.config.seed, 2, seed]))
 
-    def plan(self, kind: str, rng: Generator) -> Composition:
-        """Return a plan of one of `kinds`, never a held-out one. Raises UserError where there is no other."""
+    def composition(self, kind: str, rng: Generator) -> Composition:
+        """Return a composition of one of `kinds`, never a held-out one. Raises UserError where there is no other."""
         for _ in range(1000):
-            plan = self._plan(kind, rng)
-            if self._allowed(plan.names):
-                return plan
-        raise UserError(f"all that the recipe's things can show as {kind!r} is held out: give it more things")
+            composition = self._composition(kind, rng)
+            if self._allowed(composition.names):
+                return composition
+        raise UserError(
+            f"all that the mixture's things can show as {kind!r} is held out: give it more things"
+        )
 
-    def dressed(self, plan: Composition, rng: Generator) -> Composition:
-        """Return the plan in a setting and with a wording as its kind has them in training; a finish stays on white."""
-        return plan if plan.finish else replace(plan, **self._dress(plan.kind, rng))
+    def dressed(self, composition: Composition, rng: Generator) -> Composition:
+        """Return it in a setting and with a wording as its kind has them in training; a finish stays on white."""
+        return (
+            composition if composition.finish else replace(composition, **self._dress(composition.kind, rng))
+        )
 
     def _dress(self, kind: str, rng: Generator) -> dict[str, Any]:
         named = rng.random() < self.config.setting_named
@@ -226,7 +232,7 @@ class Recipe:
             "setting": self._setting(kind, named, rng),
         }
 
-    def _plan(self, kind: str, rng: Generator) -> Composition:
+    def _composition(self, kind: str, rng: Generator) -> Composition:
         styles = self._styles_of(kind)
         style = styles[int(rng.integers(len(styles)))]
         pool = self._pools[style][kind]
@@ -280,32 +286,38 @@ class Recipe:
             return "white"
         return tuple(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
 
-    def _example(self, plan: Composition, rng: Generator) -> Example:
-        words = caption(plan, rng)
-        return Example(self._picture(plan, rng), words, plan.kind, asdict(plan))
+    def _example(self, composition: Composition, rng: Generator) -> Example:
+        words = caption(composition, rng)
+        return Example(self._picture(composition, rng), words, composition.kind, asdict(composition))
 
-    def _sprite(self, plan: Composition, thing: str, colour: str) -> NDArray[np.uint8]:
-        if not colour and not plan.costume:
-            return self.sprites.pixels[thing, plan.style]
-        key = (thing, plan.style, colour, plan.costume)
+    def _sprite(self, composition: Composition, thing: str, colour: str) -> NDArray[np.uint8]:
+        if not colour and not composition.costume:
+            return self.sprites.pixels[thing, composition.style]
+        key = (thing, composition.style, colour, composition.costume)
         if key not in self._made:
-            made = self.sprites.pixels[thing, plan.style]
-            if plan.costume:
-                made = wear(self.sprites, thing, plan.costume, plan.style)
+            made = self.sprites.pixels[thing, composition.style]
+            if composition.costume:
+                made = wear(self.sprites, thing, composition.costume, composition.style)
             self._made[key] = repaint(made, colour) if colour else made
         return self._made[key]
 
-    def _picture(self, plan: Composition, rng: Generator) -> NDArray[np.uint8]:
+    def _picture(self, composition: Composition, rng: Generator) -> NDArray[np.uint8]:
         size = self.config.size
-        canvas = draw_setting(plan.setting, size, rng)
-        colours = (plan.colour, plan.second_colour) if plan.relation else (plan.colour,) * plan.count
-        shown = zip(self._places(plan, rng), plan.things * plan.count, colours, strict=True)
+        canvas = draw_setting(composition.setting, size, rng)
+        colours = (
+            (composition.colour, composition.second_colour)
+            if composition.relation
+            else (composition.colour,) * composition.count
+        )
+        shown = zip(
+            self._places(composition, rng), composition.things * composition.count, colours, strict=True
+        )
         for (x, y, share), thing, colour in shown:
-            _paste(canvas, self._sprite(plan, thing, colour), x * size, y * size, round(share * size))
+            _paste(canvas, self._sprite(composition, thing, colour), x * size, y * size, round(share * size))
         picture = np.round(canvas).clip(0, 255).astype(np.uint8)
-        return FINISHES[plan.finish](picture) if plan.finish else picture
+        return FINISHES[composition.finish](picture) if composition.finish else picture
 
-    def _places(self, plan: Composition, rng: Generator) -> list[tuple[float, float, float]]:
+    def _places(self, composition: Composition, rng: Generator) -> list[tuple[float, float, float]]:
         """Centre x, y and side of each thing, as shares of the frame.
 
         Nothing crosses the frame's edge but an animal's space suit: a portrait, for the face to be seen.
@@ -313,35 +325,19 @@ class Recipe:
         jitter = self.config.jitter
         share = float(1 - jitter * rng.random())
         shift = rng.uniform(-0.5, 0.5, 2) * min(jitter, 0.1) * 0.8
-        if plan.costume == ASTRONAUT:
+        if composition.costume == ASTRONAUT:
             share *= PORTRAIT
             return [(0.5 + 0.5 * shift[0], share / 2 + 0.02 + 0.2 * shift[1], share)]
-        if plan.relation == HOLDING:
+        if composition.relation == HOLDING:
             places = HOLDER
-        elif plan.relation:
-            places = PAIRED[plan.relation]
-        elif plan.count > 1:
-            places = COUNTED[plan.count]
+        elif composition.relation:
+            places = PAIRED[composition.relation]
+        elif composition.count > 1:
+            places = COUNTED[composition.count]
         else:
-            share *= 0.5 if plan.size == "small" else 1.0
+            share *= 0.5 if composition.size == "small" else 1.0
             return [(0.5 + shift[0], 0.5 + shift[1], share)]
         return [(x + 0.5 * shift[0], y + 0.5 * shift[1], side * share) for x, y, side in places]
-
-
-PORTRAIT = 1.32  # the side of an astronaut's sprite, of which the helmet is the upper two thirds
-COUNTED: Mapping[int, list[tuple[float, float, float]]] = {
-    2: [(0.26, 0.5, 0.5), (0.74, 0.5, 0.5)],
-    3: [(0.27, 0.7, 0.46), (0.73, 0.7, 0.46), (0.5, 0.27, 0.46)],
-}
-_LEFT, _RIGHT, _TOP, _BOTTOM = (0.26, 0.5, 0.5), (0.74, 0.5, 0.5), (0.5, 0.26, 0.5), (0.5, 0.74, 0.5)
-PAIRED: Mapping[str, list[tuple[float, float, float]]] = {
-    "next to": [_LEFT, _RIGHT],  # as one reads; either way round would teach a blend of both
-    "left of": [_LEFT, _RIGHT],
-    "right of": [_RIGHT, _LEFT],
-    "above": [_TOP, _BOTTOM],
-    "below": [_BOTTOM, _TOP],
-}
-HOLDER = [(0.43, 0.46, 0.84), (0.76, 0.75, 0.46)]
 
 
 def _paste(canvas: NDArray[np.float32], sprite: NDArray[np.uint8], x: float, y: float, side: int) -> None:

@@ -62,7 +62,7 @@ class LoopConfig:
 
 
 def accelerator_for(config: LoopConfig, folder: Path) -> "Accelerator":
-    """Accelerate set up for a run into `folder`. Raises UserError for what this machine or launch can't honour."""
+    """Set up Accelerate for a run into `folder`. Raises UserError for what this machine or launch can't honour."""
     from accelerate import Accelerator
 
     shared = processes()

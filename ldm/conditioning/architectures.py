@@ -11,10 +11,10 @@ from ldm.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
-class Family:
-    """A kind of text network.
+class Architecture:
+    """An architecture of text networks, as transformers names it.
 
-    name: the class of its tokenizer, and the family's name in messages.
+    name: the class of its tokenizer, and the architecture's name in messages.
     model: the transformers class to build; a folder of a larger model gives it only the tensors under `keep`.
     masks: whether padding is masked where the folder's config does not say (`use_attention_mask`).
     stretches: reads sequences longer than it was trained on.
@@ -28,13 +28,15 @@ class Family:
 
 
 _T5_PARTS = ("shared.", "encoder.")
-FAMILIES = {
-    "CLIPTextModel": Family("clip", "CLIPTextModel"),
-    "CLIPTextModelWithProjection": Family("clip", "CLIPTextModelWithProjection"),
-    "CLIPModel": Family("clip", "CLIPTextModel", keep=("text_model.",)),
-    "BertModel": Family("bert", "BertModel"),
-    "T5EncoderModel": Family("t5", "T5EncoderModel", masks=True, stretches=True),
-    "T5ForConditionalGeneration": Family("t5", "T5EncoderModel", keep=_T5_PARTS, masks=True, stretches=True),
+ARCHITECTURES = {
+    "CLIPTextModel": Architecture("clip", "CLIPTextModel"),
+    "CLIPTextModelWithProjection": Architecture("clip", "CLIPTextModelWithProjection"),
+    "CLIPModel": Architecture("clip", "CLIPTextModel", keep=("text_model.",)),
+    "BertModel": Architecture("bert", "BertModel"),
+    "T5EncoderModel": Architecture("t5", "T5EncoderModel", masks=True, stretches=True),
+    "T5ForConditionalGeneration": Architecture(
+        "t5", "T5EncoderModel", keep=_T5_PARTS, masks=True, stretches=True
+    ),
 }
 _BY_TYPE = {
     "clip_text_model": "CLIPTextModel",
@@ -44,28 +46,28 @@ _BY_TYPE = {
 }
 
 
-def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family that a transformers config.json names. Raises UserError for one that we do not run."""
+def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
+    """Return the architecture that a transformers config.json names. Raises UserError for one that we do not run."""
     kind, listed = config.get("model_type"), config.get("architectures")
     named = str(listed[0]) if isinstance(listed, list) and listed else _BY_TYPE.get(str(kind), "")
-    if named not in FAMILIES:
+    if named not in ARCHITECTURES:
         raise UserError(
-            f"{where}: no text encoder we know is called {named or kind!r}{nearest(named, FAMILIES)} "
-            f"(known: {', '.join(FAMILIES)})"
+            f"{where}: no text encoder we know is called {named or kind!r}{nearest(named, ARCHITECTURES)} "
+            f"(known: {', '.join(ARCHITECTURES)})"
         )
-    return FAMILIES[named]
+    return ARCHITECTURES[named]
 
 
-def states_of(family: Family, penultimate: bool) -> States:
-    """How to run the family's network.
+def states_of(architecture: Architecture, penultimate: bool) -> States:
+    """Return the function that runs the architecture's network.
 
     penultimate: take CLIP's states before its last layer and without the final norm, as SDXL does
     (Podell et al. 2023, sec. 2.1); else the last ones, normalised.
     """
-    if family.name == "clip":
+    if architecture.name == "clip":
         return lambda module, ids, mask, skip: _clip(module, ids, mask, skip, penultimate)
     if penultimate:
-        raise UserError(f"SDXL's conditioning takes CLIP text encoders, not {family.model}")
+        raise UserError(f"SDXL's conditioning takes CLIP text encoders, not {architecture.model}")
     return _plain
 
 
