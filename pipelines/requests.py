@@ -10,7 +10,7 @@ import torch
 from ldm.condition import Condition, concatenate
 from ldm.errors import UserError
 from ldm.sampling import Guidance, Request, prepare
-from ldm.sampling.editing import Pictures, begin_from
+from ldm.sampling.editing import Pictures, begin_from, go_on_from
 from ldm.system import System
 from pipelines.completion import Drawing
 from pipelines.originals import latents_of
@@ -90,7 +90,7 @@ def _begun(system: System, request: Request, drawings: Sequence[Drawing]) -> Req
     latents = [each for drawing in drawings if (each := latents_of(drawing.given.image)) is not None]
     recipe = drawings[0].recipe
     if recipe.denoising_start is not None:
-        return replace(request, state=torch.stack(latents).to(request.noise.device))
+        return go_on_from(request, torch.stack(latents))
     if latents:
         return begin_from(system, request, Pictures(torch.stack(latents), encoded=True))
     canvases = [drawing.canvas for drawing in drawings if drawing.canvas is not None]

@@ -21,7 +21,7 @@ from ldm.conditioning.tokenizer import clip_tokenizer
 from ldm.diffusion.plan import plan
 from ldm.errors import UserError
 from ldm.sampling import Guidance, Request, decode, prepare, sample
-from ldm.sampling.editing import Pictures, begin_from, first_step
+from ldm.sampling.editing import Pictures, begin_from, first_step, go_on_from
 from ldm.system import System
 from pipelines import TextToImagePipeline
 
@@ -37,6 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def refiner(folder: Callable[[str], Path]) -> System:
     return System.load(folder("refiner"))
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Callable[[str], Path]) -> TextToImagePipeline:
+    return TextToImagePipeline.from_pretrained(folder("refiner"), device="cpu")
 
 
 def rewritten(source: Path, target: Path, **changes: Any) -> Path:
@@ -128,15 +133,15 @@ def test_an_index_that_says_it_wrongly_is_one_line(
 
 
 @pytest.mark.parametrize(("sampler", "share"), [("ddim", 0.8), ("euler", 0.8), ("euler", 0.4)])
-def test_it_goes_on_where_the_base_ended(folder: Callable[[str], Path], sampler: str, share: float) -> None:
+def test_it_goes_on_where_the_base_ended(
+    folder: Callable[[str], Path], ours: TextToImagePipeline, sampler: str, share: float
+) -> None:
     """The two pipelines of diffusers on the same weights; the base draws a part of the noise, the refiner the rest."""
     first = theirs(folder("sdxl"), "StableDiffusionXLPipeline", sampler)
     second = theirs(folder("refiner"), REFINER, sampler)
     middle = first("cat", denoising_end=share, output_type="latent", generator=seeded(3), **PLAIN).images
     expected = second("cat", image=middle, denoising_start=share, generator=seeded(3), **SETTINGS).images
-    base, ours = (
-        TextToImagePipeline.from_pretrained(folder(each), device="cpu") for each in ("sdxl", "refiner")
-    )
+    base = TextToImagePipeline.from_pretrained(folder("sdxl"), device="cpu")
     settings = {**SETTINGS, "seed": 3, "sampler": sampler}
     half = base("cat", denoising_end=share, **{**settings, "output_type": "latent"}).images
     drawn = ours("cat", image=half, denoising_start=share, **settings).images
@@ -147,13 +152,13 @@ def test_it_goes_on_where_the_base_ended(folder: Callable[[str], Path], sampler:
 
 
 @pytest.mark.parametrize("negative", [None, "the dog"])
-def test_alone_it_draws_from_a_picture(folder: Callable[[str], Path], negative: str | None) -> None:
+def test_alone_it_draws_from_a_picture(
+    folder: Callable[[str], Path], ours: TextToImagePipeline, negative: str | None
+) -> None:
     """A missing negative prompt is the empty prompt for it, not zeros, as its folder says."""
     given: dict[str, Any] = {"image": picture(), "strength": 0.3, "negative_prompt": negative, **SETTINGS}
     expected = theirs(folder("refiner"), REFINER)("cat", generator=seeded(3), **given).images
-    drawn = TextToImagePipeline.from_pretrained(folder("refiner"), device="cpu")(
-        "cat", seed=3, **given
-    ).images
+    drawn = ours("cat", seed=3, **given).images
     assert psnr(drawn, expected) > 60
     assert np.abs(drawn - np.asarray(picture()) / 255).max() > 1 / 255
 
@@ -182,11 +187,41 @@ def test_sizes_and_scores_of_ones_own(folder: Callable[[str], Path], refiner: Sy
     assert psnr(ours(**scores), expected) < 60
 
 
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "the wrong way round": ({"denoising_start": 0.8, "denoising_end": 0.4}, "not before denoising_end 0.4"),
+    "nothing between": ({"denoising_start": 0.5, "denoising_end": 0.51}, "none of 10 steps lies between"),
+    "at the end": ({"denoising_start": 1.0}, "between 0 and 1"),
+    "nan": ({"denoising_start": float("nan")}, "between 0 and 1"),
+    "a picture": ({"denoising_start": 0.8, "image": picture()}, "goes on with latents"),
+    "three channels": ({"denoising_start": 0.8, "image": torch.zeros(1, 3, 16, 16)}, "goes on with latents"),
+    "eight channels": ({"denoising_start": 0.8, "image": torch.zeros(1, 8, 16, 16)}, "has .4, 16, 16."),
+    "with a mask": ({"denoising_start": 0.8, "mask_image": mask()}, "leave out strength and masks"),
+    "with noise": ({"denoising_start": 0.8, "latents": torch.zeros(1, 4, 16, 16)}, "leave latents out"),
+    "nan inside": ({"denoising_start": 0.8, "image": torch.full((1, 4, 16, 16), torch.nan)}, "hold NaN"),
+    "infinity to draw from": ({"strength": 0.5, "image": torch.full((1, 4, 16, 16), torch.inf)}, "hold NaN"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_can_not_be_gone_on_with_is_one_line(ours: TextToImagePipeline, case: str) -> None:
+    given, message = BAD[case]
+    with pytest.raises(UserError, match=message) as caught:
+        ours("cat", **{"image": torch.zeros(1, 4, 16, 16), **SETTINGS, **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_latents_of_another_size_or_kind_are_one_line(refiner: System) -> None:
+    with pytest.raises(UserError, match=r"are \(1, 4, 16, 16\), where \(2, 4, 16, 16\) are drawn"):
+        go_on_from(asked(refiner), torch.zeros(1, 4, 16, 16))
+    with pytest.raises(UserError, match="complex numbers"):
+        go_on_from(asked(refiner), torch.ones(2, 4, 16, 16) * 1j)
+
+
 # Files
 
 
 def test_folder_and_single_file_are_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved in both forms, it is read back bit for bit, also by diffusers, with what its model_index.json says."""
+    """Saved in both forms, it is read back as it was, also by diffusers, with what its model_index.json says."""
     monkeypatch.setattr(tiny, "CLIP_VOCABULARY", 49408)  # a single file has no tokenizer: it is CLIP's
     made = tiny_pipeline_folder(tmp_path, "refiner")
     clip_tokenizer(pad_token="!").save_pretrained(made / "tokenizer_2")
@@ -201,13 +236,11 @@ def test_folder_and_single_file_are_the_same_model(tmp_path: Path, monkeypatch: 
         assert (system.fingerprint, system.pipeline) == (first.fingerprint, REFINER)
         assert list(system.modules()) == ["text_encoder_2", "unet", "vae"]
         assert psnr(drawn, images[0]) > 100
-    given: dict[str, Any] = {"image": picture(), "strength": 0.3, **SETTINGS}
-    found = [
-        theirs(each, REFINER)("cat", generator=seeded(3), **given).images
-        for each in (made, tmp_path / "folder")
-    ]
-    assert psnr(*found) > 100
-    assert theirs(tmp_path / "folder", REFINER).config.requires_aesthetics_score
+    found = theirs(tmp_path / "folder", REFINER)
+    assert found.config.requires_aesthetics_score and not found.config.force_zeros_for_empty_prompt
+    assert found.text_encoder is None and found.tokenizer is None
+    unet = first.network.state_dict()
+    assert all(torch.equal(unet[name], each) for name, each in found.unet.state_dict().items())
 
 
 def saved_as(kind: str, source: Path, target: Path, **more: Any) -> Path:
