@@ -9,13 +9,16 @@ from torch import Tensor
 
 from ldm.errors import UserError
 
+AESTHETIC_SCORES = (6.0, 2.5)  # that diffusers tells SDXL's refiner with the prompt, and without it
+
 
 @dataclass(frozen=True)
 class Condition:
     """The condition of B rows. Every part that is there has B rows; a new kind of condition is a new part.
 
     hidden: (B, L, D), hidden states of the text. pooled: (B, P), a vector of the whole text.
-    time_ids: (B, 6), SDXL's sizes in pixels: original height and width, crop top and left, target height and width.
+    time_ids: (B, 6), SDXL's sizes in pixels: original height and width, crop top and left, target height and width;
+    (B, 5) for its refiner, to which an aesthetic score is told in place of the target's size.
     labels: (B,) int64, classes. channels: (B, c, h, w), what is joined to the noisy latents, such as inpainting's mask
     and masked latents. images: of image prompts, for each adapter that takes part by a key of its own: KEY.tokens
     (B, T, D), and KEY.scale (B,), how much of it.

@@ -17,7 +17,7 @@ from ldm.checkpoints.files import load_strict
 from ldm.checkpoints.folder import write_folder
 from ldm.checkpoints.hub import resolve
 from ldm.checkpoints.single_file import write_single_file
-from ldm.condition import Condition
+from ldm.condition import AESTHETIC_SCORES, Condition
 from ldm.conditioning.control import Controls
 from ldm.conditioning.load import export, write_tokenizers
 from ldm.conditioning.system import build_conditioning
@@ -31,7 +31,7 @@ from ldm.models.diffusers_config import check_layers
 from ldm.models.networks import NETWORKS
 
 # Whose scheduler diffusers changes where a folder is loaded, whatever the folder says.
-_INSISTENT = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+_INSISTENT = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -137,20 +137,27 @@ class System:
         for name, what in (("hidden", "the text"), ("pooled", "a pooled text")):
             given = sample[name].shape[-1] if name in sample else "none"
             if name in wants and given != wants[name]:
+                or_else = ", or requires_aesthetics_score is wrong in model_index.json" if self.is_xl else ""
                 raise UserError(
                     f"{path}: the {self.network.component} wants {wants[name]} features of {what}, the text encoder "
-                    f"gives {given}: parts of different families"
+                    f"gives {given}: parts of different families{or_else}"
                 )
 
     @property
     def wants(self) -> dict[str, int]:
         """The parts of a condition that the network wants, and of how many features each is."""
-        return self.network.wants(self.autoencoder.config.latent_channels)
+        wants = self.network.wants_scored if self.requires_aesthetics_score else self.network.wants
+        return wants(self.autoencoder.config.latent_channels)
 
     @property
     def is_xl(self) -> bool:
         """Whether the network wants SDXL's sizes."""
         return "time_ids" in self.wants
+
+    @property
+    def requires_aesthetics_score(self) -> bool:
+        """Whether the network is told an aesthetic score in place of the target size: SDXL's refiner."""
+        return bool(self.options.get("requires_aesthetics_score"))
 
     @property
     def default_size(self) -> int:
@@ -170,14 +177,23 @@ class System:
         return self
 
     def condition(
-        self, text: Condition, time_ids: Tensor | None = None, channels: Tensor | None = None
+        self,
+        text: Condition,
+        sizes: Tensor | None = None,
+        channels: Tensor | None = None,
+        aesthetic_score: float | Tensor = AESTHETIC_SCORES[0],
     ) -> Condition:
         """Build the condition that the network wants; all that is trained and drawn gets its condition here.
 
-        text: the text encoder's. time_ids, channels: see `Condition`. Of the text and the sizes, what is not wanted is
-        left out. Raises UserError where a part is missing, or there are channels that the network does not take.
+        text: the text encoder's. sizes: (B, 6), SDXL's (see `Condition.time_ids`). channels: see `Condition`.
+        aesthetic_score: one for all or (B,), commonly 1 to 10, for SDXL's refiner. Of the text, the sizes and the
+        score, what is not wanted is left out. Raises UserError where a part is missing, or there are channels that the
+        network does not take.
         """
-        wants, parts = self.wants, {**text.parts(), "time_ids": time_ids}
+        if sizes is not None and self.requires_aesthetics_score:
+            score = torch.as_tensor(aesthetic_score).to(sizes).expand(len(sizes))
+            sizes = torch.cat([sizes[:, :4], score[:, None]], dim=1)
+        wants, parts = self.wants, {**text.parts(), "time_ids": sizes}
         wanted = {name: part for name, part in parts.items() if name in wants and part is not None}
         condition = replace(Condition.of(wanted), channels=channels)
         condition.require(wants, f"the {self.network.component}")
@@ -223,7 +239,7 @@ class System:
         write_folder(folder, self.checkpoint(), lambda new: write_tokenizers(self.text, new))
 
     def save_single_file(self, path: str | Path) -> None:
-        """Write one `.safetensors` in the LDM layout (SD 1.x, 2.x, XL), whole or not at all."""
+        """Write one `.safetensors` in the LDM layout (SD 1.x, 2.x, XL, its refiner), whole or not at all."""
         write_single_file(path, self.checkpoint())
 
 
@@ -300,6 +316,11 @@ def _check_options(options: Mapping[str, Any], path: Path) -> None:
     for name, kinds in (("num_inference_steps", int), ("guidance_scale", int | float)):
         if name in options and (isinstance(options[name], bool) or not isinstance(options[name], kinds)):
             raise UserError(f"{path}: model_index.json gives {name} as {options[name]!r}: make it a number")
+    if not isinstance(options.get("requires_aesthetics_score", False), bool):
+        said = f"{options['requires_aesthetics_score']!r:.60}"
+        raise UserError(
+            f"{path}: model_index.json gives requires_aesthetics_score as {said}: make it true or false"
+        )
 
 
 def _filled(kind: type[M], config: Any, checkpoint: Checkpoint, part: str, path: Path) -> M:

@@ -134,12 +134,16 @@ def _check_larger(recipe: Recipe) -> None:
         raise UserError(f"upscale is {recipe.upscale}: give more than 0, and {LARGEST_SCALE} at the most")
 
 
+_SIZES = ("original_size", "target_size", "crops_coords_top_left")
+
+
 def _check_told(recipe: Recipe, is_xl: bool) -> None:
     """The sizes that SDXL is told."""
-    told = (recipe.original_size, recipe.target_size, recipe.crops_coords_top_left != (0, 0))
-    if any(told) and not is_xl:
-        raise UserError("original_size, target_size and crops_coords_top_left are for SDXL alone")
-    for name in ("original_size", "target_size", "crops_coords_top_left"):
+    names = (*_SIZES, *(f"negative_{each}" for each in _SIZES))
+    told = [name for name in names if getattr(recipe, name) not in (None, (0, 0))]
+    if told and not is_xl:
+        raise UserError(f"{', '.join(_SIZES[:2])} and {_SIZES[2]}, negative or not, are for SDXL alone")
+    for name in names:
         for pixels in getattr(recipe, name) or ():
             if not 0 <= pixels <= _FARTHEST:
                 raise UserError(f"{name} has {shown(pixels)} pixels: give 0 to {_FARTHEST:,}")

@@ -74,6 +74,11 @@ class Recipe:
     original_size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] = (0, 0)
+    negative_original_size: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
     image: PictureUse | None = None
     mask_image: PictureUse | None = None
     strength: float | None = None
@@ -125,6 +130,18 @@ class Recipe:
         if not (self.original_size and self.target_size):
             return None
         return (*self.original_size, *self.crops_coords_top_left, *self.target_size)
+
+    def negative_sizes(self) -> tuple[int, ...] | None:
+        """Those that it is told without the prompt, of a complete recipe; None are the same, see `prepare`."""
+        own = (self.negative_original_size, self.negative_crops_coords_top_left, self.negative_target_size)
+        if not any(own) or not (self.original_size and self.target_size):
+            return None
+        original, crop, target = own
+        return (
+            *(original or self.original_size),
+            *(crop or self.crops_coords_top_left),
+            *(target or self.target_size),
+        )
 
     def png_info(self) -> "PngInfo":
         """The metadata to save a PNG with: `image.save(path, pnginfo=recipe.png_info())`."""

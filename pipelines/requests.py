@@ -10,7 +10,7 @@ import torch
 from ldm.condition import Condition, concatenate
 from ldm.errors import UserError
 from ldm.sampling import Guidance, Request, controlled, prepare
-from ldm.sampling.editing import Pictures, begin_from
+from ldm.sampling.editing import Pictures, begin_from, go_on_from
 from ldm.system import System
 from pipelines.drawing import Drawing
 from pipelines.given import shown_controls, shown_images
@@ -44,6 +44,9 @@ def request_for(system: System, drawings: Sequence[Drawing], loaded: Loaded, dev
         clip_skip=shared.clip_skip,
         size=size,
         sizes=shared.sizes(),
+        negative_sizes=shared.negative_sizes(),
+        aesthetic_score=shared.aesthetic_score,
+        negative_aesthetic_score=shared.negative_aesthetic_score,
         images=loaded.image_adapters.prompts([recipe.image_prompts for recipe in recipes], images),
         latents=torch.stack(latents) if latents else None,
         device=device,
@@ -104,7 +107,7 @@ def _begun(system: System, request: Request, drawings: Sequence[Drawing]) -> Req
     latents = [each for drawing in drawings if (each := latents_of(drawing.given.image)) is not None]
     recipe = drawings[0].recipe
     if recipe.denoising_start is not None:
-        return replace(request, state=torch.stack(latents).to(request.noise.device))
+        return go_on_from(request, torch.stack(latents))
     if latents:
         return begin_from(system, request, Pictures(torch.stack(latents), encoded=True))
     canvases = [drawing.canvas for drawing in drawings if drawing.canvas is not None]

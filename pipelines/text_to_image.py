@@ -175,6 +175,11 @@ class TextToImagePipeline(DiffusersNames):
         original_size: Sequence[SupportsIndex] | None = None,
         target_size: Sequence[SupportsIndex] | None = None,
         crops_coords_top_left: Sequence[SupportsIndex] | None = None,
+        negative_original_size: Sequence[SupportsIndex] | None = None,
+        negative_target_size: Sequence[SupportsIndex] | None = None,
+        negative_crops_coords_top_left: Sequence[SupportsIndex] | None = None,
+        aesthetic_score: SupportsFloat | None = None,
+        negative_aesthetic_score: SupportsFloat | None = None,
         image: "Originals | None" = None,
         mask_image: "Originals | None" = None,
         strength: SupportsFloat | None = None,
@@ -222,7 +227,9 @@ class TextToImagePipeline(DiffusersNames):
         guidance_rescale: Lin et al. 2023, in [0, 1]. guidance_interval: guided only where low < sigma <= high.
         callback_on_step_end: called with (pipe, index, timestep, {"latents", "denoised", "preview", "images"}) after
             each prediction; see `pipelines.progress`. Returning False ends the call there.
-        original_size, target_size, crops_coords_top_left: what SDXL is told, each (height, width) in pixels.
+        original_size, target_size, crops_coords_top_left: what SDXL is told, each (height, width) in pixels; those that
+            begin with negative_ without the prompt. aesthetic_score, negative_aesthetic_score: what its refiner is
+            told in place of the target's size; None is 6 and 2.5.
         image: what to draw from, one for all, one a prompt or one an image: a PIL picture, a file's path, an array
             (H, W, 3), a tensor (3, H, W) in [0, 1], or latents (C, h, w). Its size is the default of height and width.
         strength: how much of it is drawn anew: the last int(strength * steps) steps. None is 0.8, SDXL 0.3; with a mask

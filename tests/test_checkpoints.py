@@ -17,7 +17,7 @@ from ldm.checkpoints import (
     write_folder,
     write_single_file,
 )
-from ldm.checkpoints.families import FAMILIES, detect_family, family_configs
+from ldm.checkpoints.families import FAMILIES, detect_family, family_configs, pipeline_class
 from ldm.checkpoints.files import read_metadata, read_tensors, write_tensors
 from ldm.checkpoints.folder import component_file, read_index
 from ldm.checkpoints.keymap import KeyMap, row
@@ -52,7 +52,8 @@ def state(module: torch.nn.Module) -> Tensors:
 
 def published(family: str, channels: int = 4, **kwargs) -> dict[str, dict[str, Any]]:
     """Return a family's configs at its true size, as its tables give them."""
-    width, context = {"sd1": (320, 768), "sd2": (320, 1024), "sdxl": (320, 2048)}[family]
+    shapes = {"sd1": (320, 768), "sd2": (320, 1024), "sdxl": (320, 2048), "sdxl_refiner": (384, 1280)}
+    width, context = shapes[family]
     seen = {FIRST: torch.empty(width, channels, 3, 3, device="meta")}
     seen["x.attn2.to_k.weight"] = torch.empty(width, context, device="meta")
     return family_configs(family, seen, "a file", **kwargs)
@@ -64,7 +65,7 @@ def small(family: str, channels: int = 4) -> dict[str, dict[str, Any]]:
     blocks = len(configs["unet"]["block_out_channels"])
     tiny = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 3}
     tiny |= {"vocab_size": 60, "projection_dim": 32}
-    context = 96 if family == "sdxl" else 32
+    context = {"sdxl": 96, "sdxl_refiner": 64}.get(family, 32)
     configs["unet"] |= {"block_out_channels": [32, 64, 64, 64][:blocks], "cross_attention_dim": context}
     configs["unet"] |= {"sample_size": 16, "norm_num_groups": 16}
     if family != "sd1":
@@ -72,15 +73,20 @@ def small(family: str, channels: int = 4) -> dict[str, dict[str, Any]]:
     if family == "sdxl":
         configs["unet"] |= {"transformer_layers_per_block": [1, 2, 3], "addition_time_embed_dim": 8}
         configs["unet"]["projection_class_embeddings_input_dim"] = 64 + 6 * 8
+    if family == "sdxl_refiner":
+        configs["unet"] |= {"transformer_layers_per_block": 2, "addition_time_embed_dim": 8}
+        configs["unet"]["projection_class_embeddings_input_dim"] = 64 + 5 * 8
     configs["vae"] |= {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 8, "sample_size": 128}
     for name in FAMILIES[family].text:
         configs[name] |= tiny
-    if family == "sdxl":  # diffusers tells the two text encoders of a single file apart by their widths
+    if (
+        "text_encoder_2" in configs
+    ):  # diffusers tells the two text encoders of a single file apart by their widths
         configs["text_encoder_2"] |= {"hidden_size": 64, "projection_dim": 64}
     return configs
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl", "sd1 inpainting"])
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl", "sdxl_refiner", "sd1 inpainting"])
 def system(request) -> tuple[str, Checkpoint]:
     family, _, inpainting = request.param.partition(" ")
     torch.manual_seed(1)
@@ -89,8 +95,8 @@ def system(request) -> tuple[str, Checkpoint]:
         name: {key: each + torch.randn_like(each) / 100 for key, each in state(network).items()}
         for name, network in modules(configs).items()
     }
-    pipeline = FAMILIES[family].pipeline + ("InpaintPipeline" if inpainting else "Pipeline")
-    return family, Checkpoint(pipeline, configs, tensors)
+    options = dict(FAMILIES[family].options)
+    return family, Checkpoint(pipeline_class(family, configs["unet"]), configs, tensors, options)
 
 
 def same(left: Tensors, right: Tensors) -> None:
@@ -131,7 +137,7 @@ def diffusers_reads(single: Tensors, configs: dict[str, dict[str, Any]]) -> dict
 # Key maps
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_true_size_names_and_shapes_agree_with_diffusers(family: str) -> None:
     configs = published(family)
     with torch.device("meta"):
@@ -573,10 +579,10 @@ def test_diffusers_pipelines_draw_the_same_from_folder_and_single_file(tmp_path:
     if "Inpaint" in given.pipeline:
         pytest.skip("the same road with another first convolution")
     diffusers.utils.logging.disable_progress_bar()
-    names = ["tokenizer", "tokenizer_2"][: 2 if family == "sdxl" else 1]
+    names = [name.replace("text_encoder", "tokenizer") for name in FAMILIES[family].text]
     write_folder(tmp_path / "folder", given, lambda new: [tokenizer(new / name) for name in names] and None)
     write_single_file(tmp_path / "one.safetensors", given)
-    kind = getattr(diffusers, given.pipeline)
+    kind, refines = getattr(diffusers, given.pipeline), family == "sdxl_refiner"
     pipes = [
         kind.from_pretrained(tmp_path / "folder"),
         kind.from_single_file(
@@ -589,10 +595,13 @@ def test_diffusers_pipelines_draw_the_same_from_folder_and_single_file(tmp_path:
         drawn = pipe(
             "a b",
             num_inference_steps=2,
-            height=64,
-            width=64,
             output_type="pt",
             generator=torch.Generator().manual_seed(0),
+            **(
+                {"image": torch.zeros(1, 3, 64, 64), "strength": 1.0}
+                if refines
+                else {"height": 64, "width": 64}
+            ),
         )
         pictures.append(drawn.images)
     assert pictures[0].isfinite().all() and pictures[0].std() > 0

@@ -90,6 +90,7 @@ def psnr(ours: Any, theirs: Any) -> float:
         ("sd2", {"prediction_type": "v_prediction"}, {"weighting": "min_snr"}),
         ("sd2", V, {}),
         ("sdxl", {}, {}),
+        ("refiner", {}, {}),
         ("sd1", {}, {"offset_noise": 0.1, "input_perturbation": 0.1}),
     ],
 )
@@ -109,8 +110,7 @@ def test_loss_and_gradients_are_those_of_diffusers_scripts(
     value, _ = ours.loss(ours.model, batch, BatchGenerator(5, 8, slice(0, 8)))
     value.backward()
 
-    kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
-    pipe = kind.from_pretrained(base)
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(base)
     draws = BatchGenerator(5, 8, slice(0, 8))
     draws.uniform()
     noise, timesteps = draws.normal(4, 16, 16), draws.integers(1000)
@@ -120,10 +120,13 @@ def test_loss_and_gradients_are_those_of_diffusers_scripts(
     training = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     added: dict[str, Any] = {}
     with torch.no_grad():
-        if family == "sdxl":
+        if family in ("sdxl", "refiner"):
             hidden, _, pooled, _ = pipe.encode_prompt(batch.captions, do_classifier_free_guidance=False)
-            assert batch.time_ids[0].tolist() == [40, 40, 0, 0, 32, 32]
-            added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch.time_ids}}
+            sizes = batch.time_ids
+            assert sizes[0].tolist() == [40, 40, 0, 0, 32, 32]
+            if family == "refiner":  # the aesthetic score of pictures that are not rated
+                sizes = torch.cat([sizes[:, :4], torch.full((8, 1), 6.0)], dim=1)
+            added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
         else:
             hidden, _ = pipe.encode_prompt(batch.captions, "cpu", 1, do_classifier_free_guidance=False)
     output = pipe.unet(training.add_noise(batch.latents, seen, timesteps), timesteps, hidden, **added).sample

@@ -1,4 +1,4 @@
-"""Parity with diffusers at the true sizes of SD 1.5, SD 2.1 and SDXL, from random weights in float32.
+"""Parity with diffusers at the true sizes of SD 1.5, SD 2.1, SDXL and its refiner, from random weights in float32.
 
 Slow (minutes) and large (SDXL: 14 GB of memory and of disk), so `make test` leaves it out. Pictures are of 128 px: the
 weights are of full size, and that is what can be mapped wrongly.
@@ -42,8 +42,9 @@ def relative_l2(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def configs_of(family: str) -> dict[str, dict[str, Any]]:
     """The published configs, from the table that single files are read with."""
-    width = FAMILIES[family].unet["cross_attention_dim"]
-    signs = {UNET + "input_blocks.0.0.weight": (320, 4, 3, 3), "attn2.to_k.weight": (320, width)}
+    unet = FAMILIES[family].unet
+    first, width = unet.get("block_out_channels", [320])[0], unet["cross_attention_dim"]
+    signs = {UNET + "input_blocks.0.0.weight": (first, 4, 3, 3), "attn2.to_k.weight": (first, width)}
     return family_configs(family, {name: torch.empty(shape) for name, shape in signs.items()}, "the table")
 
 
@@ -66,7 +67,7 @@ def test_unet_of_true_size(family: str) -> None:
     context = torch.randn(2, 77, config.cross_attention_dim)
     added = {
         "text_embeds": torch.randn(2, 1280),
-        "time_ids": torch.tensor([[256.0, 256, 0, 0, 256, 256]] * 2),
+        "time_ids": torch.tensor([[256.0, 256, 0, 0, *([6] if "refiner" in family else [256, 256])]] * 2),
     }
     added = added if config.addition_embed_type else None
     expected = theirs(sample, timestep, context, added_cond_kwargs=added).sample

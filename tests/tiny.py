@@ -15,7 +15,7 @@ from torch import nn
 
 from ldm.conditioning.tokenizer import EOS, write_clip_tokenizer
 
-Family = Literal["sd1", "sd2", "sdxl", "inpaint", "bert"]
+Family = Literal["sd1", "sd2", "sdxl", "refiner", "inpaint", "bert"]
 
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "t h", "th e</w>"]
 CLIP_VOCABULARY = 2 * 256 + len(MERGES) + 2
@@ -171,6 +171,18 @@ def tiny_unet(family: Family, seed: int = 3) -> Any:
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 24 + 6 * 8,
         }
+    if family == "refiner":
+        settings |= {
+            "block_out_channels": (32, 64, 64),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (2, 4, 4),
+            "use_linear_projection": True,
+            "transformer_layers_per_block": 2,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 24 + 5 * 8,
+        }
     torch.manual_seed(seed)
     return randomize(UNet2DConditionModel(**settings), seed)
 
@@ -188,7 +200,7 @@ def tiny_vae(family: Family, seed: int = 4) -> Any:
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=32,
-        scaling_factor=0.13025 if family == "sdxl" else 0.18215,
+        scaling_factor=0.13025 if family in ("sdxl", "refiner") else 0.18215,
     )
     return randomize(vae, seed)
 
@@ -211,16 +223,23 @@ def tiny_pipeline_folder(tmp: Path, family: Family, scheduler: dict[str, Any] | 
     if family == "bert":
         parts["text_encoder"] = bert_model()
         parts["tokenizer"] = BertTokenizerFast.from_pretrained(bert_tokenizer_folder(pads))
+    elif family == "refiner":
+        parts |= {"text_encoder": None, "tokenizer": None}
     else:
         gelu = family == "sd2"
         parts["text_encoder"] = clip_model(act="gelu" if gelu else "quick_gelu")
         parts["tokenizer"] = CLIPTokenizerFast.from_pretrained(
             clip_tokenizer_folder(pads, "!" if gelu else EOS)
         )
-    if family == "sdxl":
+    if family in ("sdxl", "refiner"):
         parts["text_encoder_2"] = clip_model(projection=True, act="gelu", seed=2)
         parts["tokenizer_2"] = CLIPTokenizerFast.from_pretrained(clip_tokenizer_folder(pads / "2", "!"))
+    if family == "sdxl":
         pipeline = diffusers.StableDiffusionXLPipeline(**parts)
+    elif family == "refiner":
+        pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
+            **parts, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False
+        )
     else:
         name = "StableDiffusionInpaintPipeline" if family == "inpaint" else "StableDiffusionPipeline"
         pipeline = getattr(diffusers, name)(

@@ -5,7 +5,7 @@ config files (diffusers' layout), which is what diffusers' loader falls back on 
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -23,9 +23,10 @@ class Family:
 
     Attributes:
         title: as people know it.
-        pipeline: the stem of diffusers' pipeline class.
+        pipeline: diffusers' pipeline class, for a U-Net that takes nothing but latents.
         text: component -> (prefix in the single file, "clip" or "open_clip").
         unet: what its U-Net has beyond `_UNET`; `text_configs` likewise per text encoder.
+        options: the entries of its model_index.json that are no components, as published.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Family:
     vae: dict[str, Any]
     text_configs: dict[str, dict[str, Any]]
     scheduler: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 _UNET: dict[str, Any] = {
@@ -67,6 +69,7 @@ _VAE: dict[str, Any] = {
     "norm_num_groups": 32,
     "scaling_factor": 0.18215,
 }
+_VAE_XL: dict[str, Any] = {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
 _CLIP: dict[str, Any] = {
     "architectures": ["CLIPTextModel"],
     "model_type": "clip_text_model",
@@ -130,7 +133,7 @@ _EULER = _SCHEDULER | {
 FAMILIES = {
     "sd1": Family(
         title="Stable Diffusion 1.x",
-        pipeline="StableDiffusion",
+        pipeline="StableDiffusionPipeline",
         text={"text_encoder": ("cond_stage_model.", "clip")},
         unet={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
         vae={"sample_size": 512},
@@ -139,7 +142,7 @@ FAMILIES = {
     ),
     "sd2": Family(
         title="Stable Diffusion 2.x",
-        pipeline="StableDiffusion",
+        pipeline="StableDiffusionPipeline",
         text={"text_encoder": ("cond_stage_model.model.", "open_clip")},
         unet={
             "sample_size": 64,
@@ -153,7 +156,7 @@ FAMILIES = {
     ),
     "sdxl": Family(
         title="Stable Diffusion XL",
-        pipeline="StableDiffusionXL",
+        pipeline="StableDiffusionXLPipeline",
         text={
             "text_encoder": ("conditioner.embedders.0.", "clip"),
             "text_encoder_2": ("conditioner.embedders.1.model.", "open_clip"),
@@ -171,15 +174,43 @@ FAMILIES = {
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
         },
-        vae={"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+        vae=_VAE_XL,
         text_configs={"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_BIG_G},
         scheduler=_EULER,
+        options={"force_zeros_for_empty_prompt": True},
+    ),
+    "sdxl_refiner": Family(
+        title="Stable Diffusion XL's refiner",
+        pipeline="StableDiffusionXLImg2ImgPipeline",
+        text={"text_encoder_2": ("conditioner.embedders.0.model.", "open_clip")},
+        unet={
+            "sample_size": 128,
+            "cross_attention_dim": 1280,
+            "attention_head_dim": [6, 12, 24, 24],
+            "block_out_channels": [384, 768, 1536, 1536],
+            "down_block_types": [
+                "DownBlock2D",
+                "CrossAttnDownBlock2D",
+                "CrossAttnDownBlock2D",
+                "DownBlock2D",
+            ],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": 4,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2560,
+        },
+        vae=_VAE_XL,
+        text_configs={"text_encoder_2": _CLIP_BIG_G},
+        scheduler=_EULER,
+        options={"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
     ),
 }
 
 
 def detect_family(tensors: Collection[str]) -> str | None:
-    """Return "sd1", "sd2" or "sdxl" for a single file's tensors, by the names of its networks; None for any other."""
+    """Return the key in FAMILIES for a single file's tensors, by the names of its networks; None for any other."""
     if FIRST not in tensors:
         return None
     for family, layout in FAMILIES.items():
@@ -249,7 +280,10 @@ def family_configs(
 
 def pipeline_class(family: str, unet: Mapping[str, Any]) -> str:
     """Return the name of diffusers' pipeline class for a family and its U-Net."""
-    return FAMILIES[family].pipeline + ("InpaintPipeline" if unet.get("in_channels") == 9 else "Pipeline")
+    plain = FAMILIES[family].pipeline
+    if unet.get("in_channels") != 9:
+        return plain
+    return f"StableDiffusion{'XL' if 'XL' in plain else ''}InpaintPipeline"
 
 
 def family_of_configs(configs: Mapping[str, Mapping[str, Any]], where: object) -> str:
@@ -269,6 +303,8 @@ def family_of_configs(configs: Mapping[str, Mapping[str, Any]], where: object) -
         )
     if text == ["text_encoder", "text_encoder_2"]:
         return "sdxl"
+    if text == ["text_encoder_2"]:
+        return "sdxl_refiner"
     if text != ["text_encoder"]:
         raise UserError(f"{where}: no single-file layout has just {' and '.join(text)}")
     # SD 2.x is told by its text encoder: OpenCLIP's activation is the plain GELU, OpenAI's the quick one.

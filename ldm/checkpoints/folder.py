@@ -29,7 +29,7 @@ MODEL_INDEX = "model_index.json"
 OPEN_CLIP = "open_clip_config.json"
 # diffusers', transformers', its old pickles', open_clip's
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
-_NOT_READ = ("image_encoder", "feature_extractor")
+_NOT_READ = ("image_encoder", "feature_extractor", "controlnet")
 _NO_COMPONENT = [None, None]
 _LARGEST = 2**22  # bytes of a config
 _COMPONENT = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)  # a plain name, that leads out of no folder
@@ -142,8 +142,8 @@ def read_component(
 def read_folder(folder: str | Path, variant: str | None = None) -> Checkpoint:
     """Return the system in a diffusers folder: the networks' configs and tensors, the scheduler's config.
 
-    Tokenizers stay where they are. A safety checker and image encoders are not read. Components without weights in
-    the `variant` are read without it, and old configs are mended, both as diffusers does and with a note.
+    Tokenizers stay where they are. A safety checker, image encoders and ControlNets are not read. Components without
+    weights in the `variant` are read without it, and old configs are mended, both as diffusers does and with a note.
 
     Raises:
         UserError: the folder or a component that it promises is missing or can't be read, or nothing in it has weights
@@ -224,6 +224,8 @@ def _index_of(folder: Path, system: Checkpoint) -> dict[str, Any]:
         index |= {name: _NO_COMPONENT for name in ("feature_extractor", "image_encoder")}
         if not system.pipeline.startswith("StableDiffusionXL"):
             index |= {"safety_checker": _NO_COMPONENT, "requires_safety_checker": False}
+        elif "text_encoder" not in system.configs:  # SDXL's refiner
+            index |= {name: _NO_COMPONENT for name in ("text_encoder", "tokenizer")}
     for component, config in system.configs.items():
         if "_class_name" in config:
             index[component] = ["diffusers", config["_class_name"]]

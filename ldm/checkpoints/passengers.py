@@ -52,7 +52,6 @@ _OTHERS = {
     **_RELATIVES,
     "lora_": "a LoRA, which goes on top of a model,",
     ".lora": "a LoRA, which goes on top of a model,",
-    "conditioner.embedders.0.model.": "the Stable Diffusion XL refiner",
     "controlnet_cond_embedding.": "a ControlNet",
     "down_blocks.": "one network of a diffusers folder (give the folder with model_index.json instead)",
 }

@@ -1,5 +1,6 @@
 """What diffusers mends in folders of older versions, and of people, before it draws with them; each with a note."""
 
+import re
 from collections.abc import Mapping
 
 from packaging.version import InvalidVersion, Version
@@ -7,6 +8,8 @@ from packaging.version import InvalidVersion, Version
 from ldm.checkpoints.checkpoint import Checkpoint
 
 _CLIP_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+# Classes of a whole model with a ControlNet beside it: the model's own class is what is left of the name.
+_WITH_CONTROLNET = re.compile(r"(StableDiffusion(?:XL)?)ControlNet(?:Union)?((?:Img2Img|Inpaint)?Pipeline)")
 
 
 def repair(system: Checkpoint, named: Mapping[str, tuple[str, str]]) -> None:
@@ -19,6 +22,9 @@ def repair(system: Checkpoint, named: Mapping[str, tuple[str, str]]) -> None:
     for component, (library, class_name) in named.items():
         if component in system.configs:
             _take_class(system, component, library, class_name)
+    if beside := _WITH_CONTROLNET.fullmatch(system.pipeline):
+        system.pipeline = beside[1] + beside[2]
+        system.notes.append("not used: the folder's ControlNet, which is loaded by itself")
     if "XL" in system.pipeline or not system.pipeline.startswith("StableDiffusion"):
         return
     unet, scheduler = (system.configs.get(name, {}) for name in ("unet", "scheduler"))

@@ -1,4 +1,4 @@
-"""The single-file LDM layout: the U-Net, autoencoder and text encoders of SD 1.x, 2.x or XL in one file."""
+"""The single-file LDM layout: the U-Net, autoencoder and text encoders of SD 1.x, 2.x, XL or its refiner."""
 
 import json
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ def from_tensors(
     )
     if prediction_type:
         found.configs["scheduler"]["prediction_type"] = prediction_type
-    found.unused, notes = set_aside(tensors, family, found.configs["text_encoder"])
+    found.unused, notes = set_aside(tensors, family, found.configs[next(iter(FAMILIES[family].text))])
     found.notes += notes
     for component, rows in _rows(family, found.configs).items():
         prefix = _prefix(family, component)
@@ -98,7 +98,7 @@ def write_single_file(path: str | Path, system: Checkpoint) -> None:
 
     Args:
         path: where to.
-        system: a system of SD 1.x, 2.x or XL structure, of any size.
+        system: a system of SD 1.x, 2.x, XL or its refiner's structure, of any size.
 
     Raises:
         UserError: a network or a tensor that the layout has no place for; an unwritable place.
@@ -187,9 +187,8 @@ def _by_family(
             "say prediction_type (--prediction-type epsilon or v_prediction)"
         )
     configs = family_configs(family, tensors, path, prediction_type, said)
-    found = Checkpoint(pipeline_class(family, configs["unet"]), configs, {}, notes=said.notes)
-    if family == "sdxl":
-        found.options["force_zeros_for_empty_prompt"] = True  # as its published folder says
+    pipeline, options = pipeline_class(family, configs["unet"]), dict(FAMILIES[family].options)
+    found = Checkpoint(pipeline, configs, {}, options, notes=said.notes)
     if family == "sd2" and not prediction_type and "prediction_type" not in said.scheduler:
         guess = configs["scheduler"]["prediction_type"]
         found.notes.append(f"the file doesn't say what its U-Net predicts: {guess} is assumed")

@@ -77,6 +77,10 @@ class DenoisingNetwork(nn.Module):
         """
         raise NotImplementedError
 
+    def wants_scored(self, latent_channels: int) -> dict[str, int]:
+        """Return what it `wants` where it is told an aesthetic score in place of the target size; UserError if not."""
+        raise UserError(f"a {type(self).__name__} is told no aesthetic score, as model_index.json has it")
+
     def take_channels(self, in_channels: int) -> None:
         """Take more channels, such as inpainting's; the new ones begin without a say. UserError where it can't."""
         raise UserError(f"a {type(self).__name__} can't be given more input channels")

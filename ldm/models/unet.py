@@ -91,6 +91,8 @@ class UNet(DenoisingNetwork):
     pipelines = (
         "StableDiffusionPipeline",
         "StableDiffusionXLPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionXLInpaintPipeline",
     )
@@ -129,6 +131,12 @@ class UNet(DenoisingNetwork):
         """See `DenoisingNetwork`: the text, SDXL's pooled text and sizes, inpainting's mask and masked latents."""
         return self.config.wants(latent_channels)
 
+    def wants_scored(self, latent_channels: int) -> dict[str, int]:
+        """As DenoisingNetwork says."""
+        if not self.config.addition_embed_type:
+            return super().wants_scored(latent_channels)
+        return self.config.wants(latent_channels, sizes=5)
+
     def take_channels(self, in_channels: int) -> None:
         """See `DenoisingNetwork`."""
         old = self.conv_in
@@ -154,7 +162,7 @@ class UNet(DenoisingNetwork):
         """Return one prediction, (B, out_channels, h, w).
 
         sample: (B, C, h, w), unit variance. timestep: (B,), 0..999, may be fractional.
-        condition: hidden (B, L, cross_attention_dim); SDXL's pooled (B, P) and time_ids (B, 6); channels (B,
+        condition: hidden (B, L, cross_attention_dim); SDXL's pooled (B, P) and time_ids (B, 6 or 5); channels (B,
         in_channels - C, h, w), which are joined to the sample; images, for adapters. residuals: what is added to the
         feature maps.
         """
@@ -234,7 +242,7 @@ def embed_time(
         return time
     ids, pooled = condition.time_ids, condition.pooled
     if ids is None or pooled is None:
-        raise ValueError("this network, SDXL's, needs pooled (B, P) and time_ids (B, 6) in its condition")
+        raise ValueError("this network, SDXL's, needs pooled (B, P) and time_ids (B, n) in its condition")
     sizes = sinusoidal(ids.flatten(), c.addition_time_embed_dim or 0, c.flip_sin_to_cos, c.freq_shift)
     features = torch.cat([pooled, sizes.reshape(len(ids), -1).to(dtype)], dim=-1)
     return time + add_embedding(features)

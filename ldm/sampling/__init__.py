@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ldm.condition import Condition, concatenate
+from ldm.condition import AESTHETIC_SCORES, Condition, concatenate
 from ldm.conditioning.control import Control, Controls
 from ldm.conditioning.image_prompt import ImagePrompt, image_parts
 from ldm.conditioning.prompts.weighted import Prompt, as_prompts
@@ -99,6 +99,9 @@ def prepare(
     clip_skip: int = 0,
     size: tuple[int, int] | None = None,
     sizes: Sequence[int] | None = None,
+    negative_sizes: Sequence[int] | None = None,
+    aesthetic_score: float | None = None,
+    negative_aesthetic_score: float | None = None,
     channels: Tensor | None = None,
     images: Sequence[ImagePrompt] = (),
     latents: Tensor | None = None,
@@ -110,15 +113,18 @@ def prepare(
     steps as the whole plan has. In their place a Condition: their text of B rows; where guided 2B, the negatives first.
     negatives: B of them, or None for no negative prompt. size: (height, width) in pixels, multiples of the
     autoencoder's factor; None is the model's own. sizes: the six numbers that SDXL is told (see `Condition.time_ids`);
-    None tells it of a whole picture of `size`. channels: (B, c, h, w), for a network that takes more than latents.
-    images: pictures as prompts. latents: see `Request`. device: where the network computes; None is where its weights
-    are. Raises UserError.
+    None tells it of a whole picture of `size`. negative_sizes: those without the prompt; None is the same, but without
+    a crop for the refiner, as in diffusers. aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told with
+    and without the prompt, commonly 1 to 10; None is 6 and 2.5. channels: (B, c, h, w), for a network that takes more
+    than latents. images: pictures as prompts. latents: see `Request`. device: where the network computes; None is where
+    its weights are. Raises UserError.
     """
     guidance = guidance or Guidance()
     device = torch.device(device or system.network.device)
     height, width = size or (system.default_size, system.default_size)
     shown = image_parts(images, system.network, len(seeds), guidance.guides) if images else None
-    told = torch.tensor([sizes or (height, width, 0, 0, height, width)], dtype=torch.float32)
+    sizes = sizes or (height, width, 0, 0, height, width)
+    told = _told(system, sizes, negative_sizes, aesthetic_score, negative_aesthetic_score)
 
     def whole(text: Condition) -> Condition:
         more = channels
@@ -126,7 +132,9 @@ def prepare(
             more = nothing_seen(system, text.rows, (height, width), device)
         elif more is not None and guidance.guides:
             more = torch.cat([more, more])
-        condition = system.condition(text, told.expand(text.rows, -1), more)
+        halves = told if guidance.guides else told[1:]
+        rows = halves.repeat_interleave(text.rows // len(halves), dim=0)
+        condition = system.condition(text, rows[:, :6], more, rows[:, 6])
         if shown:
             condition = replace(condition, images=shown)
         return condition.to(device, system.network.dtype)
@@ -149,6 +157,30 @@ def prepare(
         changes=tuple(later),
         notes=tuple(notes),
     )
+
+
+def _told(
+    system: System,
+    sizes: Sequence[int],
+    negative_sizes: Sequence[int] | None,
+    score: float | None,
+    negative_score: float | None,
+) -> Tensor:
+    """What SDXL is told without the prompt and with it: (2, 7), six sizes and the aesthetic score. Raises UserError."""
+    for name, given in (("aesthetic_score", score), ("negative_aesthetic_score", negative_score)):
+        if given is not None and not system.requires_aesthetics_score:
+            raise UserError(f"{name} is for SDXL's refiner, and this model is told none: leave it out")
+        if given is not None and not math.isfinite(given):
+            raise UserError(f"{name} is {given}: give a number, commonly 1 to 10")
+    against = negative_sizes or sizes
+    if system.requires_aesthetics_score and negative_sizes is None:
+        against = (*sizes[:2], 0, 0, *sizes[4:])
+    usual, least = AESTHETIC_SCORES
+    halves = [
+        (*against, least if negative_score is None else negative_score),
+        (*sizes, usual if score is None else score),
+    ]
+    return torch.tensor(halves, dtype=torch.float32)
 
 
 def _texts(

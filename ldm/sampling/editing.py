@@ -59,6 +59,19 @@ def check_masked(system: System, masked: bool) -> None:
         raise UserError("this is an inpainting model: give a mask_image with the image, or another model")
 
 
+def go_on_from(request: Request, latents: Tensor) -> Request:
+    """Go on with latents (B, C, h, w) as a request whose plan ended early gave them, of the same or another model.
+
+    The request's plan begins where that one ended. Raises UserError.
+    """
+    if request.latents is not None:
+        raise UserError(
+            "latents are the first noise, and what goes on from others has none: leave latents out"
+        )
+    _check_latents(request, latents)
+    return replace(request, state=latents.to(request.noise.device))
+
+
 def begin_from(system: System, request: Request, pictures: Pictures) -> Request:
     """Begin a request from pictures: its plan begins on the way, or at full strength from noise alone.
 
@@ -68,6 +81,8 @@ def begin_from(system: System, request: Request, pictures: Pictures) -> Request:
     """
     takes_mask = "channels" in system.wants
     check_masked(system, pictures.mask is not None)
+    if pictures.encoded:
+        _check_latents(request, pictures.pixels)
     noise = request.noise
     whole = request.plan.span is None or request.plan.span.start == 0
     at_full_strength = whole and pictures.mask is not None  # then only what is outside of a mask counts
@@ -92,6 +107,15 @@ def begin_from(system: System, request: Request, pictures: Pictures) -> Request:
         return _shown(replace(request, latents=latents, x0=begin), torch.cat([small, seen], dim=1))
     assert x0 is not None
     return replace(request, latents=latents, x0=begin, known=Known(x0, small, latents))
+
+
+def _check_latents(request: Request, latents: Tensor) -> None:
+    """Raise UserError for latents of a picture that are not of the request's size, or that hold no real numbers."""
+    shape = (len(request.noise.generators), *request.noise.shape)
+    if latents.shape != shape:
+        raise UserError(f"the latents of a picture are {tuple(latents.shape)}, where {shape} are drawn")
+    if latents.is_complex() or not latents.isfinite().all():
+        raise UserError("the latents of a picture hold NaN, infinity or complex numbers: give real ones")
 
 
 def _shown(request: Request, channels: Tensor) -> Request:
