@@ -122,17 +122,12 @@ class UNetConfig:
         deepest = max(depth) if isinstance(depth, tuple) else depth
         return len(self.block_out_channels) * self.layers_per_block + self.layers_per_block * deepest
 
-<<<<<<< HEAD
-    def wants(self, latent_channels: int) -> dict[str, int]:
-        """Return the parts of a condition that a network of these settings wants, as DenoisingNetwork says."""
-=======
     def wants(self, latent_channels: int, sizes: int = 6) -> dict[str, int]:
-        """The parts of a condition that a network of these settings wants, as DenoisingNetwork says.
+        """Return the parts of a condition that a network of these settings wants, as DenoisingNetwork says.
 
         sizes: how many numbers it is told beside the text; the settings only say how wide they and the pooled text are
         together.
         """
->>>>>>> refiner14
         parts = {"hidden": self.cross_attention_dim, **extra_channels(self.in_channels, latent_channels)}
         if self.addition_embed_type:
             told = sizes * (self.addition_time_embed_dim or 0)
