@@ -113,7 +113,7 @@ def test_the_kind_chooses_the_class_and_returns() -> None:
         ),
         ({"data": {"kind": "made", "sed": 1}}, "unknown key 'model.data.sed', did you mean seed"),
         ({"train": {"kind": "part", "rank": "x"}}, "'model.train.rank' is 'x'"),
-        ({"train": {"kind": "halve"}}, "expected one of whole, part$"),
+        ({"train": {"kind": "sixth"}}, "is 'sixth', expected one of whole, part$"),
         ({"train": True}, r"'model.train' is True \(bool\), expected keys and values$"),
         ({"disk": {"path": "x"}}, "'model.disk' is called model.data, with kind: disk now"),
         ({"flip": True}, r"unknown key 'model.flip', did you mean model.data.flip\?"),
