@@ -208,7 +208,7 @@ def test_circles_are_found() -> None:
     assert circles(graph) == {"b", "c"} and circles({"a": {"b"}, "b": set()}) == set()
 
 
-WORDS = ("emoji", "sprite", "costume", "fluent", "noto ")
+WORDS = ("emoji", "sprite", "costume", "fluent", "noto ", "minilm")
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))

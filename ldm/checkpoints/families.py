@@ -19,7 +19,7 @@ FIRST = UNET + "input_blocks.0.0.weight"  # (C, in_channels, 3, 3)
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its text encoders in a single file, and what its networks look like.
+    """A family's configs, and the places of its text encoders in a single file.
 
     Attributes:
         title: as people know it.

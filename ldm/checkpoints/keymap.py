@@ -17,7 +17,7 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True)
 class Change:
-    """How a tensor's shape differs between the layouts; `ours` undoes `theirs`, bit for bit."""
+    """A change of a tensor's shape between the layouts; `ours` undoes `theirs`, bit for bit."""
 
     theirs: Callable[[list[Tensor]], Tensor]
     ours: Callable[[Tensor, int], list[Tensor]]  # the second argument: into how many tensors

@@ -50,7 +50,7 @@ _BUNDLED = "bundle_emb."
 
 @dataclass
 class LoRAFile:
-    """What is in a file or a folder.
+    """The content of a file or a folder.
 
     adapters: by component. files: what was read. notes: what was passed over, or assumed, for the user. bundled: the
     tensors of new words that came along, `bundle_emb.` and all (`ldm.conditioning.inversion.bundled_words`).

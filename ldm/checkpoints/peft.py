@@ -34,7 +34,7 @@ _FLAGS = {"use_rslora", "use_dora", "use_effective_conv2d"}  # what is done, or 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is said of one component's adapter.
+    """The settings that are said of one component's adapter.
 
     where: for errors. values: peft's settings, {} where nothing is said. complete: they are a whole config.
     """

@@ -42,7 +42,7 @@ _SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squ
 
 @dataclass
 class Stated:
-    """What a file says; what it leaves open is missing.
+    """The values that a file says; what it leaves open is missing.
 
     Attributes:
         scheduler: keys of diffusers' scheduler_config.json: "prediction_type", "rescale_betas_zero_snr" and the like.

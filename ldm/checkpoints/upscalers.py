@@ -45,7 +45,7 @@ _BLOCKS = {
 
 @dataclass(frozen=True)
 class UpscalerFile:
-    """What a file holds: the kind of network, "rrdb" or "compact", its settings, and its tensors under our names."""
+    """The content of a file: the network's kind, "rrdb" or "compact", its settings, and its tensors under our names."""
 
     kind: str
     config: dict[str, int]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """What B pictures are told by one adapter.
+    """One adapter's part of what B pictures are told.
 
     positive: of n pictures, which are attended to together, (R, n, P), or (R, n, L, C), as `ImageAdapter.features`
     gives them; R is 1 for all rows, or B. negative: the same without the pictures. scale: how much of them, one number,

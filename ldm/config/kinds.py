@@ -31,11 +31,16 @@ def kinds_of(hint: Any) -> dict[str, Any]:
     """Return the dataclasses that a section of this type may be, by their kinds; none where it has no kind."""
     found: dict[str, Any] = {}
     for member in members_of(hint):
-        if isinstance(member, type) and "kinds" in vars(member):
+        if is_open(member):
             found |= vars(member)["kinds"]
         elif kind := kind_of(member):
             found[kind] = member
     return found
+
+
+def is_open(hint: Any) -> bool:
+    """Return whether modules that are yet to be imported may bring more kinds of a section of this type."""
+    return any(isinstance(member, type) and "kinds" in vars(member) for member in members_of(hint))
 
 
 def members_of(hint: Any) -> tuple[Any, ...]:

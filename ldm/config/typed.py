@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from ldm.config.hints import unknown_key
-from ldm.config.kinds import KIND, UNIONS, field_hints, kind_of, kinds_of, members_of
+from ldm.config.kinds import KIND, UNIONS, field_hints, is_open, kind_of, kinds_of, members_of
 from ldm.config.yaml_files import load_mapping, read_yaml
 from ldm.errors import UserError, nearest, printable
 
@@ -141,6 +141,8 @@ def _tagged(kinds: Mapping[str, Any], mapping: Mapping[Any, Any], at: _Place, hi
         raise UserError(f"{at.where}'{at.path}' needs a kind: one of {known}")
     if not isinstance(kind, str) or kind not in kinds:
         close = nearest(str(kind), kinds)
+        if isinstance(kind, str) and is_open(hint) and not close:
+            close = " (is the module that brings it imported?)"
         raise UserError(f"{at.where}'{at.path}.{KIND}' is {kind!r:.60}, expected one of {known}{close}")
     return _dataclass(kinds[kind], mapping, at, hint)
 

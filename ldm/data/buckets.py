@@ -67,7 +67,7 @@ def assign(originals: Sequence[Size], buckets: Sequence[Size], least: int) -> li
 
 @dataclass(frozen=True)
 class Framing:
-    """How a picture was cut: SDXL's size conditions (Podell et al. 2023, sec. 2.2), in pixels.
+    """The cut of a picture: SDXL's size conditions (Podell et al. 2023, sec. 2.2), in pixels.
 
     original: (h, w) of the whole picture; crop: (top, left) of the cut in the picture that is already resized and,
     where `flipped`, mirrored, as diffusers' SDXL training records it; target: (h, w) of the cut.

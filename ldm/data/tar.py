@@ -15,7 +15,7 @@ _HOPS = 40  # links to links
 
 @dataclass
 class Members:
-    """What a tar file holds.
+    """The members of a tar file.
 
     places: (offset, size) of the content of every plain file, in the tar's order, by name; of links within the file,
     those of what they lead to. odd: reason by name of other members. twice: names that a later member took over.

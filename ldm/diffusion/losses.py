@@ -19,7 +19,7 @@ PAPER_WEIGHT = 0.001 / math.log(2)  # of the hybrid loss: lambda of Nichol & Dha
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How errors are weighed and what noise a network learns from.
+    """The weights of errors, and the noise that a network learns from.
 
     weighting: see `loss_weight`. gamma: min-SNR's bound. p2_gamma, p2_k: P2's exponent and offset.
     offset_noise: scale of a noise that is the same all over a channel, which teaches very dark and bright pictures.

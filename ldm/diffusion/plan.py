@@ -32,7 +32,7 @@ _ROUNDED = 1e-3  # of a timestep: more than float32 loses of one below 1000
 
 @dataclass(frozen=True)
 class Plan:
-    """How one picture is drawn; nothing in it changes while it is, so it may serve any number of runs.
+    """The way one picture is drawn; nothing in it changes meanwhile, so it may serve any number of runs.
 
     sigmas: n + 1 noise levels. initial_scale: what unit noise is multiplied by to stand at the first, as diffusers
     has it. unit_variance: the sample is the last state, scaled to unit variance, as of diffusers' classes of DDIM's

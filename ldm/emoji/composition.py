@@ -8,7 +8,7 @@ HOLDING = "holding"
 
 @dataclass(frozen=True)
 class Composition:
-    """What one picture shows. `things` are sprites' names (a costume's wearer is the face's sprite).
+    """The content of one picture. `things` are sprites' names (a costume's wearer is the face's sprite).
 
     `setting` is a plain background's colour or a scene's name; the `..._named` say what the caption tells. `colour` is
     of the first thing, `second_colour` of the second. `relation`: of the first to the second, one of RELATIONS or

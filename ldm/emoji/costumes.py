@@ -60,7 +60,7 @@ FACES: dict[str, Fit] = {
 
 @dataclass(frozen=True)
 class Hat:
-    """How a hat is worn: its width as a share of the head's, and the share of its height that reaches the seat."""
+    """The way a hat is worn: its width as a share of the head's, and the share of its height that reaches the seat."""
 
     width: float
     reach: float

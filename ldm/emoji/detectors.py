@@ -41,7 +41,10 @@ def views(pictures: Tensor, places: Sequence[Place]) -> Tensor:
 
 
 class Features:
-    """What detectors see of pictures (B, 3, H, W) in [-1, 1]: (B, 1280 + 192), the network's and the map of colours."""
+    """The features of pictures that detectors see: (B, 3, H, W) in [-1, 1] to (B, 1280 + 192).
+
+    The first are the network's, the others a map of colours.
+    """
 
     def __init__(self, network: EfficientNetLite0):
         # Three times as fast on CPUs.
@@ -100,7 +103,7 @@ def fit(features: Tensor, labels: Sequence[str]) -> Detector:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a detector said to a question: all classes, the nearest first; none where no detector knows the answer."""
+    """A detector's answer to a question: all classes, the nearest first; none where no detector knows the answer."""
 
     question: Question
     ranking: list[str]

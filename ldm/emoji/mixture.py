@@ -48,7 +48,7 @@ HELD = (
 
 @dataclass
 class MixtureConfig:
-    """What the pictures show. `things`: names, categories, "core" or "all". `weights`: kinds, need not sum to 1.
+    """The pictures of a mixture. `things`: names, categories, "core" or "all". `weights`: kinds, need not sum to 1.
 
     `jitter` is how much smaller than the frame a thing may be drawn and how far off the centre it may stand.
     `finished` is the share of pictures in a style that any picture can take on (FINISHES), `sized` that of single

@@ -21,7 +21,7 @@ _INERT: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish")}
 
 
 class FirstStageConfig(Protocol):
-    """What encoders and decoders are built by: the settings that those with KL and those with a codebook share."""
+    """The settings of encoders and decoders that first stages with KL and with a codebook share."""
 
     @property
     def in_channels(self) -> int: ...

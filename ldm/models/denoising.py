@@ -34,7 +34,7 @@ class DenoisingConfig(Protocol):
 
 @dataclass(frozen=True)
 class Residuals:
-    """What is added to the feature maps of a U-Net's B rows, as a ControlNet makes it (Zhang et al. 2023).
+    """The tensors that are added to the feature maps of a U-Net's B rows, as a ControlNet makes it (Zhang et al. 2023).
 
     down: one for each map of the way down, the first convolution's first, (B, C_i, h_i, w_i). mid: of the middle
     block, (B, C, h, w). Those that are pooled have one position, which goes to all.

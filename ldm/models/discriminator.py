@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """Whether each patch of a picture is real: (B, 3, H, W) in [-1, 1] to logits (B, 1, h, w).
+    """A network that judges whether each patch of a picture is real: (B, 3, H, W) in [-1, 1] to logits (B, 1, h, w).
 
     width: channels of the first layer. n_layers: halvings; a logit sees 16, 34, 70, 142 pixels a side for 1, 2, 3, 4
     (Isola et al. 2017, app. 6.1.2, whose 70x70 is the default).

@@ -27,7 +27,7 @@ _KEYS = count(1)
 
 @dataclass(frozen=True)
 class IPAdapterConfig:
-    """What an adapter's tensors show of it.
+    """The settings of an adapter, as its tensors show them.
 
     kind: "base" takes the encoder's one vector of a picture, (P,); "plus" and "full" the states before its last layer,
     (L, C), which "plus" resamples and "full" projects one by one. features: P or C. context_dim: of its tokens, and of

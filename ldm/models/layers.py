@@ -112,7 +112,7 @@ class Upsample(nn.Module):
 
 
 class TextAndImages(NamedTuple):
-    """What a cross-attention attends to where there are image prompts: see `Condition`."""
+    """The context that a cross-attention attends to where there are image prompts: see `Condition`."""
 
     text: Tensor
     images: Mapping[str, Tensor]

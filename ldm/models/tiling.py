@@ -80,7 +80,7 @@ class Stored:
 
 @dataclass
 class Local:
-    """What layers make of a map, each row of it from rows at most `reach` away.
+    """A map that layers make of another, each row of it from rows at most `reach` away.
 
     The layers fill up with zeros at the ends of what they are given. At the ends of the map that is what they do when
     all is computed at once; elsewhere it makes `reach` rows wrong, which are cut off.
@@ -174,7 +174,7 @@ class Reduced:
 
 @dataclass(frozen=True)
 class Strips:
-    """How maps are cut. size: numbers of a strip, of one picture."""
+    """The way maps are cut. size: numbers of a strip, of one picture."""
 
     size: int
 

@@ -22,7 +22,7 @@ _PIXELS = 2**19  # drawn at once: 32 pictures of 128 px, 2 of 512 px
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """What is drawn at every validation: a column a prompt, a row a seed."""
+    """The pictures that are drawn at every validation: a column a prompt, a row a seed."""
 
     prompts: tuple[str, ...] = ()
     seeds: int = 2

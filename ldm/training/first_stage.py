@@ -21,7 +21,7 @@ _LEAST_LOGVAR = -30.0  # where AutoencoderKL's log-variance is cut: a standard d
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a loss is made of.
+    """The parts that a loss is made of.
 
     decoded: (B, 3, H, W). latent: the posterior, or the codes.
     verdicts: the discriminator's; None where it was not asked.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long to train, and what is written when; every count is in pictures, and 0 is never.
+    """The length of training, and the times of what is written; every count is in pictures, and 0 is never.
 
     batch_size: of one optimizer step, all processes together. gradient_accumulation_steps: in how many parts each
         process takes its share of it, to save memory.

@@ -11,7 +11,10 @@ from ldm.training.distributed import BatchGenerator
 
 
 class Objective(Protocol):
-    """What is trained, on what, towards what. The parameters of `model` that require a gradient are trained."""
+    """An aim of training: what is trained, on what, towards what.
+
+    The parameters of `model` that require a gradient are trained.
+    """
 
     model: nn.Module
     watched: str  # the figure, positive, by whose rise a run that diverges is told: "loss", or a part of it

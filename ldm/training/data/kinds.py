@@ -11,7 +11,7 @@ from ldm.training.data.latents import LatentSource
 
 
 class Data:
-    """Where pictures come from. Whoever brings a kind derives a dataclass from this and imports it.
+    """The source of pictures. Whoever brings a kind derives a dataclass from this and imports it.
 
     `class Mine(Data, kind="mine")` is what a config means by `data: {kind: mine, ...}`, with Mine's fields. In all
     methods `where` is the section's path in the config, for errors.

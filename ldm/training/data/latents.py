@@ -41,7 +41,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """What diffusion learns from.
+    """A batch that diffusion learns from.
 
     latents: (B, C, h, w) float32, scaled to about unit variance, on the CPU or where they were computed.
     time_ids: (B, 6) float32, SDXL's size conditions: original height and width, crop top and left, target height and

@@ -38,7 +38,7 @@ from ldm.training.trainable.unet import TrainUNet
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained, from what, on what.
+    """The settings: what is trained, from what, on what.
 
     base: a model to start from (a folder, a single file, a hub id, or "bundled"), or a section: a U-Net from nothing.
         variant: of the base's files, such as fp16.
