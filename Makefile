@@ -5,7 +5,7 @@
 # make format                               format the code and mend what the linter can mend
 # make clean                                remove .venv, builds and caches
 #
-# Variables: PROMPT, SEED, OUT (the file), ARGS (more options of scripts/generate.py), PYTHON, JOBS.
+# Variables: PROMPT, SEED, OUT (the file), UPSCALE (4: the bundled model draws 128 pixels, shown at 512), ARGS (more options of scripts/generate.py), PYTHON, JOBS.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -13,6 +13,7 @@ SHELL := /bin/sh
 
 PROMPT ?= a raccoon astronaut
 SEED ?= 0
+UPSCALE ?= 4
 OUT ?= outputs/image.png
 JOBS ?= 2
 
@@ -25,17 +26,18 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 
 # A prompt goes to the program through the environment, unread by make and by the shell: quotes,
 # apostrophes, spaces and dollars survive. $(value ...) is the text before make expands it.
-unexport PROMPT SEED OUT
+unexport PROMPT SEED OUT UPSCALE
 export IMAGE_PROMPT := $(value PROMPT)
 export IMAGE_SEED := $(value SEED)
 export IMAGE_OUT := $(value OUT)
+export IMAGE_UPSCALE := $(value UPSCALE)
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 image: $(VENV)/.installed
 	@mkdir -p "$$(dirname "$$IMAGE_OUT")"
-	@$(BIN)/python scripts/generate.py --seed "$$IMAGE_SEED" --out "$$IMAGE_OUT" $(value ARGS) -- "$$IMAGE_PROMPT"
+	@$(BIN)/python scripts/generate.py --seed "$$IMAGE_SEED" --out "$$IMAGE_OUT" --upscale "$$IMAGE_UPSCALE" $(value ARGS) -- "$$IMAGE_PROMPT"
 	@echo "The picture is in $$IMAGE_OUT"
 
 # One thread a worker: JOBS workers with torch's own thread pools would fight for the cores.
