@@ -56,7 +56,7 @@ class ControlNets:
 
     def _load(self, path: str | Path, name: str | None = None, variant: str | None = None) -> str:
         name = self.loaded.new_name(path, name)
-        network = load_controlnet(path, self.system.network.dtype, variant)
+        network = load_controlnet(path, self.system.network.dtype, variant, self.system.network)
         config = self.system.autoencoder.config
         check_fit(self.system.network, network, config.latent_channels, config.factor, f"{path}")
         self.loaded.add(name, _Loaded(whole_path(path), _hash(Path(path)), network.to(self.device)))

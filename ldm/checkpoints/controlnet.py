@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.checkpoints.control_lora import MARK, Encoder, expanded
 from ldm.checkpoints.files import a_few, read_metadata, read_tensors, write_tensors
 from ldm.checkpoints.folder import MODEL_INDEX, read_component, read_json, whole_folder, write_component
 from ldm.checkpoints.keymap import KeyMap
@@ -27,7 +28,6 @@ LAYOUT = "the single-file layout of ControlNets"
 _CLASS = "ControlNetModel"
 # What the names of other files that steer a network give away, most telling first.
 _OTHERS = {
-    "lora_controlnet": "a Control-LoRA: a small change of the model's own encoder",
     "difference": "a ControlNet's difference from a model: add that model's encoder to it first",
     "task_embedding": "a ControlNet-Union: many kinds of control in one network",
     "control_add_embedding.": "a ControlNet-Union: many kinds of control in one network",
@@ -41,13 +41,16 @@ _SIZE_FEATURES = 256  # of each of SDXL's six sizes
 _HEAD = 64  # channels a head, in all families but SD 1.x
 
 
-def read_controlnet(path: str | Path, variant: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_controlnet(
+    path: str | Path, variant: str | None = None, encoder: Encoder | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a ControlNet's config, as diffusers' config.json has it, and its tensors by diffusers' names.
 
     Args:
         path: a folder of diffusers', also the pipeline's that it is a part of; or a single file, safetensors or a
             pickle, in diffusers' names or LDM's. Of a file with a whole model inside, the ControlNet is taken.
         variant: of a folder's files, "fp16" and the like.
+        encoder: of the U-Net that it is for, which a Control-LoRA is a change of.
 
     Raises:
         UserError: unreadable, not a ControlNet (says what it is), or names that are none of it.
@@ -55,7 +58,7 @@ def read_controlnet(path: str | Path, variant: str | None = None) -> tuple[dict[
     path = Path(path)
     with readable(path):
         is_folder = path.is_dir()
-    return _read_folder(path, variant) if is_folder else _read_file(path)
+    return _read_folder(path, variant) if is_folder else _read_file(path, encoder)
 
 
 def write_controlnet_folder(
@@ -88,8 +91,14 @@ def _read_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], dic
     return read_component(folder, "", variant)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_file(path: Path, encoder: Encoder | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, _ = unwrapped(read_tensors(path))
+    if MARK in tensors:
+        if encoder is None:
+            raise UserError(
+                f"{path} is a Control-LoRA, a change of a model's encoder: load it into a pipeline"
+            )
+        return expanded(tensors, encoder, path)
     refuse_others(tensors, path)
     inside = {name.removeprefix(PREFIX): each for name, each in tensors.items() if name.startswith(PREFIX)}
     tensors = inside or tensors

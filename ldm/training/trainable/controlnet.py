@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.checkpoints.controlnet import write_controlnet_folder
 from ldm.condition import Condition
 from ldm.conditioning.control import Control
-from ldm.conditioning.controlnets import load_controlnet
+from ldm.conditioning.controlnets import load_controlnet, save_control_lora
 from ldm.errors import UserError
 from ldm.models.controlnet import ControlNet, check_fit
 from ldm.models.unet import UNet
@@ -22,6 +22,7 @@ from ldm.training.data.latents import LatentBatch
 from ldm.training.trainable.base import Trainable
 from ldm.training.trainable.model import TrainableModel, thaw
 
+CONTROL_LORA = "control-lora.safetensors"
 _WIDTHS = (16, 32, 96, 256)  # of what a control picture goes through; the last one again for deeper latents
 
 
@@ -54,6 +55,7 @@ class TrainControlNet(Trainable):
 
     base: a ControlNet to go on with; None begins with a copy of the U-Net's encoder. edges: what finds the edges that
     it is shown; None shows it the data's own control pictures (data.conditioning_column). thresholds: of the edges'.
+    rank: export a Control-LoRA, one small file with what has changed of the U-Net's encoder, up to this rank.
     """
 
     kind: ClassVar[str] = "controlnet"
@@ -62,8 +64,11 @@ class TrainControlNet(Trainable):
     base: str | None = None
     edges: Literal["canny"] | None = None
     thresholds: tuple[float, float] = (100.0, 200.0)
+    rank: int | None = None
 
     def check(self, from_nothing: bool, inpainting: bool) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"train.rank is {self.rank}: give 1 or more, or leave it out")
         if from_nothing:
             raise UserError("a ControlNet goes with a base that is there, not with a U-Net from nothing")
         if inpainting:
@@ -103,7 +108,7 @@ class TrainControlNet(Trainable):
             widths = (*_WIDTHS, *_WIDTHS[-1:] * halvings)[: halvings + 1]
             controlnet = ControlNet.from_unet(network, conditioning_embedding_out_channels=widths)
         else:
-            controlnet = load_controlnet(self.base)
+            controlnet = load_controlnet(self.base, unet=network)
             check_fit(network, controlnet, config.latent_channels, config.factor, "text_to_image.train.base")
         thaw(controlnet)
         return ControlledModel(system, controlnet)
@@ -111,6 +116,9 @@ class TrainControlNet(Trainable):
     def export(
         self, model: TrainableModel, system: System, folder: Path, metadata: Mapping[str, str]
     ) -> None:
-        assert isinstance(model, ControlledModel)
+        assert isinstance(model, ControlledModel) and isinstance(system.network, UNet)
+        if self.rank is not None:
+            save_control_lora(model.controlnet, system.network, folder / CONTROL_LORA, self.rank)
+            return
         tensors = {name: each.half() for name, each in model.controlnet.state_dict().items()}
         write_controlnet_folder(folder, model.controlnet.config.to_diffusers(), tensors)
