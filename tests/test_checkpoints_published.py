@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_checkpoints import modules, published, state
 
+from ldm.checkpoints.families import FIRST
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.single_file import _rows, from_tensors
 from ldm.errors import UserError
@@ -215,3 +216,22 @@ def test_parts_of_a_model_are_told_by_what_they_hold() -> None:
     bare = {name.removeprefix("model.diffusion_model."): each for name, each in whole.items()}
     with pytest.raises(UserError, match="a U-Net without an autoencoder and a text encoder"):
         from_tensors({name: each for name, each in bare.items() if name.startswith("input_blocks.")}, {}, "x")
+
+
+def test_the_refiner_of_sdxl_says_what_its_folder_says() -> None:
+    """As published: the second text encoder alone, in the first one's place, with CLIP's scale beside it."""
+    place = "conditioner.embedders.0.model."
+    single = named("sdxl_refiner") | {place + "logit_scale": torch.zeros(())}
+    assert place + "text_projection" in single
+    header = {"modelspec.architecture": "stable-diffusion-xl-v1-refiner"}
+    found = from_tensors(single, header, "x")
+    assert found.pipeline == "StableDiffusionXLImg2ImgPipeline"
+    assert found.options == {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
+    assert found.notes == ["not used: CLIP's scale for comparing with images (1 tensors)"]
+    assert sorted(found.tensors) == ["text_encoder_2", "unet", "vae"]
+    wide = single | {FIRST: torch.empty(384, 9, 3, 3, device="meta")}
+    assert from_tensors(wide, {}, "x").pipeline == "StableDiffusionXLInpaintPipeline"
+    with pytest.raises(
+        UserError, match="names as in Stable Diffusion XL's refiner, but its U-Net is 320 channels"
+    ):
+        from_tensors(single | {FIRST: torch.empty(320, 4, 3, 3, device="meta")}, {}, "x")
