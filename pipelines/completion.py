@@ -9,8 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from ldm import __version__
+from ldm.condition import AESTHETIC_SCORES
 from ldm.diffusion.plan import Plan, plan
 from ldm.errors import UserError
+from ldm.sampling import check_scores
 from ldm.sampling.editing import check_masked, first_step
 from ldm.system import System
 from pipelines.canvas import Canvas, canvas_of, fitting
@@ -165,6 +167,8 @@ def _filled(
         defaults["num_inference_steps"] if recipe.num_inference_steps is None else recipe.num_inference_steps
     )
     larger: dict[str, Any] = {}
+    scores = ("aesthetic_score", "negative_aesthetic_score") if system.requires_aesthetics_score else ()
+    told = dict(zip(scores, AESTHETIC_SCORES, strict=False))
     if (
         recipe.hires_scale is not None
     ):  # as in AUTOMATIC1111; what is only stretched has to be drawn anew for more
@@ -184,7 +188,7 @@ def _filled(
             for name in ("num_inference_steps", "guidance_scale")
         },
         **{name: getattr(recipe, name) or value for name, value in sizes.items()},
-        **{name: value for name, value in larger.items() if getattr(recipe, name) is None},
+        **{name: value for name, value in (larger | told).items() if getattr(recipe, name) is None},
         **stated,
         version=__version__,
     )
@@ -219,6 +223,9 @@ def _check_given(system: System, recipe: Recipe, given: Given) -> None:
         raise UserError(
             "denoising_start goes on with latents: give those of a call with denoising_end as image"
         )
+    check_scores(system, recipe.aesthetic_score, recipe.negative_aesthetic_score)
+    if latents_of(given.image) is not None and recipe.resize_mode != "resize":
+        raise UserError("resize_mode brings pictures to size, and image is latents: leave it out")
     if recipe.image is not None and recipe.denoising_start is None:
         check_masked(system, recipe.masked)
     if latents_of(given.image) is not None and recipe.masked:

@@ -55,6 +55,8 @@ def use_of(original: Original, name: str) -> tuple[PictureUse, np.ndarray | Tens
     if isinstance(original, str | Path):
         content = _content(original, name)
         return PictureUse(whole_path(original), _hash(content)), _decoded(content, original, name)
+    if isinstance(original, Tensor) and (original.is_meta or original.layout != torch.strided):
+        raise UserError(f"{name} is a tensor of the device meta, or sparse: give one that holds its numbers")
     if isinstance(original, Tensor) and original.ndim == 3 and len(original) not in (1, 3):
         return PictureUse(None, _hash(original.detach().cpu().float().numpy().tobytes())), original
     array = mask_of(original, name) if _is_mask(name) else pixels_of(original, name)

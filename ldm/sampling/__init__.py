@@ -167,11 +167,7 @@ def _told(
     negative_score: float | None,
 ) -> Tensor:
     """What SDXL is told without the prompt and with it: (2, 7), six sizes and the aesthetic score. Raises UserError."""
-    for name, given in (("aesthetic_score", score), ("negative_aesthetic_score", negative_score)):
-        if given is not None and not system.requires_aesthetics_score:
-            raise UserError(f"{name} is for SDXL's refiner, and this model is told none: leave it out")
-        if given is not None and not math.isfinite(given):
-            raise UserError(f"{name} is {given}: give a number, commonly 1 to 10")
+    check_scores(system, score, negative_score)
     against = negative_sizes or sizes
     if system.requires_aesthetics_score and negative_sizes is None:
         against = (*sizes[:2], 0, 0, *sizes[4:])
@@ -181,6 +177,15 @@ def _told(
         (*sizes, usual if score is None else score),
     ]
     return torch.tensor(halves, dtype=torch.float32)
+
+
+def check_scores(system: System, score: float | None, negative_score: float | None) -> None:
+    """Raise UserError for aesthetic scores that are told to a model that knows none, or that are no numbers."""
+    for name, given in (("aesthetic_score", score), ("negative_aesthetic_score", negative_score)):
+        if given is not None and not system.requires_aesthetics_score:
+            raise UserError(f"{name} is for SDXL's refiner, and this model is told none: leave it out")
+        if given is not None and not math.isfinite(given):
+            raise UserError(f"{name} is {given}: give a number, commonly 1 to 10")
 
 
 def _texts(
