@@ -281,12 +281,16 @@ class Adapters:
 
     # What is told of them
 
-    def recipe(self, weights: Mapping[str, float]) -> dict[str, Any]:
-        """Return Recipe's `loras` and `embeddings`: what takes part in a picture that is drawn with these weights."""
+    def recipe(self, weights: Mapping[str, float], named: Sequence[Lora] = ()) -> dict[str, Any]:
+        """Return Recipe's `loras` and `embeddings`: what takes part in a picture that is drawn with these weights.
+
+        named: what its prompt asks for, which takes part with any weight: without it the prompt can't be read.
+        """
+        asked = {each.name for each in named}
         loras = tuple(
             LoRAUse(each.path, weights[name], each.hash, name)
             for name, each in self._loras.items()
-            if weights[name] or each.words
+            if weights[name] or each.words or name in asked
         )
         return {"loras": loras, "embeddings": tuple(self._embeddings)}
 

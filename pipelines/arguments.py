@@ -3,6 +3,7 @@
 numpy, torch, pandas, polars and pyarrow are known by what their objects can do, so that none of them has to be there.
 """
 
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -52,9 +53,16 @@ def numbers(value: Any, count: int, name: str, kind: str) -> list[float]:
     if len(several) != count:
         raise UserError(f"{name} has {len(several)} numbers for {count} {kind}s: give one, or one each")
     for each in several:
-        if isinstance(each, bool) or not isinstance(each, int | float):
+        if isinstance(each, bool) or not isinstance(each, int | float) or not _finite(each):
             raise UserError(f"{name} is {_shown(each)}: give a number, or one for each {kind}")
     return [float(each) for each in several]
+
+
+def _finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float is as large as
+        return False
 
 
 def is_single(value: Any) -> bool:

@@ -47,8 +47,10 @@ def asked(call: Mapping[str, Any], loaded: Loaded) -> tuple[list[Recipe], list[G
         if not isinstance(settings[name], str | Path):
             given_as = _shown(settings[name])
             raise UserError(f'{name} is {given_as}: give a file of an upscaling network, or "bundled"')
-        use = upscaler_use(settings[name])
+        use = upscaler_use(settings[name], name)
         settings[name] = None if use is None else asdict(use)
+    if call["hires_upscaler"] is not None and call["hires_scale"] is None:  # "latent" is none in a recipe
+        raise UserError("hires_upscaler goes with hires_scale: give it too")
     recipes = recipes_for(prompt, call["negative_prompt"], call["seed"], images_per_prompt, settings)
     count, each_prompt = len(recipes), int(images_per_prompt)
     uses, images = originals_for(call["image"], count, each_prompt, "image")

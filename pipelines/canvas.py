@@ -34,6 +34,12 @@ class Canvas:
     mask: np.ndarray | None = None
     share: np.ndarray | None = None
 
+    def beside(self, picture: np.ndarray, resize_mode: ResizeMode) -> np.ndarray:
+        """Bring another picture of the whole (H, W, 3) to the part (h, w, 3) that is drawn, as control pictures are."""
+        left, top, right, bottom = self.region
+        whole = resized(picture, self.picture.shape[:2], resize_mode)
+        return resized(whole[top:bottom, left:right], self.begin.shape[:2], "resize")
+
     def finish(self, drawn: Tensor) -> Tensor:
         """Put a drawing (3, h, w) in [0, 1] on the picture: (3, H, W), to the bit as it was where `share` is 0."""
         if self.share is None:
@@ -109,7 +115,7 @@ def fitting(height: int, width: int, factor: int) -> tuple[int, int]:
     return max(height // factor, 1) * factor, max(width // factor, 1) * factor
 
 
-def resized(picture: np.ndarray, size: tuple[int, int], mode: ResizeMode) -> np.ndarray:
+def resized(picture: np.ndarray, size: tuple[int, ...], mode: ResizeMode) -> np.ndarray:
     """Bring a picture (H, W, 3), or a mask (H, W), in [0, 1] to (height, width) by PIL's Lanczos, in 8 bits."""
     from PIL import Image, ImageOps
 

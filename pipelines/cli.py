@@ -104,7 +104,8 @@ def _from_image(arguments: argparse.Namespace, mine: Mapping[str, Any]) -> "Reci
     # By the user: not the picture's any more.
     nothing: dict[str, Any] = {"image": None, "mask_image": None, "upscaler": None, "hires_upscaler": None}
     nothing |= dict.fromkeys(("loras", "embeddings", "controls", "image_prompts"), ())
-    left = replace(left, **{name: none for name, none in nothing.items() if mine.get(name)})
+    stated = [name for name, value in mine.items() if name in nothing and value != ()]  # None is a choice too
+    left = replace(left, **{name: nothing[name] for name in stated})
     if again.foreign:  # its LoRAs are of the folders that the user gave
         left = replace(left, loras=())
     loaded = trust.check(left, path, arguments.trust or ())

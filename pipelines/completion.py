@@ -35,6 +35,7 @@ _OF_A_CANVAS = (
     "outpaint_feathering",
 )  # of Recipe
 _MOST_TOKENS = 8192  # of a prompt: the U-Net attends to each of them in every step
+_MOST_IN_ALL = 8 * _MOST_TOKENS  # of all texts that a prompt changes between: all are held
 
 
 def completed(
@@ -67,6 +68,9 @@ def completed(
     )
     drawing = Drawing(complete, how, read_prompts(complete), given, second=second)
     canvas = canvas_for(complete, given, original) if isinstance(original, np.ndarray) else None
+    if complete.upscale is not None:
+        size = _drawn_size(system, complete, canvas)
+        loaded.upscalers.get(complete.upscaler).check(size, complete.upscale)
     drawing = replace(drawing, batch=_text_of(system, drawing), canvas=canvas)
     return with_loaded(drawing, loaded)
 
@@ -76,10 +80,10 @@ def with_loaded(drawing: Drawing, loaded: Loaded) -> Drawing:
 
     Called for each drawing, in the turn that draws it, too: others may have been loaded since.
     """
-    adapters, prompt = loaded.adapters, drawing.prompts.prompt
-    adapters.check_words(prompt.embeddings)
-    weights = adapters.asked(prompt.loras)
-    recipe = replace(drawing.recipe, **adapters.recipe(weights))
+    adapters, prompts = loaded.adapters, drawing.prompts
+    adapters.check_words(prompts.embeddings)
+    weights = adapters.asked(prompts.prompt.loras)
+    recipe = replace(drawing.recipe, **adapters.recipe(weights, prompts.prompt.loras))
     return replace(drawing, recipe=recipe, lora_weights=weights)
 
 
@@ -98,10 +102,20 @@ def _check_loaded(system: System, recipe: Recipe, given: Given, loaded: Loaded) 
                 "along a side are the most"
             )
         if recipe.hires_upscaler is not None:
+            upscaler = loaded.upscalers.get(recipe.hires_upscaler)
+            upscaler.check((recipe.height, recipe.width), upscaler.scale)
             recipe = replace(recipe, hires_upscaler=loaded.upscalers.stated(recipe.hires_upscaler))
     if recipe.upscale is not None:
         recipe = replace(recipe, upscaler=loaded.upscalers.stated(recipe.upscaler))
     return recipe
+
+
+def _drawn_size(system: System, recipe: Recipe, canvas: Canvas | None) -> Sequence[int]:
+    """(height, width) of the picture that comes of it, before it is enlarged."""
+    assert recipe.height and recipe.width
+    if recipe.hires_scale is not None:
+        return second_size(recipe, system.autoencoder.config.factor)
+    return (recipe.height, recipe.width) if canvas is None else canvas.picture.shape[:2]
 
 
 def _original(recipe: Recipe, given: Given) -> np.ndarray | Tensor | None:
@@ -278,6 +292,11 @@ def _text_of(system: System, drawing: Drawing) -> tuple[object, ...]:
         raise UserError(
             f"the prompt {recipe.prompt[:24].strip()!r}... takes {tokens:,} tokens, where {_MOST_TOKENS:,} are the "
             "most: shorten it"
+        )
+    if tokens * len(own) > _MOST_IN_ALL:
+        raise UserError(
+            f"the prompt {recipe.prompt[:24].strip()!r}... changes between {len(own):,} texts of {tokens:,} tokens, "
+            f"where {_MOST_IN_ALL:,} tokens in all are the most: shorten it, or let it change less often"
         )
     if recipe.clip_skip:
         text.encode([""], clip_skip=recipe.clip_skip)  # it alone knows how many layers there are

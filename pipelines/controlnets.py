@@ -17,7 +17,6 @@ from ldm.models.controlnet import ControlNet, check_fit
 from ldm.preprocess import PREPROCESSORS
 from ldm.system import System
 from pipelines import arguments
-from pipelines.canvas import resized
 from pipelines.files import whole_path
 from pipelines.originals import Originals, originals_for
 from pipelines.registry import Registry
@@ -163,17 +162,16 @@ class ControlNets:
         self,
         uses: Sequence[Sequence[ControlUse]],
         shown: Sequence[Shown],
-        size: tuple[int, int],
         guess_mode: bool,
     ) -> list[Control]:
         """Return the Controls of a batch of images that have the same ControlNets at the same steps.
 
-        uses, shown: of each image, as `asked` gives them. size: (height, width) in pixels.
+        uses: of each image, as `asked` gives them. shown: pictures of the size that is drawn.
         """
         controls: list[Control] = []
         for place, first in enumerate(uses[0]):
             pictures = [
-                _control_picture(row[place], use[place].preprocessor, size)
+                _control_picture(row[place], use[place].preprocessor)
                 for row, use in zip(shown, uses, strict=True)
             ]
             scale = torch.tensor([use[place].scale for use in uses])
@@ -183,13 +181,12 @@ class ControlNets:
         return controls
 
 
-def _control_picture(picture: np.ndarray, preprocessor: str | None, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) in [0, 1] of (height, width) `size`: edges and the like are found in the picture of that size."""
-    fitted = resized(picture, size, "resize")
+def _control_picture(picture: np.ndarray, preprocessor: str | None) -> Tensor:
+    """(3, H, W) in [0, 1]: edges and the like are found in the picture of the size that is drawn."""
     if preprocessor is not None:
-        found = PREPROCESSORS[preprocessor]((fitted * 255).round().astype(np.uint8))
-        fitted = found.astype(np.float32) / 255
-    return torch.from_numpy(np.ascontiguousarray(fitted)).permute(2, 0, 1)
+        found = PREPROCESSORS[preprocessor]((picture * 255).round().astype(np.uint8))
+        picture = found.astype(np.float32) / 255
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
 
 
 def _hash(path: Path) -> str | None:

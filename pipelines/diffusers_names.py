@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ldm.checkpoints.paths import readable
 from ldm.errors import UserError
 from pipelines.adapters import Adapters
 from pipelines.controlnets import ControlNets
@@ -80,10 +81,16 @@ class DiffusersNames:
         """As diffusers': load an IP-Adapter over the network (see `ImageAdapters.load`); returns its name.
 
         path: a file, or a folder in which `subfolder` and weight_name lead to one. image_encoder_folder: None is the
-        folder image_encoder beside the file. Raises UserError.
+        folder image_encoder beside the file; as in diffusers a mere name is of a folder in `subfolder`, and a path
+        begins at `path`, if there is one. Raises UserError.
         """
         file = Path(path, *(each for each in (subfolder, weight_name) if each))
-        return self.image_adapters.load(file, image_encoder_folder)
+        encoder = image_encoder_folder
+        if encoder is not None:
+            within = Path(path, subfolder or "") if len(Path(encoder).parts) == 1 else Path(path)
+            with readable(encoder):
+                encoder = within / encoder if (within / encoder).is_dir() else encoder
+        return self.image_adapters.load(file, encoder)
 
     def set_ip_adapter_scale(self, scale: float | Sequence[float] | Mapping[str, float]) -> None:
         """As diffusers': how much calls take of pictures that are prompts, unless they say it. Raises UserError."""

@@ -1,5 +1,6 @@
 """Larger pictures: a second pass over the whole at more pixels (AUTOMATIC1111's hires fix), and upscaling networks."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,35 +17,59 @@ from pipelines.drawing import Drawing
 from pipelines.files import whole_path
 from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe
+from pipelines.registry import changed
 from pipelines.upscaler import BUNDLED, Upscaler, upscaler_file
 from pipelines.uses import PictureUse, UpscalerUse
 
 
 class Upscalers:
-    """The upscaling networks of one pipeline, each loaded when it is first used."""
+    """The upscaling networks of one pipeline, each loaded when it is first used, with the hash of its file."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._loaded: dict[str, Upscaler] = {}
+        self._loaded: dict[str, tuple[Upscaler, str]] = {}
 
     def to(self, device: torch.device) -> None:
         """Follow the system to a device."""
         self._device = device
-        for each in self._loaded.values():
-            each.network.to(device)
+        for upscaler, _ in self._loaded.values():
+            upscaler.network.to(device)
 
     def get(self, use: UpscalerUse | None) -> Upscaler:
         """Return the network; None is the one that ships with the package. Raises UserError."""
-        path = BUNDLED if use is None else use.path
-        if path not in self._loaded:
-            self._loaded[path] = Upscaler.from_pretrained(path, device=self._device)
-        return self._loaded[path]
+        return self._known(_path(use))[0]
 
     def stated(self, use: UpscalerUse | None) -> UpscalerUse:
         """Return what a recipe says of the network, which is loaded, so that it fails now or never."""
-        self.get(use)
-        path = BUNDLED if use is None or use.path == BUNDLED else whole_path(use.path)
-        return UpscalerUse(path, file_hash(upscaler_file(path)))
+        path = _path(use)
+        return UpscalerUse(path, self._known(path)[1])
+
+    def changed(self, uses: Iterable[UpscalerUse]) -> list[str]:
+        """Load networks that recipes name; returns notes on what has changed since. Raises UserError."""
+        return changed((use, self.stated(use)) for use in uses)
+
+    def _known(self, path: str) -> tuple[Upscaler, str]:
+        if path not in self._loaded:
+            hashed = file_hash(upscaler_file(path))
+            self._loaded[path] = Upscaler.from_pretrained(path, device=self._device), hashed
+        return self._loaded[path]
+
+
+def _path(use: UpscalerUse | None) -> str:
+    return BUNDLED if use is None or use.path == BUNDLED else whole_path(use.path)
+
+
+def stack_latents(latents: Sequence[Tensor]) -> Tensor:
+    """(B, C, h, w) of latents (C, h, w); those of pictures that ended in the first pass come to the others' size."""
+    shape = max(each.shape[1:] for each in latents)
+    return torch.stack([_stretched(each, shape) for each in latents])
+
+
+def _stretched(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Latents (C, h, w) of another (height, width) `shape`."""
+    if latents.shape[1:] == shape:
+        return latents
+    return F.interpolate(latents[None].float(), shape, mode="bilinear")[0]
 
 
 def second_size(recipe: Recipe, factor: int) -> tuple[int, int]:
@@ -78,8 +103,7 @@ def second(system: System, drawing: Drawing, latents: Tensor, upscalers: Upscale
     factor = system.autoencoder.config.factor
     height, width = size = second_size(recipe, factor)
     if recipe.hires_upscaler is None:
-        shape = (height // factor, width // factor)
-        begin = F.interpolate(latents[None].float(), shape, mode="bilinear")[0]
+        begin = _stretched(latents.float(), (height // factor, width // factor))
     else:
         drawn = decode(system.autoencoder, latents[None]).float().clamp(0, 1)
         pixels = upscalers.get(recipe.hires_upscaler)(drawn)
@@ -101,6 +125,8 @@ def second(system: System, drawing: Drawing, latents: Tensor, upscalers: Upscale
         **sizes,
     )
     given = replace(drawing.given, image=begin, latents=None)
+    if given.seed is not None:  # a generator has drawn on, and the recipe, which tells its seed, begins again
+        given = replace(given, generator=None)
     return replace(
         drawing,
         recipe=larger,

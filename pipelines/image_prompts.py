@@ -17,7 +17,7 @@ from pipelines.files import whole_path
 from pipelines.originals import use_of
 from pipelines.registry import Registry
 from pipelines.turns import Turns
-from pipelines.uses import ImagePromptUse, PictureUse
+from pipelines.uses import ImagePromptUse, PictureUse, encoder_folder
 
 # Pictures (H, W, 3) in [0, 1] as they were given, of each IP-Adapter that an image is told by.
 Shown = tuple[tuple[np.ndarray, ...], ...]
@@ -51,8 +51,8 @@ class ImageAdapters:
     def _load(self, path: str | Path, image_encoder: str | Path | None, name: str | None = None) -> str:
         name = self.loaded.new_name(path, name)
         encoder = None if image_encoder is None else whole_path(image_encoder)
-        wanted = _encoder_of(whole_path(path), encoder)
-        same = [each for each in self.loaded if _encoder_of(each.path, each.encoder) == wanted]
+        wanted = encoder_folder(whole_path(path), encoder)
+        same = [each for each in self.loaded if encoder_folder(each.path, each.encoder) == wanted]
         shared = same[0].adapter.encoder if same else None  # encoders are large
         adapter = load_ip_adapter(self.system.network, path, shared or image_encoder)
         adapter.network.to(self.device)
@@ -75,7 +75,10 @@ class ImageAdapters:
     def set_scale(self, scale: float | Sequence[float] | Mapping[str, float]) -> None:
         """Set how much calls take of pictures by default: one for all adapters, one each, or by their names."""
         if isinstance(scale, Mapping):
-            wanted = {str(name): float(each) for name, each in scale.items()}
+            wanted = {
+                str(name): arguments.numbers(each, 1, "the scale", "IP-Adapter")[0]
+                for name, each in scale.items()
+            }
         else:
             names = self.loaded.names
             each = arguments.numbers(scale, len(names), "the scale", "IP-Adapter")
@@ -179,8 +182,3 @@ def _picture(given: Any) -> tuple[PictureUse, np.ndarray]:
     if not isinstance(picture, np.ndarray):
         raise UserError("ip_adapter_image is latents: give a picture, of three channels")
     return use, picture
-
-
-def _encoder_of(path: str, encoder: str | None) -> str:
-    """The folder of the image encoder of an adapter's file."""
-    return str(Path(path).parent / "image_encoder") if encoder is None else encoder

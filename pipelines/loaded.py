@@ -13,7 +13,7 @@ from pipelines.adapters import Adapters
 from pipelines.controlnets import ControlNets
 from pipelines.enlarging import Upscalers
 from pipelines.image_prompts import ImageAdapters
-from pipelines.named_files import lora_named
+from pipelines.named_files import loras_in
 from pipelines.recipe import Recipe
 from pipelines.turns import Turns
 from pipelines.uses import LoRAUse
@@ -38,7 +38,7 @@ class Loaded:
         self.upscalers.to(device)
 
     def load_for(self, recipes: Sequence[Recipe], lora_folders: Sequence[Path] = ()) -> list[str]:
-        """Load what recipes name, and isn't loaded: ControlNets, IP-Adapters, and the LoRAs that prompts ask for.
+        """Load what recipes name, and isn't loaded: ControlNets, IP-Adapters, upscalers, LoRAs that prompts ask for.
 
         lora_folders: where these are looked for by their names; they get weight 0 for other prompts. Of a stranger's
         recipe look at the paths first: all else is loaded from anywhere. Returns notes, of changed files and the like.
@@ -46,12 +46,14 @@ class Loaded:
         """
         notes = self.controlnets.load_again(use for recipe in recipes for use in recipe.controls)
         notes += self.image_adapters.load_again(use for recipe in recipes for use in recipe.image_prompts)
+        networks = (use for recipe in recipes for use in (recipe.hires_upscaler, recipe.upscaler))
+        notes += self.upscalers.changed(dict.fromkeys(use for use in networks if use is not None))
         prompts = (read_prompt(each.prompt, each.prompt_syntax, _SOME_STEPS) for each in recipes)
         names = dict.fromkeys(lora.name for prompt in prompts for lora in prompt.loras)
-        for name in names if lora_folders else ():
-            if name in self.adapters.weights():
-                continue
-            if (file := lora_named(name, lora_folders)) is None:
+        wanted = [name for name in names if name not in self.adapters.weights()]
+        found = loras_in(lora_folders) if wanted else {}
+        for name in wanted if lora_folders else ():
+            if (file := found.get(name)) is None:
                 raise UserError(
                     f"no file of the LoRA {name} is in {a_few([str(each) for each in lora_folders])}"
                 )

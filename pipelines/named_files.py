@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints.kinds import PICKLES
+from ldm.checkpoints.paths import readable
 from ldm.errors import UserError
 from pipelines.files import whole_path
 from pipelines.originals import use_of
@@ -46,7 +47,8 @@ def control_use(text: str, folder: Path = _ROOT) -> ControlUse:
 
 def _place(name: str, folder: Path) -> str:
     """A file or folder that may lie in `folder`; what is not there may be the name of one on the hub."""
-    return whole_path(folder / name) if (folder / name).exists() else whole_path(name)
+    with readable(name):
+        return whole_path(folder / name) if (folder / name).exists() else whole_path(name)
 
 
 def row_settings(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def row_settings(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         settings["image_prompts"] = [_image_prompt(each, folder) for each in row["image_prompts"]]
     for name in ("upscaler", "hires_upscaler"):
         if isinstance(path := row.get(name), str):
-            use = upscaler_use(path, folder)
+            use = upscaler_use(path, name, folder)
             settings[name] = None if use is None else asdict(use)
     return settings
 
@@ -72,11 +74,14 @@ def row_settings(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _control(given: Any, folder: Path) -> Any:
     if isinstance(given, str):
         return asdict(control_use(given, folder))
-    if isinstance(given, Mapping) and isinstance(given.get("image"), str):
-        given = {**given, "image": asdict(picture_use(given["image"], "control_image", folder))}
-        if isinstance(given.get("path"), str):
-            given["path"] = _place(given["path"], folder)
-    return given
+    if not isinstance(given, Mapping):
+        return given
+    changed = dict(given)
+    if isinstance(given.get("image"), str):
+        changed["image"] = asdict(picture_use(given["image"], "control_image", folder))
+    if isinstance(given.get("path"), str):
+        changed["path"] = _place(given["path"], folder)
+    return changed
 
 
 def _image_prompt(given: Any, folder: Path) -> Any:
@@ -101,17 +106,25 @@ def image_prompt_use(adapter: str, pictures: Sequence[Path], encoder: str | None
     return ImagePromptUse(whole_path(path), images, scale, None if encoder is None else whole_path(encoder))
 
 
-def upscaler_use(path: str | Path, folder: Path = _ROOT) -> UpscalerUse | None:
-    """Return what a recipe says of an upscaling network: a file, or "bundled"; "latent" is none."""
-    if path == "latent":
+def upscaler_use(path: str | Path, name: str, folder: Path = _ROOT) -> UpscalerUse | None:
+    """Return what a recipe says of the network `name`: a file, or "bundled"; of "hires_upscaler" "latent" is none.
+
+    Raises UserError.
+    """
+    if path == "latent" and name == "hires_upscaler":
         return None
+    if path == "latent":
+        raise UserError(
+            'upscaler "latent" is for a second pass alone: give a file of a network, or "bundled"'
+        )
     return UpscalerUse(BUNDLED if path == BUNDLED else _place(str(path), folder))
 
 
-def lora_named(name: str, folders: Iterable[Path]) -> Path | None:
-    """The file of a LoRA of this name in one of the folders, or in folders within; None where there is none."""
+def loras_in(folders: Iterable[Path]) -> dict[str, Path]:
+    """The files of LoRAs in folders, and in folders within, by their names; of one name the first file counts."""
+    found: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in _LORAS and path.stem == name and path.is_file():
-                return path
-    return None
+            if path.suffix.lower() in _LORAS and path.is_file():
+                found.setdefault(path.stem, path)
+    return found

@@ -157,7 +157,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--trust",
         action="append",
         nargs="?",
-        const="",
+        const="\0",  # trust.ANYWHERE
         metavar="FOLDER",
         help="load what the picture of --from-image names where it lies in this folder (alone: anywhere on this disk)",
     )
@@ -256,12 +256,14 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
         settings["guess_mode"] = True
     if (arguments.ip_adapter is None) != (not arguments.ip_image):
         raise UserError("--ip-adapter and --ip-image go together: give both")
+    if arguments.image_encoder is not None and arguments.ip_adapter is None:
+        raise UserError("--image-encoder is of an IP-Adapter: give --ip-adapter and --ip-image too")
     if arguments.ip_adapter is not None:
         use = image_prompt_use(arguments.ip_adapter, arguments.ip_image, arguments.image_encoder)
         settings["image_prompts"] = (use,)
     for name in ("upscaler", "hires_upscaler"):
         if (path := getattr(arguments, name)) is not None:
-            settings[name] = upscaler_use(path)
+            settings[name] = upscaler_use(path, name)
     return settings
 
 

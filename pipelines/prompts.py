@@ -1,7 +1,8 @@
 """The prompts of a recipe, read in its syntax."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ldm.checkpoints.files import a_few
 from ldm.conditioning.prompts.reading import read_prompt
 from ldm.conditioning.prompts.weighted import Prompt, Text
 from pipelines.recipe import Recipe
@@ -13,6 +14,11 @@ class Prompts:
 
     prompt: Prompt
     negative: Prompt | None
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The words of textual inversion that both name as such."""
+        return (*self.prompt.embeddings, *(self.negative.embeddings if self.negative else ()))
 
     @property
     def texts(self) -> list[Text]:
@@ -29,7 +35,12 @@ def read_prompts(recipe: Recipe) -> Prompts:
     """Read the prompts of a complete recipe, for its number of steps. Raises UserError."""
     assert recipe.num_inference_steps
     how = (recipe.prompt_syntax, recipe.num_inference_steps, recipe.emphasis)
-    negative = recipe.negative_prompt
-    return Prompts(
-        read_prompt(recipe.prompt, *how), None if negative is None else read_prompt(negative, *how)
-    )
+    prompt = read_prompt(recipe.prompt, *how)
+    if recipe.negative_prompt is None:
+        return Prompts(prompt, None)
+    negative = read_prompt(recipe.negative_prompt, *how)
+    if negative.loras:  # in one picture a LoRA has one weight, with the prompt and without it
+        names = a_few(list(dict.fromkeys(each.name for each in negative.loras)))
+        note = f"the negative prompt asks for LoRAs ({names}), which are asked for by prompts alone: left out"
+        negative = replace(negative, notes=(*negative.notes, note))
+    return Prompts(prompt, negative)

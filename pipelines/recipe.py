@@ -101,7 +101,7 @@ class Recipe:
     hires_upscaler: UpscalerUse | None = None
     upscale: float | None = None
     upscaler: UpscalerUse | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     model: str | None = None
     variant: str | None = None
     prediction_type: str | None = None

@@ -90,9 +90,13 @@ class Registry(Generic[Member]):
 
     def changed(self, uses: Iterable[FromFile]) -> list[str]:
         """Notes on files that aren't what they were when the picture of a recipe was drawn."""
-        pairs = [(use, self.at(use.path)) for use in uses]
-        return [
-            f"{use.path} has changed since the picture was drawn ({use.hash}, now {found.hash})"
-            for use, found in pairs
-            if use.hash and found.hash and use.hash != found.hash
-        ]
+        return changed((use, self.at(use.path)) for use in uses)
+
+
+def changed(pairs: Iterable[tuple[FromFile, FromFile]]) -> list[str]:
+    """Notes on files, each as a recipe names it and as it is now, that are not what they were."""
+    return [
+        f"{use.path} has changed since the picture was drawn ({use.hash}, now {found.hash})"
+        for use, found in pairs
+        if use.hash and found.hash and use.hash != found.hash
+    ]

@@ -12,6 +12,7 @@ from ldm.errors import UserError
 from ldm.sampling import Guidance, Request, controlled, prepare
 from ldm.sampling.editing import Pictures, begin_from, go_on_from
 from ldm.system import System
+from pipelines.canvas import resized
 from pipelines.drawing import Drawing
 from pipelines.given import shown_controls, shown_images
 from pipelines.loaded import Loaded
@@ -53,11 +54,18 @@ def request_for(system: System, drawings: Sequence[Drawing], loaded: Loaded, dev
     )
     request = replace(request, notes=(*notes, *request.notes))
     if shared.controls:
-        shown = [shown_controls(recipe, each) for recipe, each in zip(recipes, given, strict=True)]
+        shown = [_control_pictures(each, size) for each in drawings]
         uses = [recipe.controls for recipe in recipes]
-        controls = loaded.controlnets.controls(uses, shown, size, shared.guess_mode)
+        controls = loaded.controlnets.controls(uses, shown, shared.guess_mode)
         request = controlled(system, request, controls)
     return _begun(system, request, drawings) if shared.image is not None else request
+
+
+def _control_pictures(drawing: Drawing, size: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """The control pictures of a drawing, each brought to its (height, width) as what it is drawn from was."""
+    canvas, mode = drawing.canvas, drawing.recipe.resize_mode
+    shown = shown_controls(drawing.recipe, drawing.given)
+    return tuple(resized(each, size, mode) if canvas is None else canvas.beside(each, mode) for each in shown)
 
 
 def _encoded(system: System, drawings: Sequence[Drawing], guides: bool) -> tuple[Condition | None, list[str]]:

@@ -23,7 +23,7 @@ from pipelines.canvas import MaskContent, ResizeMode
 from pipelines.completion import batches_of, canvas_for, completed, picture_notes, with_loaded
 from pipelines.diffusers_names import DiffusersNames
 from pipelines.drawing import Drawing
-from pipelines.enlarging import second
+from pipelines.enlarging import second, stack_latents
 from pipelines.files import whole_path
 from pipelines.given import Given
 from pipelines.loaded import Loaded
@@ -240,8 +240,9 @@ class TextToImagePipeline(DiffusersNames):
             another goes on from its latents as `image`: SDXL's base and refiner.
         prompt_syntax: plain, a1111, comfyui or compel: how weights and changes are written, see docs/prompts.md.
             emphasis: original or no_norm, of a1111. `<lora:name:0.8>` weighs a LoRA that is loaded, for this prompt.
-        control_image: for the ControlNet that was loaded (load_controlnet), stretched to the size; for several a list
-            of one each, or a dict by their names. control_preprocessor: "canny" finds the edges in it first.
+        control_image: for the ControlNet that was loaded (load_controlnet), of all that the picture shows, brought to
+            its size by resize_mode, and with padding_mask_crop cut like it; for several a list of one each, or a dict
+            by their names. control_preprocessor: "canny" finds the edges in it first.
             controlnet_conditioning_scale, control_guidance_start, control_guidance_end, guess_mode: see
             `ldm.conditioning.control.Control`; numbers are for all ControlNets, or one each.
         ip_adapter_image: a picture as a prompt, or several, for the IP-Adapter that was loaded (load_ip_adapter); for
@@ -272,7 +273,7 @@ class TextToImagePipeline(DiffusersNames):
         That is prompts, seeds, pictures, LoRAs, and what is given beside a recipe. One batch, unless some conditions
         would change for standing beside others: prompts of more windows than their neighbours, with SDXL those without
         a negative prompt, and other LoRAs or ControlNets, make batches of their own. Where the callback ends the call
-        before all batches have begun, the output holds those that have. Raises UserError.
+        before all batches have begun, the output holds those that have, of one size. Raises UserError.
         """
         if output_type not in get_args(OutputType):
             raise UserError(
@@ -313,7 +314,7 @@ class TextToImagePipeline(DiffusersNames):
                     if watch.stopped:
                         break
                 places = sorted(drawn)
-                stacked = torch.stack([drawn[k] for k in places])
+                stacked = stack_latents([drawn[k] for k in places])
                 canvases = [drawings[k].canvas for k in places]
                 images = pictures(
                     self.system.autoencoder, stacked, output_type, canvases, self._larger(recipe)

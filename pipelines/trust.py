@@ -15,8 +15,11 @@ from ldm.errors import UserError
 from ldm.system import bundled_model
 from pipelines.recipe import Recipe
 from pipelines.upscaler import BUNDLED
+from pipelines.uses import encoder_folder
 
-ANYWHERE = ""  # among the folders that are trusted: all of this disk
+ANYWHERE = "\0"  # among the folders that are trusted: all of this disk; no path is called so
+_MOST = 100  # files: a picture that names more wants to keep the machine busy
+_ON_THE_HUB = ("model", "ControlNet")  # kinds of which a name that is no path is asked of the hub
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]+:[/\\]")  # http://, file:///; a drive has one letter
 _VARIANT = re.compile(r"[\w.-]+")
 _HOW = "name it yourself, with {option}, if you mean it"
@@ -37,19 +40,21 @@ def check(recipe: Recipe, picture: Path, trusted: Sequence[str]) -> str:
     named += [("embedding", "--embedding", each.path) for each in recipe.embeddings]
     named += [("ControlNet", "--control", each.path) for each in recipe.controls]
     named += [("IP-Adapter", "--ip-adapter", each.path) for each in recipe.image_prompts]
-    encoders = [each.encoder for each in recipe.image_prompts]
-    named += [("image encoder", "--ip-adapter", each) for each in encoders if each]
+    encoders = dict.fromkeys(encoder_folder(each.path, each.encoder) for each in recipe.image_prompts)
+    named += [("image encoder", "--image-encoder", each) for each in encoders]
     pictures = [("image", "--image", recipe.image), ("mask", "--mask", recipe.mask_image)]
     pictures += [("control picture", "--control", each.image) for each in recipe.controls]
     pictures += [
         ("picture", "--ip-image", picture) for each in recipe.image_prompts for picture in each.images
     ]
-    named += [(kind, option, each.path) for kind, option, each in pictures if each and each.path]
+    named += [(kind, option, each.path) for kind, option, each in pictures if each and each.path is not None]
     networks = (
         ("upscaler", "--upscaler", recipe.upscaler),
         ("upscaler", "--hires-upscaler", recipe.hires_upscaler),
     )
     named += [(kind, option, each.path) for kind, option, each in networks if each and each.path != BUNDLED]
+    if len(named) > _MOST:
+        raise UserError(f"{picture} names {len(named):,} files to load, where {_MOST} are the most")
     for kind, option, path in named:
         if on_network(path):
             raise UserError(
@@ -66,7 +71,7 @@ def check(recipe: Recipe, picture: Path, trusted: Sequence[str]) -> str:
         )
     for kind, option, path in named:
         with readable(path):
-            if kind == "model" and not Path(path).expanduser().exists():  # else it would be asked of the hub
+            if kind in _ON_THE_HUB and not Path(path).expanduser().exists():
                 raise UserError(
                     f"{picture} names the {kind} {path}, which is not on this disk: {_HOW.format(option=option)}"
                 )
@@ -92,7 +97,7 @@ def _trusted(folder: str) -> Path | None:
         return None
     with readable(folder):
         path = Path(folder).expanduser()
-        if not path.exists():
+        if not folder or not path.exists():
             raise UserError(f"--trust {folder}: no such folder or file")
         return Path(os.path.abspath(path))
 

@@ -103,6 +103,16 @@ class Upscaler:
                 return [self._picture(each, factor) for each in pictures]
             return self._picture(pictures, factor)
 
+    def check(self, size: Sequence[int], factor: float) -> None:
+        """Raise UserError for a picture of (height, width) that would get too many pixels, here or on the way."""
+        height, width = size
+        largest = max(factor, self.scale) ** 2 * width * height
+        if not 0 < largest <= LARGEST_SHEET:
+            raise UserError(
+                f"a picture of {width:,} x {height:,} pixels would get {largest:,.0f}, where {LARGEST_SHEET:,} are the "
+                "most: take a smaller one, or a smaller scale"
+            )
+
     def _tensor(self, pictures: Tensor, factor: float) -> Tensor:
         if (
             pictures.ndim != 4
@@ -113,6 +123,7 @@ class Upscaler:
             raise UserError(
                 f"a tensor of {tuple(pictures.shape)}, {pictures.dtype}, can't be enlarged: give (B, 3, H, W) in [0, 1]"
             )
+        self.check(pictures.shape[-2:], factor)
         size = _larger(pictures.shape[-2:], factor)
         if factor == self.scale:
             return torch.cat([self._grown(each[None]) for each in pictures])
@@ -129,13 +140,7 @@ class Upscaler:
             raise UserError(
                 f"a {type(picture).__name__} can't be enlarged: give PIL pictures, or a tensor (B, 3, H, W)"
             )
-        width, height = picture.size
-        largest = max(factor, self.scale) ** 2 * width * height
-        if not 0 < largest <= LARGEST_SHEET:
-            raise UserError(
-                f"a picture of {width:,} x {height:,} pixels would get {largest:,.0f}, where {LARGEST_SHEET:,} are the "
-                "most: take a smaller one, or a smaller scale"
-            )
+        self.check((picture.height, picture.width), factor)
         try:
             plain = eight_bits(picture)
         except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """The files that a picture is made with, as its recipe names them. Each hash is the file's `file_hash`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Preprocessor = Literal["canny"]
@@ -59,6 +60,11 @@ class ImagePromptUse:
     scale: float = 1.0
     encoder: str | None = None
     hash: str | None = None
+
+
+def encoder_folder(path: str, encoder: str | None) -> str:
+    """The folder of the image encoder of an IP-Adapter's file: where none is named, the one beside it."""
+    return str(Path(path).parent / "image_encoder") if encoder is None else encoder
 
 
 @dataclass(frozen=True)

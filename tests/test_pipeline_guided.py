@@ -406,7 +406,9 @@ def test_pictures_of_other_programs(
     found = drawn(tmp_path / "ours.png", *said, "--lora-folder", tmp_path / "loras")
     assert found.shape == (48, 48, 3)
     error = capsys.readouterr().err
-    assert "AUTOMATIC1111" in error and "the LoRA gone is not looked for" in error and "other" in error
+    assert (
+        "AUTOMATIC1111" in error and "the LoRA gone is in none of these folders" in error and "other" in error
+    )
     recipe = read_recipe(tmp_path / "ours.png")
     assert recipe.sampler == "euler_ancestral" and recipe.prompt_syntax == "a1111"
     assert [(each.name, each.weight) for each in recipe.loras] == [("ink", 0.7)]
