@@ -308,8 +308,6 @@ class TextToImagePipeline(DiffusersNames):
                 for places in batches:
                     latents, more = self._draw([drawings[k] for k in places], watch.of(places))
                     notes += [note for note in more if note not in notes]
-                    if drawn and latents.shape[1:] != next(iter(drawn.values())).shape:
-                        break  # it was ended in its first pass, beside larger pictures
                     drawn |= zip(places, latents, strict=True)
                     if watch.stopped:
                         break
