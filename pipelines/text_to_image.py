@@ -240,9 +240,8 @@ class TextToImagePipeline(DiffusersNames):
             another goes on from its latents as `image`: SDXL's base and refiner.
         prompt_syntax: plain, a1111, comfyui or compel: how weights and changes are written, see docs/prompts.md.
             emphasis: original or no_norm, of a1111. `<lora:name:0.8>` weighs a LoRA that is loaded, for this prompt.
-        control_image: for the ControlNet that was loaded (load_controlnet), of all that the picture shows, brought to
-            its size by resize_mode, and with padding_mask_crop cut like it; for several a list of one each, or a dict
-            by their names. control_preprocessor: "canny" finds the edges in it first.
+        control_image: for the ControlNet that was loaded (load_controlnet), brought to size and cut as `image` is; for
+            several a list of one each, or a dict by their names. control_preprocessor: "canny" finds the edges in it.
             controlnet_conditioning_scale, control_guidance_start, control_guidance_end, guess_mode: see
             `ldm.conditioning.control.Control`; numbers are for all ControlNets, or one each.
         ip_adapter_image: a picture as a prompt, or several, for the IP-Adapter that was loaded (load_ip_adapter); for
