@@ -12,7 +12,10 @@ from ldm.training.objectives import autoencoder, text_to_image
 from ldm.training.run import read_run
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-BUNDLED = [path for path in FILES if "base: bundled" in path.read_text()]
+# On pictures: compositions need sprites, which no checkout has.
+BUNDLED = [
+    path for path in FILES if all(each in path.read_text() for each in ("base: bundled", "kind: pictures"))
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
