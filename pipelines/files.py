@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from ldm.errors import UserError
 from ldm.files import flush_to_disk, unwritable, workshop, write_bytes, writing
 from ldm.pictures import png
-from pipelines.infotext import parameters
 from pipelines.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -64,6 +63,8 @@ def save_picture(picture: "Image", recipe: Recipe, path: Path, infotext: bool = 
     """
     info = recipe.png_info()
     if infotext:
+        from pipelines.infotext import parameters
+
         info.add_text("parameters", parameters(recipe))
     data = png(picture, info)
     if path.suffix.lower() == ".png":
