@@ -65,7 +65,9 @@ def cases() -> list[Case]:
     return [
         Case("text to image"),
         # 0.6 of 4 steps are the last two
-        Case("image to image, strength 0.6", "Img2Img", steps=4, given={"image": picture(0), "strength": 0.6}),
+        Case(
+            "image to image, strength 0.6", "Img2Img", steps=4, given={"image": picture(0), "strength": 0.6}
+        ),
         Case("inpainting, 4 channels", "Inpaint", given=masked),
         Case("inpainting, 9 channels", "Inpaint", "inpaint", given=masked),
         Case("ControlNet", "ControlNet", control=1, given=one),
@@ -280,7 +282,9 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return float(-10 * np.log10(max(np.square(one - other).mean(), 1e-20)))
 
 
-def row(case: Case, ours: np.ndarray, theirs: np.ndarray, plain: np.ndarray | None, peaks: list[float]) -> str:
+def row(
+    case: Case, ours: np.ndarray, theirs: np.ndarray, plain: np.ndarray | None, peaks: list[float]
+) -> str:
     where = np.asarray(mask()) > 0 if "mask_image" in case.given else np.ones((SIZE, SIZE), bool)
     moved = case.weights != ("base", 0, "") and "image" not in case.given and case.steps == 2
     away = f"{psnr(ours, plain):.1f} dB" if moved and plain is not None else ""
