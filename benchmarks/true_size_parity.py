@@ -6,6 +6,7 @@ Writes the weights into FOLDER, 15 GB, where they are not there yet. What shares
 diffusers has drawn it in another. PSNR with a mask is of what is drawn anew.
 """
 
+import importlib
 import multiprocessing
 import resource
 import sys
@@ -111,7 +112,7 @@ def scaled(last: nn.Module, out: Tensor, deviation: float) -> None:
 
 
 def configs(channels: int) -> dict[str, Any]:
-    """The published configs, from the table that single files are read with; None has a default in diffusers."""
+    """The published configs, from the table that single files are read with."""
     shapes = {UNET + "input_blocks.0.0.weight": (320, channels, 3, 3), "attn2.to_k.weight": (320, CONTEXT)}
     found = family_configs("sd1", {name: torch.empty(shape) for name, shape in shapes.items()}, "the table")
     return {
@@ -122,8 +123,8 @@ def configs(channels: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def make_model(folder: Path, channels: int) -> None:
-    import diffusers
-    import transformers
+    diffusers: Any = importlib.import_module("diffusers")
+    transformers: Any = importlib.import_module("transformers")
 
     told = configs(channels)
     unet = random_weights(diffusers.UNet2DConditionModel(**told["unet"]), 1)
@@ -150,7 +151,7 @@ def make_model(folder: Path, channels: int) -> None:
 
 
 def make_controlnet(folder: Path, seed: int) -> None:
-    import diffusers
+    diffusers: Any = importlib.import_module("diffusers")
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(**configs(4)["unet"])
@@ -160,8 +161,8 @@ def make_controlnet(folder: Path, seed: int) -> None:
 
 def make_adapter(folder: Path, kind: str) -> None:
     """A file of the published names and shapes; the encoder, of ViT-H/14's size, stands beside it."""
-    import diffusers
-    import transformers
+    diffusers: Any = importlib.import_module("diffusers")
+    transformers: Any = importlib.import_module("transformers")
 
     rng = torch.Generator().manual_seed(7)
     with torch.device("meta"):
@@ -227,7 +228,7 @@ def settings(case: Case) -> dict[str, Any]:
 
 
 def draw_theirs(folder: Path, group: list[Case]) -> list[np.ndarray]:
-    import diffusers
+    diffusers: Any = importlib.import_module("diffusers")
 
     case, drawn = group[0], []
     more: dict[str, Any] = {}
