@@ -5,7 +5,8 @@
 # make format                               format the code and mend what the linter can mend
 # make clean                                remove .venv, builds and caches
 #
-# Variables: PROMPT, SEED, OUT (the file), UPSCALE (4: the bundled model draws 128 pixels, shown at 512), ARGS (more options of scripts/generate.py), PYTHON, JOBS.
+# Variables: PROMPT, SEED, OUT (the file), UPSCALE (4: the bundled model draws 128 pixels, shown at 512),
+# ARGS (more options of scripts/generate.py), PYTHON, JOBS.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help

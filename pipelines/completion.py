@@ -180,14 +180,13 @@ def _filled(
     steps = (
         defaults["num_inference_steps"] if recipe.num_inference_steps is None else recipe.num_inference_steps
     )
-    larger: dict[str, Any] = {}
-    scores = ("aesthetic_score", "negative_aesthetic_score") if system.requires_aesthetics_score else ()
-    told = dict(zip(scores, AESTHETIC_SCORES, strict=False))
-    if (
-        recipe.hires_scale is not None
-    ):  # as in AUTOMATIC1111; what is only stretched has to be drawn anew for more
-        strength_then = 0.7 if recipe.hires_upscaler is None else 0.4
-        larger = {"hires_steps": steps, "hires_strength": strength_then}
+    more: dict[str, Any] = {}
+    if recipe.hires_scale is not None:
+        # As in AUTOMATIC1111. What is only stretched has to be drawn anew for more.
+        more |= {"hires_steps": steps, "hires_strength": 0.7 if recipe.hires_upscaler is None else 0.4}
+    if system.requires_aesthetics_score:
+        with_prompt, without = AESTHETIC_SCORES
+        more |= {"aesthetic_score": with_prompt, "negative_aesthetic_score": without}
     seed = given.seed if given.generator is not None else recipe.seed
     return replace(
         recipe,
@@ -202,7 +201,7 @@ def _filled(
             for name in ("num_inference_steps", "guidance_scale")
         },
         **{name: getattr(recipe, name) or value for name, value in sizes.items()},
-        **{name: value for name, value in (larger | told).items() if getattr(recipe, name) is None},
+        **{name: value for name, value in more.items() if getattr(recipe, name) is None},
         **stated,
         version=__version__,
     )
@@ -238,6 +237,10 @@ def _check_given(system: System, recipe: Recipe, given: Given) -> None:
             "denoising_start goes on with latents: give those of a call with denoising_end as image"
         )
     check_scores(system, recipe.aesthetic_score, recipe.negative_aesthetic_score)
+    if recipe.hires_scale is not None and "channels" in system.wants:
+        raise UserError(
+            "hires_scale draws all of the picture anew, and this is an inpainting model: leave it out"
+        )
     if latents_of(given.image) is not None and recipe.resize_mode != "resize":
         raise UserError("resize_mode brings pictures to size, and image is latents: leave it out")
     if recipe.image is not None and recipe.denoising_start is None:

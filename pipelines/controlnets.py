@@ -66,12 +66,8 @@ class ControlNets:
 
         It loads from anywhere: of a stranger's recipe look at the paths first. Raises UserError.
         """
-        uses = list(uses)
         with self._turns.turn(self.device):
-            for use in uses:
-                if self.loaded.find(use.path) is None:
-                    self._load(use.path, self.loaded.free_name(use.path))
-        return self.loaded.changed(uses)
+            return self.loaded.load_again(uses, lambda use, name: self._load(use.path, name))
 
     def unload(self, names: Iterable[str] | None = None) -> None:
         """Let ControlNets go; None is all. Raises UserError."""
@@ -148,15 +144,13 @@ class ControlNets:
 
     def check(self, uses: Sequence[ControlUse], size: tuple[int, int]) -> None:
         """Raise UserError for control pictures of a recipe that can't steer a picture of (height, width)."""
+        config = self.system.autoencoder.config
         blank = torch.zeros(1, 1, 1, 1)
         for use in uses:
             network = self.loaded.at(use.path).network
             picture = blank.expand(1, network.config.conditioning_channels, *size)
-            self._check(Control(network, picture, use.scale, use.start, use.end), size, use.path)
-
-    def _check(self, control: Control, size: tuple[int, int], where: str) -> None:
-        config = self.system.autoencoder.config
-        control.check(self.system.network, config.latent_channels, config.factor, 1, size, where)
+            control = Control(network, picture, use.scale, use.start, use.end)
+            control.check(self.system.network, config.latent_channels, config.factor, 1, size, use.path)
 
     def controls(
         self,

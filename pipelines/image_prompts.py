@@ -65,12 +65,8 @@ class ImageAdapters:
 
         It loads from anywhere: of a stranger's recipe look at the paths first. Raises UserError.
         """
-        uses = list(uses)
         with self._turns.turn(self.device):
-            for use in uses:
-                if self.loaded.find(use.path) is None:
-                    self._load(use.path, use.encoder, self.loaded.free_name(use.path))
-        return self.loaded.changed(uses)
+            return self.loaded.load_again(uses, lambda use, name: self._load(use.path, use.encoder, name))
 
     def set_scale(self, scale: float | Sequence[float] | Mapping[str, float]) -> None:
         """Set how much calls take of pictures by default: one for all adapters, one each, or by their names."""

@@ -49,7 +49,7 @@ def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
     _check_guided(recipe)
     _check_larger(recipe)
     _check_told(recipe, is_xl)
-    _check_texts(recipe)
+    check_texts(recipe)
 
 
 def check_seed(seed: int) -> None:
@@ -149,9 +149,10 @@ def _check_told(recipe: Recipe, is_xl: bool) -> None:
                 raise UserError(f"{name} has {shown(pixels)} pixels: give 0 to {_FARTHEST:,}")
 
 
-def _check_texts(recipe: Recipe) -> None:
+def check_texts(recipe: Recipe) -> None:
+    """Raise UserError for prompts that are too long to be read, or no Unicode: before anything parses them."""
     for text in (recipe.prompt, recipe.negative_prompt or ""):
-        if len(text) > LONGEST:  # before anything else reads it
+        if len(text) > LONGEST:
             raise UserError(
                 f"the prompt {text[:24].strip()!r}... has {len(text):,} characters, where {LONGEST:,} are the most: "
                 "shorten it"

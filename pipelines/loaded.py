@@ -13,12 +13,11 @@ from pipelines.adapters import Adapters
 from pipelines.controlnets import ControlNets
 from pipelines.enlarging import Upscalers
 from pipelines.image_prompts import ImageAdapters
+from pipelines.limits import check_texts
 from pipelines.named_files import loras_in
 from pipelines.recipe import Recipe
 from pipelines.turns import Turns
 from pipelines.uses import LoRAUse
-
-_SOME_STEPS = 1000  # which LoRAs a prompt asks for does not depend on them
 
 
 class Loaded:
@@ -48,8 +47,11 @@ class Loaded:
         notes += self.image_adapters.load_again(use for recipe in recipes for use in recipe.image_prompts)
         networks = (use for recipe in recipes for use in (recipe.hires_upscaler, recipe.upscaler))
         notes += self.upscalers.changed(dict.fromkeys(use for use in networks if use is not None))
-        prompts = (read_prompt(each.prompt, each.prompt_syntax, _SOME_STEPS) for each in recipes)
-        names = dict.fromkeys(lora.name for prompt in prompts for lora in prompt.loras)
+        names: dict[str, None] = {}
+        for recipe in recipes:
+            check_texts(recipe)
+            prompt = read_prompt(recipe.prompt, recipe.prompt_syntax)  # its LoRAs are the same for any steps
+            names |= dict.fromkeys(lora.name for lora in prompt.loras)
         wanted = [name for name in names if name not in self.adapters.weights()]
         found = loras_in(lora_folders) if wanted else {}
         for name in wanted if lora_folders else ():

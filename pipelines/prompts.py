@@ -21,11 +21,6 @@ class Prompts:
         return (*self.prompt.embeddings, *(self.negative.embeddings if self.negative else ()))
 
     @property
-    def texts(self) -> list[Text]:
-        """The different texts of both."""
-        return [*self.prompt.texts, *self.negative_texts]
-
-    @property
     def negative_texts(self) -> list[Text]:
         """Of the negative prompt; none is an empty one."""
         return self.negative.texts if self.negative else [""]

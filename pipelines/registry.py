@@ -1,6 +1,6 @@
 """What a pipeline has loaded beside its system, by name and by the file that it came from."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -20,6 +20,7 @@ class FromFile(Protocol):
 
 
 Member = TypeVar("Member", bound=FromFile)
+Used = TypeVar("Used", bound=FromFile)
 
 
 class Registry(Generic[Member]):
@@ -88,8 +89,12 @@ class Registry(Generic[Member]):
             raise UserError(f"the {self.kind} {path} is not loaded: load it first, with {self.how}")
         return found
 
-    def changed(self, uses: Iterable[FromFile]) -> list[str]:
-        """Notes on files that aren't what they were when the picture of a recipe was drawn."""
+    def load_again(self, uses: Iterable[Used], load: Callable[[Used, str], object]) -> list[str]:
+        """Have `load` load what recipes name and isn't here, each under a free name; returns notes on changed files."""
+        uses = list(uses)
+        for use in uses:
+            if self.find(use.path) is None:
+                load(use, self.free_name(use.path))
         return changed((use, self.at(use.path)) for use in uses)
 
 

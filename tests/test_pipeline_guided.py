@@ -18,6 +18,7 @@ from tiny import tiny_pipeline_folder
 
 from ldm.checkpoints.lora import write_lora
 from ldm.errors import UserError
+from ldm.preprocess import canny
 from ldm.sampling import decode, encode
 from pipelines import TextToImagePipeline, Upscaler
 from pipelines.cli import main
@@ -190,6 +191,41 @@ def test_an_image_is_its_own(folders: Callable[[str], Path], pipe: TextToImagePi
         assert np.abs(alone.images[0] - together.images[k]).max() < 1 / 255
         assert alone.recipes[0] == together.recipes[k]
     assert pipe.adapters.weights() == {"ink": 0.0}
+
+
+def test_what_is_asked_for_is_done(folders: Callable[[str], Path], pipe: TextToImagePipeline) -> None:
+    """Edges are those of the picture at the size that is drawn; weights and changes of words change the picture."""
+    pytest.importorskip("cv2")
+    loaded(folders, pipe)
+    picture, seed = control_picture(4, (32, 32)), {"seed": 5, **QUIET}
+    found = pipe("cat", control_image=picture, control_preprocessor="canny", **seed).images
+    edges = Image.fromarray(canny(np.asarray(picture)))
+    assert np.array_equal(found, pipe("cat", control_image=edges, **seed).images)
+    assert not np.array_equal(found, pipe("cat", control_image=picture, **seed).images)
+    plain, other = pipe("cat", **seed).images, pipe("dog", **seed).images
+
+    def a1111(prompt: str) -> np.ndarray:
+        return pipe(prompt, prompt_syntax="a1111", **seed).images
+
+    assert np.array_equal(a1111("(cat:1.0)"), plain)
+    assert np.abs(a1111("(cat:1.6) dog") - a1111("cat dog")).max() > 1e-3
+    between = a1111("[cat:dog:0.5]")
+    assert min(np.abs(between - each).max() for each in (plain, other)) > 1e-3
+    assert np.array_equal(a1111("[cat:dog:6]"), plain)
+
+
+def test_an_inpainting_model_has_no_second_pass(folders: Callable[[str], Path]) -> None:
+    ours = TextToImagePipeline.from_pretrained(folders("inpaint"), device="cpu")
+    seen: list[int] = []
+    with pytest.raises(UserError, match="inpainting model"):
+        ours("cat", hires_scale=2, callback_on_step_end=lambda *step: seen.append(1), **QUIET)
+    assert not seen
+
+
+def test_a_prompt_that_is_too_long_is_not_parsed(pipe: TextToImagePipeline) -> None:
+    """Whatever would take minutes to parse: a stranger's recipe may hold it."""
+    with pytest.raises(UserError, match="600,000 characters"):
+        pipe.load_for([Recipe("[a|b]" * 120_000, prompt_syntax="a1111")])
 
 
 def test_a_lora_in_the_prompt_is_that_weight(

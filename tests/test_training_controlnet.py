@@ -42,6 +42,22 @@ def add_column(folder: Path, column: str = "conditioning_image") -> None:
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
+def test_the_export_may_be_a_control_lora(tmp_path: Path) -> None:
+    """Of full rank it is the network, but for float16."""
+    path, base = control_setup(tmp_path, train={**TRAIN, "rank": 10_000})
+    ours = built(path)
+    network = ours.model.controlnet
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for each in network.parameters():
+            each += 0.05 * torch.randn(each.shape, generator=generator)
+    ours.export(ours.model, tmp_path / "export", "")
+    (file,) = (tmp_path / "export").iterdir()
+    again = load_controlnet(file, unet=System.load(base).network).state_dict()
+    for name, each in network.state_dict().items():
+        assert (again[name] - each).norm() <= 1e-3 * each.norm(), name
+
+
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_loss_and_gradients_are_those_of_diffusers_script(tmp_path: Path, family: Family) -> None:
     """Its formula, written out over diffusers' networks, on the same weights, noise and timesteps."""

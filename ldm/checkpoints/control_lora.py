@@ -6,7 +6,7 @@ other tensor of it, such as biases. An empty tensor, "lora_controlnet", is the m
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.files import a_few, write_tensors
-from ldm.checkpoints.keymap import KeyMap
+from ldm.checkpoints.keymap import KeyMap, Row
 from ldm.checkpoints.layouts import controlnet_rows
 from ldm.errors import UserError
 
@@ -32,7 +32,7 @@ class Encoder:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
-    def theirs(self, rows: Any, where: object) -> dict[str, Tensor]:
+    def theirs(self, rows: Sequence[Row], where: object) -> dict[str, Tensor]:
         """Return the tensors under LDM's names, in its shapes."""
         return KeyMap.over_ours(rows, self.tensors, where, _LAYOUT).to_theirs(self.tensors)
 

@@ -51,7 +51,7 @@ class ControlledModel(TrainableModel):
 
 @dataclass(frozen=True)
 class TrainControlNet(Trainable):
-    """A ControlNet; the export is a folder that diffusers' ControlNetModel loads, in float16.
+    """A ControlNet; the export, in float16, is a folder that diffusers' ControlNetModel loads, or with `rank` a file.
 
     base: a ControlNet to go on with; None begins with a copy of the U-Net's encoder. edges: what finds the edges that
     it is shown; None shows it the data's own control pictures (data.conditioning_column). thresholds: of the edges'.
