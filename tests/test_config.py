@@ -228,3 +228,17 @@ def test_nearest() -> None:
     assert nearest("Euler", ["euler", "heun"]) == ", did you mean euler?"
     assert nearest("dpmpp_2", ["dpmpp_2m", "dpmpp_2s"]).count(" or ") == 1
     assert nearest("zzz", ["euler"]) == ""
+
+
+def test_a_bare_no_stands_for_the_word_where_that_is_a_choice() -> None:
+    """YAML 1.1 reads `precision: no` as a bool."""
+
+    @dataclass(frozen=True)
+    class Loop:
+        precision: Literal["no", "bf16"] = "bf16"
+        lights: Literal["on", "dim"] | None = None
+
+    assert override({}, ["precision=no", "lights=on"], Loop) == {"precision": False, "lights": True}
+    assert from_dict(Loop, {"precision": False, "lights": True}) == Loop("no", "on")
+    with pytest.raises(UserError, match="'precision' is True"):
+        from_dict(Loop, {"precision": True})

@@ -15,10 +15,12 @@ from training_runs import TOY, Toy, state
 
 from ldm.checkpoints.files import read_metadata
 from ldm.errors import UserError
+from ldm.models.attention import attend
 from ldm.models.layers import ResnetBlock, recompute_activations
 from ldm.training.distributed import BatchGenerator, rows_of
 from ldm.training.ema import EMA
-from ldm.training.loop import LoopConfig, Trainer
+from ldm.training.loop import Trainer
+from ldm.training.loop_config import LoopConfig, accelerator_for
 from ldm.training.optimization import OptimizerConfig, Schedule, learning_rate
 from ldm.training.run import read_run
 from ldm.training.state import newest
@@ -267,3 +269,28 @@ def test_shared_draws_are_those_of_the_whole_batch() -> None:
     )
     for draw in (lambda d: d.uniform(), lambda d: d.normal(3, 2), lambda d: d.integers(1000)):
         assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))
+
+
+def test_runs_of_one_process_may_have_different_precisions(tmp_path: Path) -> None:
+    """accelerate keeps a process's first precision; a notebook trains more than once."""
+    for precision in ("bf16", "no", "bf16"):
+        config = replace(TOY, precision=precision)
+        trainer = Trainer(Toy(), config, tmp_path / f"{precision}{len(list(tmp_path.iterdir()))}")
+        assert trainer.accelerator.mixed_precision == precision
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [16, 24, 64, 77])
+def test_gradients_of_attention_are_numbers_where_all_logits_are_low(tmp_path: Path, keys: int) -> None:
+    """cuDNN's attention gives NaN there on Hopper, in 16 bits, for some lengths: training does without."""
+    accelerator_for(LoopConfig(pictures=8), tmp_path)
+    width = 32
+    query, key, value = (
+        torch.randn(4, length, width, device="cuda", dtype=torch.bfloat16) * 0.1
+        for length in (64, keys, keys)
+    )
+    query[..., 0], key[..., 0] = 1.0, -120 * width**0.5
+    for each in (query, key, value):
+        each.requires_grad_()
+    attend(query, key, value, heads=1).float().square().sum().backward()
+    assert all(each.grad is not None and bool(each.grad.isfinite().all()) for each in (query, key, value))

@@ -3,7 +3,8 @@
 A configuration is a dataclass whose fields are bool, int, float, str, Path, Any, Literal, a nested
 dataclass, a list, tuple or dict of these, or a union (`X | None`); of dataclasses that exclude each other the key
 `kind` names one (see kinds.py). Nothing is guessed: an unknown key and a wrong type are errors that name the place. An
-int stands for a float and a list for a tuple (YAML and JSON have no tuples); nothing else is converted. A class may say
+int stands for a float, a list for a tuple (YAML and JSON have no tuples), and a bool for the word that YAML took for
+one (precision: no), where that is a choice; nothing else is converted. A class may say
 what its old keys are called now, in `renamed: ClassVar[dict[str, str]]`.
 """
 
@@ -20,6 +21,7 @@ from ldm.config.yaml_files import load_mapping, read_yaml
 from ldm.errors import UserError, nearest, printable
 
 T = TypeVar("T")
+_YAML_BOOLS = {"no": False, "off": False, "yes": True, "on": True}  # bare words that YAML 1.1 reads as a bool
 
 
 def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
@@ -150,8 +152,13 @@ def _tagged(kinds: Mapping[str, Any], mapping: Mapping[Any, Any], at: _Place, hi
 def _value(hint: Any, value: Any, at: _Place) -> Any:
     """Check `value` against the type hint and return it, with dataclasses, tuples and floats built."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any or (origin is Literal and (type(value), value) in [(type(a), a) for a in args]):
+    if hint is Any:
         return value
+    if origin is Literal:
+        for each in args:
+            same = (type(value), value) == (type(each), each)
+            if same or (type(value) is bool and _YAML_BOOLS.get(each) is value):
+                return each
     if type(value) is int and value.bit_length() > 64 and {int, float} & {hint, *args}:
         raise UserError(f"{at.where}'{at.path}' is a number of more than 64 bits: give a smaller one")
     if isinstance(value, Mapping) and (kinds := kinds_of(hint)):

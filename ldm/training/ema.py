@@ -39,9 +39,9 @@ class EMA:
         """Take in a step on `batch_size` pictures, `seen` in all."""
         half_life = min(self.half_life, RAMP_UP * (seen - batch_size))
         weight = 1 - 0.5 ** (batch_size / max(half_life, 1e-8))
-        for name, parameter in trained.named_parameters():
-            if name in self.averages:
-                self.averages[name].lerp_(parameter.detach(), weight)
+        moved = {n: p.detach() for n, p in trained.named_parameters() if n in self.averages}
+        # In one call: a kernel for each of hundreds of tensors would take a GPU as long as the optimizer does.
+        torch._foreach_lerp_([self.averages[name] for name in moved], list(moved.values()), weight)
 
     def model(self, trained: nn.Module, keep: bool = True) -> nn.Module:
         """Return the averaged model, in evaluation mode; all processes must ask for it together.

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
+
 from ldm.errors import UserError
 from ldm.training.bounds import refuse_outside
 from ldm.training.distributed import processes, rows_of, sharded
@@ -64,6 +66,7 @@ class LoopConfig:
 def accelerator_for(config: LoopConfig, folder: Path) -> "Accelerator":
     """Set up Accelerate for a run into `folder`. Raises UserError for what this machine or launch can't honour."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     shared = processes()
     rows_of(config.batch_size, shared.process_index, shared.num_processes, config.gradient_accumulation_steps)
@@ -76,6 +79,11 @@ def accelerator_for(config: LoopConfig, folder: Path) -> "Accelerator":
             f"accelerate was told mixed_precision {launched} and the config says loop.precision {config.precision}: "
             "launch with --mixed_precision no, which leaves the choice to the config, or make them the same"
         )
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
+        # accelerate keeps the first precision of a process for good; a second run in a notebook may have another.
+        AcceleratorState._reset_state()
+    # cuDNN's attention, the default on Hopper, gives NaN gradients for some lengths in 16 bits (pytorch issue 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         accelerator = Accelerator(
             mixed_precision=config.precision, log_with=list(config.trackers) or None, project_dir=folder

@@ -170,9 +170,15 @@ def restore(
             tensor.copy_(like(tensor, state.tensors[name]))
     for name, moments in state.moments.items():
         parameter = trained[name]
-        # A copy, out of the mapped file; only what has the parameter's shape is laid out like it.
+        # A copy, out of the mapped file, where the parameter is: a fused optimizer wants its count of steps there, too.
+        # Only what has the parameter's shape is laid out like it.
         optimizer.state[parameter] = {
-            key: _as_it_was(key, like(parameter, each) if each.shape == parameter.shape else each.clone())
+            key: _as_it_was(
+                key,
+                like(parameter, each)
+                if each.shape == parameter.shape
+                else each.to(parameter.device, copy=True),
+            )
             for key, each in moments.items()
         }
 
