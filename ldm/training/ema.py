@@ -41,7 +41,8 @@ class EMA:
         weight = 1 - 0.5 ** (batch_size / max(half_life, 1e-8))
         moved = {n: p.detach() for n, p in trained.named_parameters() if n in self.averages}
         # In one call: a kernel for each of hundreds of tensors would take a GPU as long as the optimizer does.
-        torch._foreach_lerp_([self.averages[name] for name in moved], list(moved.values()), weight)
+        lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+        lerp([self.averages[name] for name in moved], list(moved.values()), weight)
 
     def model(self, trained: nn.Module, keep: bool = True) -> nn.Module:
         """Return the averaged model, in evaluation mode; all processes must ask for it together.
