@@ -21,6 +21,7 @@ from ldm.emoji.heldout import HELD_OUT, is_held_out
 from ldm.emoji.mixture import KINDS, Mixture, MixtureConfig
 from ldm.emoji.packages import SOURCES
 from ldm.emoji.places import HOLDER
+from ldm.emoji.poses import Pose
 from ldm.emoji.sprites import STYLES, SpriteSet, build_sprites, fit, load_sprites, resize
 from ldm.emoji.things import THINGS, choose, plural
 from ldm.errors import UserError
@@ -426,6 +427,32 @@ def test_wrong_configurations_are_user_errors(sprites: SpriteSet):
             Mixture(sprites, config)
     with pytest.raises(UserError, match="held out"):
         Mixture(sprites, MixtureConfig(things=["fox", "apple"], weights={"pair": 1.0})).sample(0)
+
+
+def test_posed_things_are_turned_smaller_and_elsewhere(sprites: SpriteSet):
+    told: dict = {
+        "things": ["apple"],
+        "weights": {"single": 1},
+        "sized": 0,
+        "finished": 0,
+        "setting_named": 0,
+    }
+    told |= {"white": 1.0}
+    still, posed = (Mixture(sprites, MixtureConfig(**told, posed=share)) for share in (0.0, 1.0))
+    sizes = []
+    for i in range(20):
+        one, other = still.sample(i), posed.sample(i)
+        assert (one.caption, one.parts) == (other.caption, other.parts)
+        places = [np.argwhere((each.picture < 250).any(-1)) for each in (one, other)]
+        (top, left), (bottom, right) = places[1].min(0), places[1].max(0)
+        assert top >= 0 and left >= 0 and bottom < 128 and right < 128
+        sizes.append(len(places[1]) / len(places[0]))
+    assert min(sizes) < 0.6 and max(sizes) < 1.1  # areas: sides are 0.6 to 1 of what they were
+    sprite = np.zeros((8, 8, 4), np.uint8)
+    sprite[:, 0] = 255
+    assert (Pose(True, 0.0, 1.0, 0.0, 0.0).of(sprite) == sprite[:, ::-1]).all()
+    with pytest.raises(UserError, match="posed"):
+        Mixture(sprites, MixtureConfig(posed=1.5))
 
 
 def test_another_size(sprites: SpriteSet):

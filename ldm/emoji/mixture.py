@@ -21,6 +21,7 @@ from ldm.emoji.costumes import ASTRONAUT, FACES, costumes_of, wear
 from ldm.emoji.costumes import STYLES as COSTUME_STYLES
 from ldm.emoji.finishes import FINISHES
 from ldm.emoji.places import COUNTED, HOLDER, PAIRED, PORTRAIT
+from ldm.emoji.poses import Pose
 from ldm.emoji.scenes import SCENES, draw_setting
 from ldm.emoji.sprites import SpriteSet, resize
 from ldm.emoji.things import THINGS, choose
@@ -51,8 +52,10 @@ class MixtureConfig:
     """The pictures of a mixture. `things`: names, categories, "core" or "all". `weights`: kinds, need not sum to 1.
 
     `jitter` is how much smaller than the frame a thing may be drawn and how far off the centre it may stand.
-    `finished` is the share of pictures in a style that any picture can take on (FINISHES), `sized` that of single
-    things that are small, and said to be, `painted` that of things in pairs that have another colour than their own.
+    `posed` is the share of pictures whose things are mirrored, turned and smaller at random: what a ControlNet has to
+    see, or it learns that things stand as they always stand. `finished` is the share of pictures in a style that any
+    picture can take on (FINISHES), `sized` that of single things that are small, and said to be, `painted` that of
+    things in pairs that have another colour than their own.
     """
 
     things: list[str] = field(default_factory=lambda: ["core"])
@@ -67,6 +70,7 @@ class MixtureConfig:
     finished: float = 0.1
     sized: float = 0.15
     painted: float = 0.25
+    posed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,19 @@ class Mixture:
         return digest.hexdigest()[:16]
 
     def _check(self) -> None:
+        for name in (
+            "style_named",
+            "setting_named",
+            "white",
+            "jitter",
+            "finished",
+            "sized",
+            "painted",
+            "posed",
+        ):
+            share = getattr(self.config, name)
+            if not 0 <= share <= 1:
+                raise UserError(f"the mixture's {name} is {share}: a share is 0 to 1")
         for kind in self.config.weights:
             if kind not in KINDS:
                 raise UserError(f"no kind of picture is called {kind!r}{nearest(kind, KINDS)}")
@@ -312,8 +329,13 @@ class Mixture:
         shown = zip(
             self._places(composition, rng), composition.things * composition.count, colours, strict=True
         )
+        posed = self.config.posed > 0 and rng.random() < self.config.posed
         for (x, y, share), thing, colour in shown:
-            _paste(canvas, self._sprite(composition, thing, colour), x * size, y * size, round(share * size))
+            sprite = self._sprite(composition, thing, colour)
+            if posed:
+                pose = Pose.draw(rng, share, bust=composition.costume == ASTRONAUT)
+                sprite, share, x, y = pose.of(sprite), share * pose.scale, x + pose.right, y + pose.down
+            _paste(canvas, sprite, x * size, y * size, round(share * size))
         picture = np.round(canvas).clip(0, 255).astype(np.uint8)
         return FINISHES[composition.finish](picture) if composition.finish else picture
 
