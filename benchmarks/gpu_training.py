@@ -1,6 +1,6 @@
 """How the bundled model's third weights were trained in minutes on a GPU: the repository's objectives, captured.
 
-python -m benchmarks.gpu_training compose POOL 600 12          compositions, by 12 processes
+python -m benchmarks.gpu_training compose POOL 600 12 [0.9]    compositions, by 12 processes, such a share of them posed
 python -m benchmarks.gpu_training encode POOL MODEL 0 3        their latents and text states: the first of 3 processes
 python -m benchmarks.gpu_training unet POOL MODEL OUT 180      180 seconds of the whole U-Net
 python -m benchmarks.gpu_training controlnet POOL MODEL OUT 75
@@ -57,8 +57,8 @@ def mixture_of(**more: Any) -> CompositionsConfig:
 # The pool
 
 
-def compose(pool: Path, chunks: int, processes: int) -> None:
-    with multiprocessing.Pool(processes, _begin, (pool,)) as workers:
+def compose(pool: Path, chunks: int, processes: int, posed: float = 0.0) -> None:
+    with multiprocessing.Pool(processes, _begin, (pool, posed)) as workers:
         for _ in workers.imap(_compose, range(chunks)):
             pass
 
@@ -67,9 +67,9 @@ _made: Mixture
 _pool: Path
 
 
-def _begin(pool: Path) -> None:
+def _begin(pool: Path, posed: float) -> None:
     global _made, _pool
-    _made, _pool = mixture_of().made(), pool
+    _made, _pool = mixture_of(posed=posed).made(), pool
 
 
 def _compose(chunk: int) -> None:
@@ -388,7 +388,7 @@ def main() -> None:
     what, *told = sys.argv[1:]
     if what == "compose":
         Path(told[0]).mkdir(parents=True, exist_ok=True)
-        compose(Path(told[0]), int(told[1]), int(told[2]))
+        compose(Path(told[0]), int(told[1]), int(told[2]), float(told[3]) if told[3:] else 0.0)
     elif what == "encode":
         encode_pool(Path(told[0]), told[1], int(told[2]), int(told[3]))
     elif what == "decoder":

@@ -8,8 +8,7 @@ from typing import Any
 from pipelines.infotext import Infotext, infotext_in, texts_of
 from pipelines.named_files import loras_in
 from pipelines.recipe import KEYWORD, Recipe, read_recipe
-from pipelines.upscaler import BUNDLED
-from pipelines.uses import LoRAUse, UpscalerUse
+from pipelines.uses import BUNDLED, LoRAUse, UpscalerUse
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from ldm.conditioning.controlnets import load_controlnet
 from ldm.errors import UserError, nearest
 from ldm.models.controlnet import ControlNet, check_fit
 from ldm.preprocess import PREPROCESSORS
-from ldm.system import System
+from ldm.system import System, bundled
 from pipelines import arguments
 from pipelines.files import whole_path
 from pipelines.originals import Originals, originals_for
 from pipelines.registry import Registry
 from pipelines.turns import Turns
-from pipelines.uses import ControlUse, Preprocessor
+from pipelines.uses import BUNDLED, ControlUse, Preprocessor
 
 # A control picture (H, W, 3) in [0, 1] as it was given, of each ControlNet that an image is steered by.
 Shown = tuple[np.ndarray, ...]
@@ -44,21 +44,24 @@ class ControlNets:
         self.system, self.device, self._turns = system, device, turns
         self.loaded: Registry[_Loaded] = Registry("ControlNet", "load_controlnet")
 
-    def load(self, path: str | Path, name: str | None = None, variant: str | None = None) -> str:
+    def load(self, path: str | Path = BUNDLED, name: str | None = None, variant: str | None = None) -> str:
         """Load a ControlNet for the pipeline's model; returns its name.
 
-        path, variant: see `ldm.conditioning.controlnets.load_controlnet`. name: None is the file's. Raises UserError,
-        also for one that was made for other models.
+        path, variant: see `ldm.conditioning.controlnets.load_controlnet`; "bundled" is the one that ships with this
+        package, for the bundled model and edges. name: None is the file's. Raises UserError, also for one that was made
+        for other models.
         """
         with self._turns.turn(self.device):
             return self._load(path, name, variant)
 
     def _load(self, path: str | Path, name: str | None = None, variant: str | None = None) -> str:
         name = self.loaded.new_name(path, name)
-        network = load_controlnet(path, self.system.network.dtype, variant, self.system.network)
+        file = _bundled() if path == BUNDLED else Path(path)
+        network = load_controlnet(file, self.system.network.dtype, variant, self.system.network)
         config = self.system.autoencoder.config
         check_fit(self.system.network, network, config.latent_channels, config.factor, f"{path}")
-        self.loaded.add(name, _Loaded(whole_path(path), _hash(Path(path)), network.to(self.device)))
+        where = BUNDLED if path == BUNDLED else whole_path(path)
+        self.loaded.add(name, _Loaded(where, _hash(file), network.to(self.device)))
         return name
 
     def load_again(self, uses: Iterable[ControlUse]) -> list[str]:
@@ -181,6 +184,13 @@ def _control_picture(picture: np.ndarray, preprocessor: str | None) -> Tensor:
         found = PREPROCESSORS[preprocessor]((picture * 255).round().astype(np.uint8))
         picture = found.astype(np.float32) / 255
     return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+
+
+def _bundled() -> Path:
+    found = bundled("*/control-lora.safetensors")
+    if found is None:
+        raise UserError("the bundled ControlNet is not there: name a folder, or a file")
+    return found
 
 
 def _hash(path: Path) -> str | None:

@@ -8,6 +8,7 @@ from ldm.errors import UserError
 from pipelines.adapters import Adapters
 from pipelines.controlnets import ControlNets
 from pipelines.image_prompts import ImageAdapters
+from pipelines.uses import BUNDLED
 
 
 class DiffusersNames:
@@ -67,7 +68,9 @@ class DiffusersNames:
         """As diffusers': forget all words that were loaded."""
         self.adapters.unload_words()
 
-    def load_controlnet(self, path: str | Path, name: str | None = None, variant: str | None = None) -> str:
+    def load_controlnet(
+        self, path: str | Path = BUNDLED, name: str | None = None, variant: str | None = None
+    ) -> str:
         """Load a ControlNet beside those that are there; returns its name (see `ControlNets.load`)."""
         return self.controlnets.load(path, name, variant)
 

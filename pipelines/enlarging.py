@@ -18,8 +18,8 @@ from pipelines.files import whole_path
 from pipelines.prompts import read_prompts
 from pipelines.recipe import Recipe
 from pipelines.registry import changed
-from pipelines.upscaler import BUNDLED, Upscaler, upscaler_file
-from pipelines.uses import PictureUse, UpscalerUse
+from pipelines.upscaler import Upscaler, upscaler_file
+from pipelines.uses import BUNDLED, PictureUse, UpscalerUse
 
 
 class Upscalers:

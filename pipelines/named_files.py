@@ -10,8 +10,7 @@ from ldm.checkpoints.paths import readable
 from ldm.errors import UserError
 from pipelines.files import whole_path
 from pipelines.originals import use_of
-from pipelines.upscaler import BUNDLED
-from pipelines.uses import ControlUse, ImagePromptUse, PictureUse, UpscalerUse
+from pipelines.uses import BUNDLED, ControlUse, ImagePromptUse, PictureUse, UpscalerUse
 
 _LORAS = (".safetensors", *PICKLES)
 _ROOT = Path()
@@ -47,6 +46,8 @@ def control_use(text: str, folder: Path = _ROOT) -> ControlUse:
 
 def _place(name: str, folder: Path) -> str:
     """A file or folder that may lie in `folder`; what is not there may be the name of one on the hub."""
+    if name == BUNDLED:
+        return name
     with readable(name):
         return whole_path(folder / name) if (folder / name).exists() else whole_path(name)
 
@@ -117,7 +118,7 @@ def upscaler_use(path: str | Path, name: str, folder: Path = _ROOT) -> UpscalerU
         raise UserError(
             'upscaler "latent" is for a second pass alone: give a file of a network, or "bundled"'
         )
-    return UpscalerUse(BUNDLED if path == BUNDLED else _place(str(path), folder))
+    return UpscalerUse(_place(str(path), folder))
 
 
 def loras_in(folders: Iterable[Path]) -> dict[str, Path]:

@@ -14,8 +14,7 @@ from ldm.checkpoints.paths import readable
 from ldm.errors import UserError
 from ldm.system import bundled_model
 from pipelines.recipe import Recipe
-from pipelines.upscaler import BUNDLED
-from pipelines.uses import encoder_folder
+from pipelines.uses import BUNDLED, encoder_folder
 
 ANYWHERE = "\0"  # among the folders that are trusted: all of this disk; no path is called so
 _MOST = 100  # files: a picture that names more wants to keep the machine busy
@@ -38,7 +37,8 @@ def check(recipe: Recipe, picture: Path, trusted: Sequence[str]) -> str:
     named = [("model", "--model", recipe.model)] if recipe.model and not _bundled(recipe.model) else []
     named += [("LoRA", "--lora", each.path) for each in recipe.loras]
     named += [("embedding", "--embedding", each.path) for each in recipe.embeddings]
-    named += [("ControlNet", "--control", each.path) for each in recipe.controls]
+    controls = [each.path for each in recipe.controls if each.path != BUNDLED]
+    named += [("ControlNet", "--control", each) for each in controls]
     named += [("IP-Adapter", "--ip-adapter", each.path) for each in recipe.image_prompts]
     encoders = dict.fromkeys(encoder_folder(each.path, each.encoder) for each in recipe.image_prompts)
     named += [("image encoder", "--image-encoder", each) for each in encoders]

@@ -18,11 +18,11 @@ from ldm.models.esrgan import UpscalingNetwork, build_upscaler, in_tiles
 from ldm.pictures import LARGEST_SHEET
 from ldm.system import bundled
 from pipelines.placement import choose_device
+from pipelines.uses import BUNDLED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BUNDLED = "bundled"
 TILE = 256  # pixels of the source along a tile's side
 _SMALLEST_TILE = 16
 _FILE = "model.safetensors"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+BUNDLED = "bundled"  # in place of a path: what ships with this package
 Preprocessor = Literal["canny"]
 
 

@@ -111,7 +111,10 @@ class Mixture:
     def fingerprint(self) -> str:
         """A hash of all that decides what is composed, but for this code: the configuration and the sprites."""
         # The order of the configuration's lists and weights counts too: no sorting of keys.
-        digest = hashlib.sha256(json.dumps([asdict(self.config), self.everything]).encode())
+        told = asdict(self.config)
+        if not self.config.posed:  # what was composed before there were poses is the same still
+            del told["posed"]
+        digest = hashlib.sha256(json.dumps([told, self.everything]).encode())
         for (thing, style), pixels in sorted(self.sprites.pixels.items()):
             digest.update(f"{thing}/{style} {pixels.shape}".encode() + pixels.tobytes())
         return digest.hexdigest()[:16]
