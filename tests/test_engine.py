@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +18,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.models.controlnet import ControlNet
 from ldm.models.unet import UNet
-from ldm.sampling import Guidance, Request, controlled, decode, prepare, sample
+from ldm.sampling import Guidance, Request, controlled, decode, prepare, run, sample
 from ldm.sampling.editing import Pictures, begin_from, first_step
 from ldm.sampling.engine import Engine
 from ldm.system import System
@@ -84,7 +83,7 @@ def test_unlike_requests_are_drawn_together_as_alone(system: System, calls: list
     by_themselves = len(calls)
     calls.clear()
     engine = Engine(system, rows=64)
-    tickets = [engine.add(each) for each in unlike(system)]
+    tickets = [engine.add(run(system, each)) for each in unlike(system)]
     assert len(engine) == len(tickets)
     done = list(engine.run())
     assert set(done) == set(tickets) and len(engine) == 0
@@ -99,10 +98,10 @@ def test_unlike_requests_are_drawn_together_as_alone(system: System, calls: list
 def test_requests_come_and_go_between_ticks(system: System, calls: list[int]) -> None:
     alone = {seed: sample(system, plain(system, seed)) for seed in range(4)}
     engine = Engine(system)
-    first = engine.add(plain(system, 0, steps=4))
+    first = engine.add(run(system, plain(system, 0, steps=4)))
     assert engine.tick() == [] and engine.tick() == []
     calls.clear()
-    late = [engine.add(plain(system, seed)) for seed in (1, 2, 3)]
+    late = [engine.add(run(system, plain(system, seed))) for seed in (1, 2, 3)]
     engine.tick()
     assert calls == [8]  # four guided pictures, two steps apart
     late[1].cancel()
@@ -119,9 +118,9 @@ def test_one_that_fails_ends_alone_and_a_callback_stops_its_own(system: System) 
         raise UserError("no more")
 
     engine, seen = Engine(system), list[int]()
-    bad = engine.add(plain(system, 1), fails)
-    short = engine.add(plain(system, 2), lambda step: step.index < 1)
-    good = engine.add(plain(system, 3), lambda step: seen.append(step.index))
+    bad = engine.add(run(system, plain(system, 1), fails))
+    short = engine.add(run(system, plain(system, 2), lambda step: step.index < 1))
+    good = engine.add(run(system, plain(system, 3), lambda step: seen.append(step.index)))
     assert len(list(engine.run())) == 3
     assert isinstance(bad.error, UserError) and bad.latents is None
     assert short.latents is not None and good.latents is not None and seen == [0, 1, 2, 3]
@@ -136,9 +135,10 @@ def test_none_waits_longer_than_a_round(system: System, calls: list[int]) -> Non
         return lambda step: asked.setdefault(which, []).append(tick)
 
     for which, steps in enumerate((12, 3, 12, 3)):
-        engine.add(plain(system, which, steps), note(which))
+        engine.add(run(system, plain(system, which, steps), note(which)))
     whole = plan(system.scheduler, 6)
-    engine.add(prepare(system, whole, ["a cat " * 60], [4], guidance=Guidance(4.0)), note(4))
+    long = prepare(system, whole, ["a cat " * 60], [4], guidance=Guidance(4.0))
+    engine.add(run(system, long, note(4)))
     while len(engine):
         engine.tick()
         tick += 1
@@ -166,7 +166,7 @@ def test_calls_are_halved_where_memory_does_not_suffice(
     monkeypatch.setattr(system.network, "forward", small)
     engine = Engine(system)
     how = plan(system.scheduler, 3)
-    ticket = engine.add(prepare(system, how, ["a"] * 5, range(5), guidance=Guidance(4)))
+    ticket = engine.add(run(system, prepare(system, how, ["a"] * 5, range(5), guidance=Guidance(4))))
     assert list(engine.run()) == [ticket] and engine.rows == 2
     assert rows == [10, 5] + [2] * 15
     assert ticket.latents is not None
@@ -175,7 +175,7 @@ def test_calls_are_halved_where_memory_does_not_suffice(
     monkeypatch.setattr(
         system.network, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))
     )
-    engine.add(plain(system, 1))
+    engine.add(run(system, plain(system, 1)))
     with pytest.raises(RuntimeError, match="out of memory"):
         list(engine.run())
     with pytest.raises(UserError, match="rows is 0"):
@@ -192,17 +192,17 @@ def test_settings_share_no_call(system: System, calls: list[int]) -> None:
 
     engine = Engine(system, within=within)
     for seed, setting in enumerate(("ink", None, "ink", None)):
-        engine.add(plain(system, seed, steps=2), setting=setting)
+        engine.add(run(system, plain(system, seed, steps=2)), setting)
     assert len(list(engine.run())) == 4
-    assert calls == [4] * 4 and sorted(entered, key=str) == [None, None, "ink", "ink"]
+    assert calls == [4] * 4 and entered == ["ink", None] * 4  # to begin each, and then at every call
 
 
 def test_an_engine_takes_requests_while_it_yields(system: System) -> None:
     engine, count = Engine(system), 0
-    engine.add(plain(system, 0, steps=2))
+    engine.add(run(system, plain(system, 0, steps=2)))
     for ticket in engine.run():
         count += 1
         assert ticket.latents is not None
         if count < 4:
-            engine.add(replace(plain(system, count, steps=2)))
+            engine.add(run(system, plain(system, count, steps=2)))
     assert count == 4

@@ -1,15 +1,15 @@
 """The engine: unlike requests share calls of one network, step by step.
 
     engine = Engine(system)
-    tickets = [engine.add(request) for request in requests]
+    tickets = [engine.add(run(system, request)) for request in requests]
     for ticket in engine.run():
         pixels = decode(system.autoencoder, ticket.latents)
 
-A request is a coroutine that asks for the network's output (`ldm.sampling.run`). At every tick the ask that has waited
-longest, and those of other requests that are of one shape with it, become one call of the network: whatever their
-sampler, number of steps, guidance, start, limits and masks, for all of these are in the coroutines. Requests come and
-go between any two ticks. What a request draws does not depend on the others, but for the rounding of a network's call
-of another number of rows.
+What draws is a coroutine that asks for the network's output: `ldm.sampling.run` of a request, or more. At every tick
+the ask that has waited longest, and those of others that are of one shape with it, become one call of the network:
+whatever their sampler, number of steps, guidance, start, limits and masks, for all of these are in the coroutines.
+Requests come and go between any two ticks. What one draws does not depend on the others, but for the rounding of a
+network's call of another number of rows.
 """
 
 import itertools
@@ -22,17 +22,15 @@ from torch import Tensor
 from ldm.condition import concatenate
 from ldm.console import out_of_memory
 from ldm.diffusion.denoiser import Ask, Asking
-from ldm.diffusion.driver import Callback
 from ldm.errors import UserError
 from ldm.models.denoising import Residuals
-from ldm.sampling import Request, run
 from ldm.system import BoundNetwork, System, call
 
 ROWS = 32  # of a call, where nobody says otherwise
 
 
 class Ticket:
-    """A request in the engine.
+    """A coroutine in the engine.
 
     latents: (B, C, h, w), once it is done. error: what ended it, in their place. cancelled: by `cancel`.
     """
@@ -42,13 +40,10 @@ class Ticket:
     cancelled = False
 
     def __init__(self, asking: Asking, setting: Hashable, turn: int):
-        self.setting, self.turn = (
-            setting,
-            turn,
-        )  # turn: when its ask came, for the longest waiting to be first
-        self._asking = asking
+        """Begin it. turn: when its ask came, for the longest waiting to be first."""
+        self.setting, self._asking = setting, asking
         self.ask: Ask | None = None
-        self._send(None)
+        self.answer(None, turn)
 
     @property
     def done(self) -> bool:
@@ -61,17 +56,9 @@ class Ticket:
             self._asking.close()
             self.ask, self.cancelled = None, True
 
-    def answer(self, output: Tensor, turn: int) -> None:
-        """Give it what it asked for."""
+    def answer(self, output: Tensor | None, turn: int) -> None:
+        """Give it what it asked for, None at its beginning."""
         self.turn = turn
-        self._send(output)
-
-    def fail(self, error: Exception) -> None:
-        """End it by an error that its ask has led to."""
-        self._asking.close()
-        self.ask, self.error = None, error
-
-    def _send(self, output: Tensor | None) -> None:
         try:
             self.ask = next(self._asking) if output is None else self._asking.send(output)
         except StopIteration as end:
@@ -81,11 +68,11 @@ class Ticket:
 
 
 class Engine:
-    """Draws requests of one system together.
+    """Draws for many, by one system.
 
     rows: the most of one call of the network, of which a guided picture takes two at a step. Where memory does not
-    suffice, it is halved, and the call tried again; `rows` then says what did. within: gives the context in which the
-    network is called for requests of one `setting` of `add`, such as weights of LoRAs: they share no calls with others.
+    suffice, it is halved, and the call tried again; `rows` then says what did. within: gives the context in which all
+    is done for those of one `setting` of `add`, such as weights of LoRAs: they share no calls with others.
     """
 
     def __init__(
@@ -101,28 +88,29 @@ class Engine:
         self._turns = itertools.count()
 
     def __len__(self) -> int:
-        """How many requests are being drawn."""
+        """How many are being drawn."""
         return len(self._waiting)
 
     @torch.no_grad()
-    def add(self, request: Request, callback: Callback | None = None, setting: Hashable = None) -> Ticket:
-        """Take in a request, which shares calls from the next tick on. callback: see `ldm.diffusion.driver.run`."""
-        ticket = Ticket(run(self.system, request, callback), setting, next(self._turns))
+    def add(self, asking: Asking, setting: Hashable = None) -> Ticket:
+        """Take in a coroutine, which goes on to its first ask, and shares calls from the next tick on."""
+        with self._within(setting):
+            ticket = Ticket(asking, setting, next(self._turns))
         self._waiting.append(ticket)
         return ticket
 
     @torch.no_grad()
     def tick(self) -> list[Ticket]:
-        """Call the network once, if any request asks for it; return those that are done since the last tick.
+        """Call the network once, if any asks for it; return those that are done since the last tick.
 
-        What fails in a request's own coroutine ends that one alone. Raises what the network raises, memory apart.
+        What fails in a coroutine ends that one alone. Raises what the network raises, memory apart.
         """
         chosen = self._chosen()
         if chosen:
             with self._within(chosen[0].setting):
                 outputs = self._answers([ticket.ask for ticket in chosen if ticket.ask])
-            for ticket, output in zip(chosen, outputs, strict=True):
-                ticket.answer(output, next(self._turns))
+                for ticket, output in zip(chosen, outputs, strict=True):
+                    ticket.answer(output, next(self._turns))
         done = [ticket for ticket in self._waiting if ticket.done]
         self._waiting = [ticket for ticket in self._waiting if not ticket.done]
         return done
