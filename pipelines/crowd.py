@@ -93,10 +93,10 @@ class Crowd:
 
         complete: makes a drawing of a recipe; may raise UserError. stepped: called after every prediction.
         """
-        coming, empty = enumerate(recipes), False
+        coming, place, empty = iter(recipes), -1, False
         while True:
-            while not empty and len(self._guests) < self.together and not self._too_far():
-                place, recipe = next(coming, (0, None))
+            while not empty and len(self._guests) < self.together and not self._too_far(place + 1):
+                recipe, place = next(coming, None), place + 1
                 if recipe is None:
                     empty = True
                     break
@@ -110,9 +110,9 @@ class Crowd:
                 return
             yield from self._finished(self.engine.tick())
 
-    def _too_far(self) -> bool:
-        places = [guest.place for guest in self._guests.values()]
-        return bool(places) and max(places) - min(places) >= self.ahead
+    def _too_far(self, place: int) -> bool:
+        """Whether a place is too far ahead of one that is being drawn."""
+        return any(place - guest.place > self.ahead for guest in self._guests.values())
 
     def _admit(self, place: int, drawing: Drawing, stepped: Callable[[], object]) -> None:
         guest = _Guest(place, drawing, list(picture_notes([drawing])))
