@@ -22,11 +22,10 @@ from ldm.conditioning.control import Controls
 from ldm.conditioning.load import export, write_tokenizers
 from ldm.conditioning.system import build_conditioning
 from ldm.conditioning.text import TextEncoder
-from ldm.diffusion.denoiser import Network
 from ldm.diffusion.scheduler_config import SchedulerConfig
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.denoising import DenoisingNetwork
+from ldm.models.denoising import DenoisingNetwork, Residuals
 from ldm.models.diffusers_config import check_layers
 from ldm.models.networks import NETWORKS
 
@@ -48,6 +47,34 @@ def bundled_model() -> Path:
     if index is None:
         raise UserError("the bundled model is not there: name a model (a folder, a single file or a hub id)")
     return index.parent
+
+
+@dataclass(frozen=True, eq=False)
+class BoundNetwork:
+    """A network with its condition bound, see `System.bind`: a `Network` of `ldm.diffusion`."""
+
+    network: DenoisingNetwork
+    condition: Condition
+    controls: Controls | None = None
+
+    def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
+        told = self.condition.last(len(x))
+        return call(self.network, x, timestep, told, self.residuals(x, timestep))
+
+    def residuals(self, x: Tensor, timestep: Tensor) -> Residuals | None:
+        """Return what the controls add to the network's maps, in its precision."""
+        if self.controls is None:
+            return None
+        found = self.controls(x, timestep, self.condition.last(len(x)))
+        return None if found is None else found.map(lambda _, each: each.to(self.network.dtype))
+
+
+def call(
+    network: DenoisingNetwork, x: Tensor, timestep: Tensor, told: Condition, residuals: Residuals | None
+) -> Tensor:
+    """Call a network in its precision; one that is not steered need not know of residuals."""
+    more = () if residuals is None else (residuals,)
+    return network(x.to(network.dtype), timestep, told, *more)
 
 
 @dataclass
@@ -199,23 +226,12 @@ class System:
         condition.require(wants, f"the {self.network.component}")
         return condition
 
-    def bind(self, condition: Condition, controls: Controls | None = None) -> Network:
+    def bind(self, condition: Condition, controls: Controls | None = None) -> "BoundNetwork":
         """Return the network under a condition of R rows; a call of fewer rows is under the last of them.
 
         condition: on the network's device, in its precision. controls: what steers it beside that.
         """
-        network, dtype = self.network, self.network.dtype
-        if controls is None:
-            return lambda x, timestep: network(x.to(dtype), timestep, condition.last(len(x)))
-
-        def steered(x: Tensor, timestep: Tensor) -> Tensor:
-            told = condition.last(len(x))
-            residuals = controls(x, timestep, told)
-            if residuals is None:
-                return network(x.to(dtype), timestep, told)
-            return network(x.to(dtype), timestep, told, residuals.map(lambda _, each: each.to(dtype)))
-
-        return steered
+        return BoundNetwork(self.network, condition, controls)
 
     def checkpoint(self) -> Checkpoint:
         """Return configs and tensors as files hold them.

@@ -3,7 +3,6 @@
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,12 @@ from ldm.checkpoints.files import write_bytes
 from ldm.errors import UserError
 from ldm.foreign import parse_json, read_plain
 from ldm.pictures import grid, grid_size, png
+from pipelines.crowd import Drawn
 from pipelines.drawing import Drawing
 from pipelines.files import save_picture
 from pipelines.limits import check_seed
 from pipelines.named_files import row_settings
-from pipelines.recipe import MOST, Recipe
+from pipelines.recipe import Recipe
 from pipelines.text_to_image import TextToImagePipeline
 
 if TYPE_CHECKING:
@@ -93,13 +93,6 @@ def several(drawings: Iterable[Drawing], count: int) -> Iterator[Drawing]:
             yield replace(drawing, recipe=replace(drawing.recipe, seed=own))
 
 
-def batches(drawings: Iterable[Drawing], size: int) -> Iterator[list[Drawing]]:
-    """The drawings in runs that one call can draw, of at most `size`; their order is kept."""
-    for _, run in groupby(drawings, key=lambda each: each.recipe.shared()):
-        while members := list(islice(run, min(size, MOST))):
-            yield members
-
-
 def run(
     pipe: TextToImagePipeline,
     jobs: Sequence[Job],
@@ -133,13 +126,30 @@ def run(
         grid_size(total, columns, recipes[0].width or 1, recipes[0].height or 1)
     notes: dict[str, None] = {}
     pictures: list[Image] = []
-    for batch in batches(several(ready, count), batch_size):
-        output = pipe.draw(batch, progress=progress)
-        notes |= dict.fromkeys(output.notes)
-        for picture, recipe in zip(output.images, output.recipes, strict=True):
-            saved(save_picture(picture, recipe, out, infotext))
+    written = 0
+
+    def save(done: Drawn) -> None:
+        assert done.image is not None
+        saved(save_picture(done.image, done.recipe, out, infotext))
         if grid_path:
-            pictures += output.images
+            pictures.append(done.image)
+
+    drawings = list(several(ready, count))
+    early: dict[
+        int, Drawn
+    ] = {}  # those that were done before one in front of them: files are numbered as rows are
+    try:
+        for each in pipe.draw_each(drawings, batch_size, progress):
+            if each.error is not None:
+                raise each.error
+            notes |= dict.fromkeys(each.notes)
+            early[each.place] = each
+            while written in early:
+                save(early.pop(written))
+                written += 1
+    finally:  # also where one fails, or Ctrl-C comes: what is drawn is not lost
+        for place in sorted(early):
+            save(early[place])
     if grid_path:
         write_bytes(grid_path, png(grid(pictures, columns)))
         saved(grid_path)

@@ -1,7 +1,8 @@
 """How a call gets on: its progress bar, and what its callback sees and says."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ldm.diffusion.driver import Step
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
+from pipelines.drawing import Drawing
 
 
 class Previewing(Protocol):
@@ -84,6 +86,23 @@ class Progress:
             )
         self.stopped = answer is False
         return not self.stopped
+
+
+@contextmanager
+def counted(drawings: Iterable[object], shown: bool) -> Iterator[Callable[[], object]]:
+    """Show a bar of predictions, where standard error is a terminal; what is given is called after each.
+
+    drawings: those to come, whose plans tell how many these will be, where all of them are there.
+    """
+    from tqdm.auto import tqdm
+
+    total = None
+    if isinstance(drawings, Sequence):
+        ready = [each for each in drawings if isinstance(each, Drawing)]
+        plans = [plan for each in ready for plan in (each.plan, each.second) if plan is not None]
+        total = sum(plan.evaluations for plan in plans) if len(ready) == len(drawings) else None
+    with tqdm(total=total, disable=None if shown else True, unit="step", leave=False) as bar:
+        yield bar.update
 
 
 class Watch:

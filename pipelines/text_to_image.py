@@ -4,7 +4,7 @@ pipe = TextToImagePipeline.from_pretrained()
 pipe("a raccoon astronaut").save("raccoon.png")
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from ldm.system import System
 from pipelines.asking import asked
 from pipelines.canvas import MaskContent, ResizeMode
 from pipelines.completion import batches_of, canvas_for, completed, picture_notes, with_loaded
+from pipelines.crowd import Crowd, Drawn
 from pipelines.diffusers_names import DiffusersNames
 from pipelines.drawing import Drawing
 from pipelines.enlarging import second, stack_latents
@@ -31,7 +32,7 @@ from pipelines.originals import Originals, latents_of
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import Offload, choose_device, offload_where_needed
 from pipelines.preview import LatentPreview
-from pipelines.progress import Progress, StepCallback, Watch
+from pipelines.progress import Progress, StepCallback, Watch, counted
 from pipelines.recipe import PER_IMAGE, Recipe
 from pipelines.requests import request_for
 from pipelines.turns import Turns
@@ -340,6 +341,28 @@ class TextToImagePipeline(DiffusersNames):
             return None
         upscaler = self._loaded.upscalers.get(recipe.upscaler)
         return partial(upscaler, outscale=recipe.upscale)
+
+    @torch.no_grad()
+    def draw_each(
+        self, recipes: Iterable[Recipe | Drawing], together: int = 8, progress: bool = False
+    ) -> Iterator[Drawn]:
+        """Draw any recipes, or what `complete` made of them; yield each picture as soon as it is done, in no order.
+
+        Unlike ones share the network's calls step by step (see `ldm.sampling.engine`), `together` of them at a time;
+        each comes out as alone. What can't be drawn is yielded with its error. The pipeline is busy until the last one
+        came, or the iterator was closed. Raises UserError.
+        """
+        if together < 1:
+            raise UserError(f"together is {together}: give 1 or more")
+        with self._turn(), counted(recipes, progress) as stepped:
+            crowd = Crowd(self.system, self._loaded, self.device, together)
+            try:
+                complete = partial(self._completed, given=Given(), like=None)
+                for each in crowd.drawn(recipes, complete, stepped):
+                    yield replace(each, notes=(*self.system.notes, *each.notes))
+            finally:
+                if self._offload:
+                    self._offload.rest()
 
     def load_for(self, recipes: Sequence[Recipe], lora_folders: Sequence[Path] = ()) -> list[str]:
         """Load the ControlNets, IP-Adapters and LoRAs that recipes name; see `pipelines.loaded.Loaded.load_for`."""

@@ -1,6 +1,7 @@
 """The denoiser: from a network's prediction to the one thing samplers ask for, an estimate of x0."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,11 +12,41 @@ from ldm.diffusion.parameterization import per_image
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
-# (x (B, C, h, w), sigma (B,)) -> x0 (B, C, h, w), where x = x0 + sigma * noise. The condition is bound. Where a sampler
-# takes a learned variance, C more channels follow x0 and say where the variance lies; see `change_x0`.
-Denoise = Callable[[Tensor, Tensor], Tensor]
 # (x * c_in (B, C, h, w), timestep (B,) float32) -> output (B, C, h, w). The condition is bound.
 Network = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A network's output is asked for, at x * c_in (B, C, h, w) and timestep (B,), float32."""
+
+    network: Network
+    x: Tensor
+    timestep: Tensor
+
+
+# A coroutine that asks networks, is sent their outputs (B, C, h, w), and ends with what it was run for. Whoever runs it
+# decides when a network is called, and with whose asks together: see `answered` and `ldm.sampling.engine`.
+Asking = Generator[Ask, Tensor, Tensor]
+# (x (B, C, h, w), sigma (B,)) -> x0 (B, C, h, w), where x = x0 + sigma * noise: a coroutine, or where no network is
+# asked, the estimate itself; `awaited` takes both. The condition is bound. Where a sampler takes a learned variance, C
+# more channels follow x0 and say where the variance lies; see `change_x0`.
+Denoise = Callable[[Tensor, Tensor], Tensor | Asking]
+
+
+def awaited(estimate: Tensor | Asking) -> Asking:
+    """Give what a `Denoise` returned as a coroutine: `x0 = yield from awaited(denoise(x, sigma))`."""
+    return estimate if isinstance(estimate, Tensor) else (yield from estimate)
+
+
+def answered(asking: Asking) -> Tensor:
+    """Run a coroutine to its end, calling every network as it is asked for."""
+    try:
+        ask = next(asking)
+        while True:
+            ask = asking.send(ask.network(ask.x, ask.timestep))
+    except StopIteration as end:
+        return end.value
 
 
 Rounding = Literal["none", "round", "floor"]
@@ -52,17 +83,19 @@ class Denoiser:
         self.rounding = rounding
         self.learned_variance = learned_variance
 
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor) -> Asking:
         """Estimate x0 from `x` (B, ...) at `sigma` (B,)."""
-        return self.x0_from(self.output(x, sigma), x, sigma)
+        output = yield from self.output(x, sigma)
+        return self.x0_from(output, x, sigma)
 
-    def output(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the network's own prediction at `x` (B, C, ...) and `sigma` (B,), in the dtype of `x`.
+    def output(self, x: Tensor, sigma: Tensor) -> Asking:
+        """Ask for the network's own prediction at `x` (B, C, ...) and `sigma` (B,), in the dtype of `x`.
 
         C channels; with `learned_variance` 2C. Raises UserError where the network did not learn its variance.
         """
         timestep = self.timestep(sigma)
-        output = self.network(x * per_image(parameterization.c_in(self.prediction_type, sigma), x), timestep)
+        scaled = x * per_image(parameterization.c_in(self.prediction_type, sigma), x)
+        output = yield Ask(self.network, scaled, timestep)
         channels = x.shape[1] * (2 if self.learned_variance else 1)
         if output.shape[1] < channels:
             raise UserError(

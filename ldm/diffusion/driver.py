@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.denoiser import Asking, Denoise, answered, awaited
 from ldm.diffusion.samplers import Steps
 
 
@@ -20,11 +20,14 @@ class Step:
     x0: Tensor
 
 
-def sample(denoise: Denoise, steps: Steps, callback: Callable[[Step], bool | None] | None = None) -> Tensor:
-    """Run the coroutine `steps` with `denoise` to its end and return its last x (B, C, h, w).
+Callback = Callable[[Step], bool | None]
+
+
+def run(denoise: Denoise, steps: Steps, callback: Callback | None = None) -> Asking:
+    """Run the sampler `steps` with `denoise` to its end, the last x (B, C, h, w), as a coroutine of asks.
 
     callback: called after every prediction; if it returns False the run stops there, and the estimate of
-    x0 at that moment is returned.
+    x0 at that moment is its end.
     """
     index, estimate = 0, None
     while True:
@@ -32,12 +35,17 @@ def sample(denoise: Denoise, steps: Steps, callback: Callable[[Step], bool | Non
             x, sigma = next(steps) if estimate is None else steps.send(estimate)
         except StopIteration as stop:
             return stop.value
-        estimate = denoise(x, x.new_full((len(x),), sigma))
+        estimate = yield from awaited(denoise(x, x.new_full((len(x),), sigma)))
         x0 = estimate[:, : x.shape[1]]  # behind it may be a learned variance, which is the sampler's alone
         if callback is not None and callback(Step(index, sigma, x, x0)) is False:
             steps.close()
             return x0
         index += 1
+
+
+def sample(denoise: Denoise, steps: Steps, callback: Callback | None = None) -> Tensor:
+    """Do the same at once, and return its end."""
+    return answered(run(denoise, steps, callback))
 
 
 class Noise:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoise, Denoiser, change_x0
+from ldm.diffusion.denoiser import Asking, Denoise, Denoiser, awaited, change_x0
 from ldm.diffusion.parameterization import per_image, unit_variance
 from ldm.diffusion.schedule import NoiseSchedule
 
@@ -38,14 +38,15 @@ def classifier_free(
     guided_at_all, rescaled = bool((scales > 1).any()), bool((shares > 0).any())
     always = bool((low <= 0).all() and (high == math.inf).all())
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(x: Tensor, sigma: Tensor) -> Asking:
         strength = scales.to(x).expand(len(x))
         if not always:
             inside = (sigma > low.to(sigma)) & (sigma <= high.to(sigma))
             strength = torch.where(inside, strength, 1)
         if not guided_at_all or (not always and bool((strength == 1).all())):
-            return denoiser(x, sigma)
-        uncond, cond = denoiser.output(torch.cat([x, x]), torch.cat([sigma, sigma])).chunk(2)
+            return (yield from denoiser(x, sigma))
+        both = yield from denoiser.output(torch.cat([x, x]), torch.cat([sigma, sigma]))
+        uncond, cond = both.chunk(2)
 
         def guide(cond: Tensor) -> Tensor:
             against = uncond[:, : x.shape[1]]
@@ -75,12 +76,13 @@ def by_step(parts: Sequence[tuple[int, Denoise]], sigmas: Sequence[float]) -> De
     # float32's rounding of a level must not make it the step before.
     levels = torch.tensor([sigmas[step] * (1 + 1e-6) for step, _ in parts], dtype=torch.float64)
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(x: Tensor, sigma: Tensor) -> Asking:
         own = (sigma.double()[:, None] <= levels.to(sigma.device)).sum(1).clamp(min=1) - 1
         wanted = own.unique().tolist()
-        found = parts[wanted[0]][1](x, sigma)
+        found = yield from awaited(parts[wanted[0]][1](x, sigma))
         for k in wanted[1:]:
-            found = torch.where(per_image(own == k, found), parts[k][1](x, sigma), found)
+            other = yield from awaited(parts[k][1](x, sigma))
+            found = torch.where(per_image(own == k, found), other, found)
         return found
 
     return denoise
@@ -88,15 +90,17 @@ def by_step(parts: Sequence[tuple[int, Denoise]], sigmas: Sequence[float]) -> De
 
 def limited(denoise: Denoise, limit: Limit | Sequence[Limit | None]) -> Denoise:
     """Put every estimate of x0 through `limit`: a clamp, or `threshold_x0`; or through one each, None for no limit."""
-    if callable(limit):
-        return lambda x, sigma: change_x0(limit, denoise(x, sigma), x)
-    rows = list(limit)
+    rows = None if callable(limit) else list(limit)
 
     def each(x0: Tensor) -> Tensor:
-        pairs = zip(rows, x0.split(1), strict=True)
+        pairs = zip(rows or (), x0.split(1), strict=True)
         return torch.cat([row if own is None else own(row) for own, row in pairs])
 
-    return lambda x, sigma: change_x0(each, denoise(x, sigma), x)
+    def denoised(x: Tensor, sigma: Tensor) -> Asking:
+        estimate = yield from awaited(denoise(x, sigma))
+        return change_x0(limit if callable(limit) else each, estimate, x)
+
+    return denoised
 
 
 def threshold_x0(x0: Tensor, quantile: float = 0.995, limit: float = 1.0) -> Tensor:
@@ -120,12 +124,13 @@ def known_pixels(
     seen, as it is in diffusers.
     """
 
-    def denoised(x: Tensor, sigma: Tensor) -> Tensor:
+    def denoised(x: Tensor, sigma: Tensor) -> Asking:
         if noise is not None:
             there = known + per_image(sigma, x) * noise
             begins = per_image(sigma, x) > first * (1 - 1e-6)
             x = torch.where(begins, x, there + mask * (x - there))
-        return change_x0(lambda x0: known + mask * (x0 - known), denoise(x, sigma), x)
+        estimate = yield from awaited(denoise(x, sigma))
+        return change_x0(lambda x0: known + mask * (x0 - known), estimate, x)
 
     return denoised
 
@@ -136,9 +141,10 @@ def consistency(denoise: Denoise, schedule: NoiseSchedule, timestep_scaling: flo
     The published models have sigma_data 0.5.
     """
 
-    def bounded(x: Tensor, sigma: Tensor) -> Tensor:
+    def bounded(x: Tensor, sigma: Tensor) -> Asking:
         time = timestep_scaling * schedule.to(sigma.device).timestep(sigma).to(x.dtype)
         skip, out = 0.25 / (time**2 + 0.25), time / (time**2 + 0.25).sqrt()
-        return per_image(skip * unit_variance(sigma), x) * x + per_image(out, x) * denoise(x, sigma)
+        estimate = yield from awaited(denoise(x, sigma))
+        return per_image(skip * unit_variance(sigma), x) * x + per_image(out, x) * estimate
 
     return bounded

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import driver, guidance, parameterization
-from ldm.diffusion.denoiser import Denoise, Denoiser, Network, Rounding
+from ldm.diffusion.denoiser import Asking, Denoise, Denoiser, Network, Rounding, answered
 from ldm.diffusion.guidance import Limit
 from ldm.diffusion.samplers import SAMPLERS, NoiseSource, Steps
 from ldm.diffusion.schedule import NoiseSchedule
@@ -140,21 +140,21 @@ class Plan:
         """Return the sampler's coroutine from the state `x` (B, C, h, w) at `first_sigma`."""
         return SAMPLERS[self.sampler].solve(x, self.sigmas, noise, span=self.span, **self.options)
 
-    def sample(
+    def run(
         self,
         denoise: Denoise,
         noise: NoiseSource,
-        callback: Callable[[driver.Step], bool | None] | None = None,
+        callback: driver.Callback | None = None,
         latents: Tensor | None = None,
         x0: Tensor | None = None,
         state: Tensor | None = None,
-    ) -> Tensor:
-        """Draw: from `latents` (B, C, h, w) of unit noise, or from the first of `noise()`, to the sample.
+    ) -> Asking:
+        """Draw, as a coroutine, from `latents` (B, C, h, w) of unit noise, or the first of `noise()`, to the sample.
 
         denoise: that of `denoiser`, guided or not. The state is float32 whatever the network computes in.
         x0: clean latents (B, C, h, w) that the noise is added to, for a plan that begins on the way (Meng et al. 2022,
         SDEdit); without them such a plan begins from noise alone. state: (B, C, h, w), what a plan that ended at
-        `first_sigma` gave, to go on from, in place of all noise. callback: see `driver.sample`.
+        `first_sigma` gave, to go on from, in place of all noise. callback: see `driver.run`.
         """
         if state is not None:
             x = state.to(torch.float32) * (math.sqrt(1 + self.first_sigma**2) if self.unit_variance else 1.0)
@@ -164,7 +164,20 @@ class Plan:
                 x = x0.to(x) + x * self.first_sigma
             else:
                 x = x * (self.initial_scale if self.first_sigma == self.sigmas[0] else self.first_sigma)
-        return driver.sample(self.wrap(denoise), self.steps(x, noise), callback) * self.final_scale
+        last = yield from driver.run(self.wrap(denoise), self.steps(x, noise), callback)
+        return last * self.final_scale
+
+    def sample(
+        self,
+        denoise: Denoise,
+        noise: NoiseSource,
+        callback: driver.Callback | None = None,
+        latents: Tensor | None = None,
+        x0: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> Tensor:
+        """Draw at once: see `run`."""
+        return answered(self.run(denoise, noise, callback, latents, x0, state))
 
 
 def plan(

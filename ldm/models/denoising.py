@@ -1,6 +1,6 @@
 """What general code knows of a network that denoises: whoever brings another one gives it these, and no other place."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -47,6 +47,27 @@ class Residuals:
         """Apply `function` to each, with its number; the middle block's is the last."""
         down = tuple(function(i, each) for i, each in enumerate(self.down))
         return Residuals(down, function(len(down), self.mid))
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple["Residuals | None", int]]) -> "Residuals | None":
+        """Join residuals, each of so many rows, along the rows: zeros for None, and None where all are."""
+        some = [found for found, _ in parts if found is not None]
+        if not some:
+            return None
+
+        def join(i: int, like: Tensor) -> Tensor:
+            own = [None if found is None else (*found.down, found.mid)[i] for found, _ in parts]
+            height, width = (max(each.shape[k] for each in own if each is not None) for k in (2, 3))
+            return torch.cat(
+                [
+                    like.new_zeros(rows, like.shape[1], height, width)
+                    if each is None
+                    else each.expand(-1, -1, height, width)
+                    for each, (_, rows) in zip(own, parts, strict=True)
+                ]
+            )
+
+        return some[0].map(join)
 
     def __add__(self, other: "Residuals") -> "Residuals":
         down = tuple(one + more for one, more in zip(self.down, other.down, strict=True))

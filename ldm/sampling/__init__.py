@@ -7,7 +7,7 @@ The pipelines, validation in training and evaluation draw through it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,8 +18,8 @@ from ldm.conditioning.control import Control, Controls
 from ldm.conditioning.image_prompt import ImagePrompt, image_parts
 from ldm.conditioning.prompts.weighted import Prompt, as_prompts
 from ldm.conditioning.text import TextEncoder, encode_pair
-from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.driver import Noise, Step
+from ldm.diffusion.denoiser import Asking, Denoise, answered
+from ldm.diffusion.driver import Callback, Noise
 from ldm.diffusion.guidance import by_step, classifier_free, known_pixels
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
@@ -256,8 +256,11 @@ def nothing_seen(system: System, rows: int, size: tuple[int, int], device: torch
     return torch.cat([torch.ones_like(latents[:, :1]), latents], dim=1).expand(rows, -1, -1, -1)
 
 
-def sample(system: System, request: Request, callback: Callable[[Step], bool | None] | None = None) -> Tensor:
-    """Draw the latents (B, C, h, w), float32, of about unit variance. callback: see `ldm.diffusion.driver.sample`."""
+def run(system: System, request: Request, callback: Callback | None = None) -> Asking:
+    """Draw the latents (B, C, h, w), float32, of about unit variance, as a coroutine that asks the network.
+
+    callback: see `ldm.diffusion.driver.run`.
+    """
     plan, guidance = request.plan, request.guidance
     controls = None
     if request.controls:
@@ -278,9 +281,16 @@ def sample(system: System, request: Request, callback: Callable[[Step], bool | N
         denoise = by_step(parts, plan.sigmas)
     if request.known is not None:
         denoise = request.known.around(denoise, plan.first_sigma)
-    latents = plan.sample(denoise, request.noise, callback, request.latents, request.x0, request.state)
+    latents = yield from plan.run(
+        denoise, request.noise, callback, request.latents, request.x0, request.state
+    )
     whole = plan.span is None or plan.span.stop == len(plan.sigmas) - 1
     return latents if request.known is None or not whole else request.known.onto(latents)
+
+
+def sample(system: System, request: Request, callback: Callback | None = None) -> Tensor:
+    """Draw one request by itself: see `run`; `ldm.sampling.engine` draws many together."""
+    return answered(run(system, request, callback))
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor, tile: int | None = None) -> Tensor:
