@@ -172,12 +172,10 @@ class Plan:
         denoise: Denoise,
         noise: NoiseSource,
         callback: driver.Callback | None = None,
-        latents: Tensor | None = None,
-        x0: Tensor | None = None,
-        state: Tensor | None = None,
+        **begin: Tensor | None,
     ) -> Tensor:
-        """Draw at once: see `run`."""
-        return answered(self.run(denoise, noise, callback, latents, x0, state))
+        """Draw at once; begin: latents, x0 and state of `run`."""
+        return answered(self.run(denoise, noise, callback, **begin))
 
 
 def plan(
