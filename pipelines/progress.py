@@ -100,7 +100,8 @@ def counted(drawings: Iterable[object], shown: bool) -> Iterator[Callable[[], ob
     if isinstance(drawings, Sequence):
         ready = [each for each in drawings if isinstance(each, Drawing)]
         plans = [plan for each in ready for plan in (each.plan, each.second) if plan is not None]
-        total = sum(plan.evaluations for plan in plans) if len(ready) == len(drawings) else None
+        counts = {id(plan): plan.evaluations for plan in {id(plan): plan for plan in plans}.values()}
+        total = sum(counts[id(plan)] for plan in plans) if len(ready) == len(drawings) else None
     with tqdm(total=total, disable=None if shown else True, unit="step", leave=False) as bar:
         yield bar.update
 
