@@ -399,11 +399,11 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, kind: str, kills: 
 def test_two_processes_do_what_one_does(tmp_path: Path, sharded: bool) -> None:
     """With DDP, and with FSDP2, which saves, stops and resumes: every figure, and the averages, but for rounding."""
     loop = {
-        "pictures": 12,
+        "pictures": 8,
         "batch_size": 4,
         "log_every": 4,
         "save_every": 1000,
-        "optimizer": {"learning_rate": 1e-4, "warmup": 8},
+        "optimizer": {"learning_rate": 1e-4, "warmup": 4},
     }
     paths = [setup(tmp_path / name, loop=loop)[0] for name in ("one", "two")]
     assert train(paths[0])
@@ -432,7 +432,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, sharded: bool) -> None:
         """
     )
     logs = [[json.loads(x) for x in (path.parent / "run" / "log.jsonl").open()] for path in paths]
-    assert [line["seen"] for line in logs[0]] == [line["seen"] for line in logs[1]] == [4, 8, 12]
+    assert [line["seen"] for line in logs[0]] == [line["seen"] for line in logs[1]] == [4, 8]
     for one, two in zip(*logs, strict=True):
         for key in ("loss", "grad_norm", "lr"):
             assert two[key] == pytest.approx(one[key], rel=1e-4), key
