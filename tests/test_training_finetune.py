@@ -375,7 +375,8 @@ def test_broken_pictures_are_named_at_the_end(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [
-        ("lora", 2),
+        ("lora", 1),
+        pytest.param("lora", 2, marks=pytest.mark.slow),
         pytest.param("full", 1, marks=pytest.mark.slow),
         pytest.param("bf16", 2, marks=pytest.mark.slow),
         *(pytest.param(kind, 5, marks=pytest.mark.slow) for kind in ("lora", "full", "bf16")),

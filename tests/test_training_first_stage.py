@@ -345,7 +345,8 @@ def run(path: Path) -> bool:
     return train(path)
 
 
-@pytest.mark.parametrize("quantizer", [pytest.param("kl", marks=pytest.mark.slow), "vq"])
+@pytest.mark.slow  # what `make test` has of two processes is in test_training_finetune and _safety
+@pytest.mark.parametrize("quantizer", ["kl", "vq"])
 def test_two_processes_do_what_one_does(
     tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch, quantizer: str
 ) -> None:
