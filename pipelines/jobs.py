@@ -135,9 +135,7 @@ def run(
             pictures.append(done.image)
 
     drawings = list(several(ready, count))
-    early: dict[
-        int, Drawn
-    ] = {}  # those that were done before one in front of them: files are numbered as rows are
+    early: dict[int, Drawn] = {}  # done before one in front of them: files are numbered as rows are
     try:
         for each in pipe.draw_each(drawings, batch_size, progress):
             if each.error is not None:
