@@ -210,6 +210,20 @@ class Adapters:
                 )
         return weights | sums
 
+    def named(self, uses: Iterable[LoRAUse]) -> list[Lora]:
+        """Return LoRAs as a prompt asks for them; those that aren't loaded are, with weight 0 for all other pictures.
+
+        Raises UserError.
+        """
+        asked = list[Lora]()
+        for use in uses:
+            path = whole_path(use.path)
+            if path not in (paths := {each.path: name for name, each in self._loras.items()}):
+                self.load_again([LoRAUse(path, 0.0, name=self._free(Path(path).stem))], [])
+                paths = {each.path: name for name, each in self._loras.items()}
+            asked.append(Lora(paths[path], use.weight))
+        return asked
+
     @contextmanager
     def weighed(self, weights: Mapping[str, float]) -> Iterator[None]:
         """Within a turn: draw with the weights of `asked`, then put the former ones back."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.condition import AESTHETIC_SCORES
+from ldm.conditioning.prompts.weighted import Lora
 from ldm.diffusion.plan import Plan, plan
 from ldm.errors import UserError
 from ldm.sampling import check_scores
@@ -45,11 +46,12 @@ def completed(
     stated: Mapping[str, Any],
     loaded: Loaded,
     like: Drawing | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Drawing:
     """Fill in the model's defaults in place of every None. Raises UserError for impossible values.
 
     stated: of Recipe, what is so whatever was asked for: how the model was loaded. like: a drawing of this system,
-    whose plan serves for this one too where it is the same.
+    whose plan serves for this one too where it is the same. loras: to take part beside those that the prompt asks for.
     """
     if lacking := [name for name in recipe.beside if getattr(given, name, None) is None]:
         raise UserError(
@@ -66,7 +68,7 @@ def completed(
         if like and _sampling(like.recipe) == _sampling(complete)
         else (_plan_of(system, complete), second_plan(system, complete))
     )
-    drawing = Drawing(complete, how, read_prompts(complete), given, second=second)
+    drawing = Drawing(complete, how, read_prompts(complete).with_loras(loras), given, second=second)
     canvas = canvas_for(complete, given, original) if isinstance(original, np.ndarray) else None
     if complete.upscale is not None:
         size = _drawn_size(system, complete, canvas)

@@ -56,17 +56,22 @@ def whole_path(name: str | Path) -> str:
         return str(name)
 
 
-def save_picture(picture: "Image", recipe: Recipe, path: Path, infotext: bool = False) -> Path:
-    """Save to a `.png`, or into a folder under the next free number: `0007-a-raccoon-astronaut.png`.
-
-    infotext: write AUTOMATIC1111's text of it beside the recipe, for other programs.
-    """
+def picture_bytes(picture: "Image", recipe: Recipe, infotext: bool = False) -> bytes:
+    """Return a PNG with its recipe, and with AUTOMATIC1111's text where `infotext`."""
     info = recipe.png_info()
     if infotext:
         from pipelines.infotext import parameters
 
         info.add_text("parameters", parameters(recipe))
-    data = png(picture, info)
+    return png(picture, info)
+
+
+def save_picture(picture: "Image", recipe: Recipe, path: Path, infotext: bool = False) -> Path:
+    """Save to a `.png`, or into a folder under the next free number: `0007-a-raccoon-astronaut.png`.
+
+    infotext: write AUTOMATIC1111's text of it beside the recipe, for other programs.
+    """
+    data = picture_bytes(picture, recipe, infotext)
     if path.suffix.lower() == ".png":
         write_bytes(path, data)
         return path

@@ -10,7 +10,7 @@ from ldm.checkpoints.paths import readable
 from ldm.errors import UserError
 from pipelines.files import whole_path
 from pipelines.originals import use_of
-from pipelines.uses import BUNDLED, ControlUse, ImagePromptUse, PictureUse, UpscalerUse
+from pipelines.uses import BUNDLED, ControlUse, ImagePromptUse, LoRAUse, PictureUse, UpscalerUse
 
 _LORAS = (".safetensors", *PICKLES)
 _ROOT = Path()
@@ -70,6 +70,24 @@ def row_settings(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             use = upscaler_use(path, name, folder)
             settings[name] = None if use is None else asdict(use)
     return settings
+
+
+def row_loras(given: Any, folder: Path) -> list[LoRAUse]:
+    """Return the LoRAs that a row names: one PATH[:WEIGHT], a list of them, or weights by path. Raises UserError."""
+    if isinstance(given, Mapping):
+        pairs = list(given.items())
+    else:
+        pairs = [weighed(each) if isinstance(each, str) else (each, None) for each in _listed(given)]
+    for path, weight in pairs:
+        if not isinstance(path, str) or type(weight) not in (int, float):
+            raise UserError(
+                f"loras are {given!r:.80}: give PATH:WEIGHT, such as style.safetensors:0.8, or a list of these"
+            )
+    return [LoRAUse(_place(path, folder), float(weight or 0)) for path, weight in pairs]
+
+
+def _listed(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, list | tuple) else [given]
 
 
 def _control(given: Any, folder: Path) -> Any:

@@ -112,11 +112,6 @@ class Watch:
     def __init__(self, progress: Progress, images: Sequence[int]):
         self._progress, self._images = progress, images
 
-    @property
-    def stopped(self) -> bool:
-        """As Progress's."""
-        return self._progress.stopped
-
     def first(self, step: Step) -> bool:
         """Of the first pass."""
         return self._progress.step(step, self._progress.plans[0], self._images)

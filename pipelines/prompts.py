@@ -1,10 +1,11 @@
 """The prompts of a recipe, read in its syntax."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ldm.checkpoints.files import a_few
 from ldm.conditioning.prompts.reading import read_prompt
-from ldm.conditioning.prompts.weighted import Prompt, Text
+from ldm.conditioning.prompts.weighted import Lora, Prompt, Text
 from pipelines.recipe import Recipe
 
 
@@ -19,6 +20,10 @@ class Prompts:
     def embeddings(self) -> tuple[str, ...]:
         """The words of textual inversion that both name as such."""
         return (*self.prompt.embeddings, *(self.negative.embeddings if self.negative else ()))
+
+    def with_loras(self, loras: Sequence[Lora]) -> "Prompts":
+        """The same, whose prompt asks for more LoRAs."""
+        return replace(self, prompt=replace(self.prompt, loras=(*self.prompt.loras, *loras)))
 
     @property
     def negative_texts(self) -> list[Text]:

@@ -14,17 +14,17 @@ from typing import Any, NoReturn, SupportsFloat, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
-from ldm.conditioning.prompts.weighted import Emphasis, Syntax
+from ldm.conditioning.prompts.weighted import Emphasis, Lora, Syntax
 from ldm.errors import UserError, nearest
-from ldm.sampling import check_channels, sample
+from ldm.sampling import check_channels
 from ldm.system import System
 from pipelines.asking import asked
 from pipelines.canvas import MaskContent, ResizeMode
 from pipelines.completion import batches_of, canvas_for, completed, picture_notes, with_loaded
-from pipelines.crowd import Crowd, Drawn
+from pipelines.crowd import Crowd, Drawn, drawn_alone
 from pipelines.diffusers_names import DiffusersNames
 from pipelines.drawing import Drawing
-from pipelines.enlarging import second, stack_latents
+from pipelines.enlarging import stack_latents
 from pipelines.files import whole_path
 from pipelines.given import Given
 from pipelines.loaded import Loaded
@@ -32,9 +32,8 @@ from pipelines.originals import Originals, latents_of
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import Offload, choose_device, offload_where_needed
 from pipelines.preview import LatentPreview
-from pipelines.progress import Progress, StepCallback, Watch, counted
+from pipelines.progress import Progress, StepCallback, counted
 from pipelines.recipe import PER_IMAGE, Recipe
-from pipelines.requests import request_for
 from pipelines.turns import Turns
 from pipelines.uses import Preprocessor
 
@@ -306,8 +305,9 @@ class TextToImagePipeline(DiffusersNames):
         with Progress(self, plans, len(batches), callback, progress) as watch:
             try:
                 for places in batches:
-                    latents, more = self._draw([drawings[k] for k in places], watch.of(places))
-                    notes += [note for note in more if note not in notes]
+                    some, eyes = [drawings[k] for k in places], watch.of(places)
+                    how = (self._loaded, self.device, notes, eyes.first, eyes.second)
+                    latents = drawn_alone(self.system, some, *how)
                     drawn |= zip(places, latents, strict=True)
                     if watch.stopped:
                         break
@@ -322,19 +322,6 @@ class TextToImagePipeline(DiffusersNames):
                     self._offload.rest()
         return TextToImageOutput(images, [drawings[k].recipe for k in places], notes)
 
-    def _draw(self, drawings: Sequence[Drawing], watch: Watch) -> tuple[Tensor, list[str]]:
-        """The latents (B, C, h, w) of drawings, in one batch, and the notes on their prompts."""
-        with self.adapters.weighed(drawings[0].lora_weights):
-            request = request_for(self.system, drawings, self._loaded, self.device)
-            latents = sample(self.system, request, watch.first)
-            if drawings[0].second is not None and not watch.stopped:
-                pairs = zip(drawings, latents, strict=True)
-                upscalers = self._loaded.upscalers
-                larger = [second(self.system, drawing, each, upscalers) for drawing, each in pairs]
-                again = request_for(self.system, larger, self._loaded, self.device)
-                latents = sample(self.system, again, watch.second)
-        return latents, list(request.notes)
-
     def _larger(self, recipe: Recipe) -> Callable[[Tensor], Tensor] | None:
         """What enlarges the decoded pictures (B, 3, H, W) of a recipe; None where they stay as large."""
         if recipe.upscale is None:
@@ -344,18 +331,24 @@ class TextToImagePipeline(DiffusersNames):
 
     @torch.no_grad()
     def draw_each(
-        self, recipes: Iterable[Recipe | Drawing], together: int = 8, progress: bool = False
+        self,
+        recipes: Iterable[Recipe | Drawing],
+        together: int = 8,
+        progress: bool = False,
+        waves: bool = False,
     ) -> Iterator[Drawn]:
         """Draw any recipes, or what `complete` made of them; yield each picture as soon as it is done, in no order.
 
         Unlike ones share the network's calls step by step (see `ldm.sampling.engine`), `together` of them at a time;
-        each comes out as alone. What can't be drawn is yielded with its error. The pipeline is busy until the last one
+        each comes out as alone. waves: each `together` of them are drawn to their end before the next begin; then not
+        even their last bits depend on how long others took. What can't be drawn is yielded with its error. The pipeline
+        is busy until the last one
         came, or the iterator was closed. Raises UserError.
         """
         if together < 1:
             raise UserError(f"together is {together}: give 1 or more")
         with self._turn(), counted(recipes, progress) as stepped:
-            crowd = Crowd(self.system, self._loaded, self.device, together)
+            crowd = Crowd(self.system, self._loaded, self.device, together, waves)
             try:
                 complete = partial(self._completed, given=Given(), like=None)
                 for each in crowd.drawn(recipes, complete, stepped):
@@ -368,15 +361,24 @@ class TextToImagePipeline(DiffusersNames):
         """Load the ControlNets, IP-Adapters and LoRAs that recipes name; see `pipelines.loaded.Loaded.load_for`."""
         return self._loaded.load_for(recipes, lora_folders)
 
-    def complete(self, recipe: Recipe, given: Given | None = None, like: Drawing | None = None) -> Drawing:
+    def complete(
+        self,
+        recipe: Recipe,
+        given: Given | None = None,
+        like: Drawing | None = None,
+        loras: Sequence[Lora] = (),
+    ) -> Drawing:
         """Return the recipe with the model's defaults in place of every None, and how it is sampled.
 
-        like: a drawing of before, to save time where it is sampled the same. Raises UserError for impossible values.
+        like: a drawing of before, to save time where it is sampled the same. loras: to take part beside those that the
+        prompt asks for (see `Adapters.named`). Raises UserError for impossible values.
         """
         with self._turns.look(self.device):
-            return self._completed(recipe, given or Given(), like)
+            return self._completed(recipe, given or Given(), like, loras)
 
-    def _completed(self, recipe: Recipe | Drawing, given: Given, like: Drawing | None) -> Drawing:
+    def _completed(
+        self, recipe: Recipe | Drawing, given: Given, like: Drawing | None, loras: Sequence[Lora] = ()
+    ) -> Drawing:
         now = {
             **self._identity,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -388,7 +390,7 @@ class TextToImagePipeline(DiffusersNames):
                 canvas = canvas_for(recipe.recipe, recipe.given)
             drawing = replace(recipe, recipe=replace(recipe.recipe, **now), canvas=canvas)
             return with_loaded(drawing, self._loaded)
-        return completed(self.system, recipe, given, now, self._loaded, like)
+        return completed(self.system, recipe, given, now, self._loaded, like, loras)
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 benchmark.py sampling [--model FOLDER] [--pictures 1]       whole pictures; beside it, how alike they are
 benchmark.py rows [--model FOLDER] [--rows 48] [--mixed]     many pictures: rows of a file, alike or of unlike settings
+benchmark.py arrivals [--model FOLDER] [--rows 60]           latency of unlike requests that arrive at random; a plot
 benchmark.py training [--model FOLDER] --data FOLDER        training steps on a folder of pictures with metadata.jsonl
 """
 
@@ -21,15 +22,16 @@ _MOST = 10_000  # pictures at once, or rounds
 @command(memory="give fewer --pictures")
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sampling", "rows", "training"))
+    parser.add_argument("what", choices=("sampling", "rows", "arrivals", "training"))
     parser.add_argument("--model", type=Path, help="a diffusers folder (default: the bundled model)")
     parser.add_argument("--data", type=Path, help="of training: a folder of pictures with metadata.jsonl")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16")
-    parser.add_argument("--pictures", type=int, help="at once (default: 1, of rows 8, of training 16)")
-    parser.add_argument("--rows", type=int, default=48, help="of rows: how many")
+    parser.add_argument("--pictures", type=int, help="at once (default: 1, rows and arrivals 8, training 16)")
+    parser.add_argument("--rows", type=int, help="how many rows (default: 48), or arrivals at each load (60)")
     parser.add_argument(
         "--mixed", action="store_true", help="of rows: of three samplers, four numbers of steps, ..."
     )
+    parser.add_argument("--output", type=Path, help="plot of arrivals (default: benchmarks/arrivals.png)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", default="a raccoon astronaut", help="of sampling")
     arguments = parser.parse_args()
@@ -56,12 +58,19 @@ def main() -> int:
     if arguments.what == "rows":
         from benchmarks.rows import contenders
 
-        how = arguments.rows, arguments.mixed, arguments.precision, arguments.pictures or 8
+        count = arguments.rows or 48
+        how = count, arguments.mixed, arguments.precision, arguments.pictures or 8
         works, psnr = contenders(model, *how)
         kind = "mixed" if arguments.mixed else "alike"
-        print(f"{arguments.rows} rows, {kind}, up to {arguments.pictures or 8} pictures together\n")
+        print(f"{count} rows, {kind}, up to {arguments.pictures or 8} pictures together\n")
         print(table(compare(works, arguments.rounds), "diffusers, a loop", "pictures"))
         print(f"\nPSNR between ours and the loop: {psnr:.1f} dB")
+        return 0
+    if arguments.what == "arrivals":
+        from benchmarks.arrivals import report
+
+        output = arguments.output or Path("benchmarks/arrivals.png")
+        print(report(model, arguments.rows or 60, arguments.precision, arguments.pictures or 8, output))
         return 0
     from benchmarks.training import contenders
 

@@ -99,14 +99,59 @@ def test_one_that_is_closed_gives_the_pipeline_back(pipe: TextToImagePipeline) -
 
 
 def test_one_that_takes_long_holds_few_up(pipe: TextToImagePipeline) -> None:
-    """Who keeps the order of the rows holds no more than eight pictures for each that is drawn at a time."""
-    recipes = [Recipe("a cat", seed=k, num_inference_steps=1) for k in range(30)]
-    recipes[0] = Recipe("a cat", seed=0, num_inference_steps=25, sampler="euler")
+    """Who keeps the order of the rows holds no more than sixteen pictures for each that is drawn at a time."""
+    recipes = [Recipe("a cat", seed=k, num_inference_steps=1) for k in range(50)]
+    recipes[0] = Recipe("a cat", seed=0, num_inference_steps=40, sampler="euler")
     held, most, next_place = set[int](), 0, 0
-    for each in pipe.draw_each(recipes, together=2):
+    for each in pipe.draw_each(iter(recipes), together=2):
         held.add(each.place)
         while next_place in held:
             held.remove(next_place)
             next_place += 1
         most = max(most, len(held))
-    assert next_place == 30 and 8 <= most <= 17
+    assert next_place == 50 and 16 <= most <= 33
+
+
+def test_of_a_sequence_those_alike_are_drawn_next_to_each_other(
+    pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, called = pipe.system.network, list[tuple[int, int]]()
+    forward = network.forward
+    monkeypatch.setattr(
+        network, "forward", lambda x, *more: (called.append((len(x), x.shape[-1])), forward(x, *more))[1]
+    )
+    recipes = [
+        Recipe("a cat", seed=k, width=(32, 48)[k % 2], num_inference_steps=2, guidance_scale=4.0)
+        for k in range(8)
+    ]
+    drawn = list(pipe.draw_each(recipes, together=4))
+    assert called == [(8, 16)] * 2 + [(8, 24)] * 2 and len({each.place for each in drawn}) == 8
+    called.clear()
+    assert len(list(pipe.draw_each(iter(recipes), together=4))) == 8
+    assert len(called) > 4 and called[:2] == [(4, 16), (4, 24)]  # of an iterator, as they come
+
+
+def test_waves_begin_together(pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, called = pipe.system.network, list[int]()
+    forward = network.forward
+    monkeypatch.setattr(network, "forward", lambda x, *more: (called.append(len(x)), forward(x, *more))[1])
+    recipes = [Recipe("a cat", seed=k, num_inference_steps=1 + k % 2, guidance_scale=4.0) for k in range(5)]
+    recipes[1] = Recipe("a cat", seed=1, num_inference_steps=0)
+    places = [each.place for each in pipe.draw_each(recipes, together=3, waves=True)]
+    assert called == [4, 4, 2] and sorted(places) == list(range(5)) and set(places[:3]) == {0, 1, 2}
+
+
+def test_equal_texts_are_embedded_once(pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, embedded = pipe.system.text, list[list[Any]]()
+    encode = text.encode
+    monkeypatch.setattr(
+        text, "encode", lambda prompts, **how: (embedded.append(list(prompts)), encode(prompts, **how))[1]
+    )
+    prompts = ["a cat", "a dog", "a cat", "a cat <lora:ink:0.5>"]
+    recipes = [
+        Recipe(each, seed=k, num_inference_steps=1, prompt_syntax="a1111") for k, each in enumerate(prompts)
+    ]
+    assert all(each.error is None for each in pipe.draw_each(recipes, together=2))
+    # The prompts and the empty negative one, and both once more under a LoRA, which may change the encoder.
+    texts = sorted(each[0] if isinstance(each[0], str) else each[0].text for each in embedded)
+    assert texts == ["", "", "a cat", "a cat ", "a dog"]

@@ -56,6 +56,11 @@ class Ticket:
             self._asking.close()
             self.ask, self.cancelled = None, True
 
+    def fail(self, error: Exception) -> None:
+        """Draw it no further, for this reason."""
+        self._asking.close()
+        self.ask, self.error = None, error
+
     def answer(self, output: Tensor | None, turn: int) -> None:
         """Give it what it asked for, None at its beginning."""
         self.turn = turn
@@ -71,7 +76,8 @@ class Engine:
     """Draws for many, by one system.
 
     rows: the most of one call of the network, of which a guided picture takes two at a step. Where memory does not
-    suffice, it is halved, and the call tried again; `rows` then says what did. within: gives the context in which all
+    suffice for those of a kind (size and the like), half as many are tried, and so on; `limits` then says what did, by
+    kind. What does not fit even row by row ends with that error, alone. within: gives the context in which all
     is done for those of one `setting` of `add`, such as weights of LoRAs: they share no calls with others.
     """
 
@@ -84,6 +90,7 @@ class Engine:
         if rows < 1:
             raise UserError(f"rows is {rows}: give 1 or more")
         self.system, self.rows, self._within = system, rows, within
+        self.limits: dict[Hashable, int] = {}
         self._waiting: list[Ticket] = []
         self._turns = itertools.count()
 
@@ -103,14 +110,13 @@ class Engine:
     def tick(self) -> list[Ticket]:
         """Call the network once, if any asks for it; return those that are done since the last tick.
 
-        What fails in a coroutine ends that one alone. Raises what the network raises, memory apart.
+        What fails in a coroutine ends that one alone, and so does a lack of memory. Raises what else the network
+        raises.
         """
         chosen = self._chosen()
         if chosen:
             with self._within(chosen[0].setting):
-                outputs = self._answers([ticket.ask for ticket in chosen if ticket.ask])
-                for ticket, output in zip(chosen, outputs, strict=True):
-                    ticket.answer(output, next(self._turns))
+                self._answer(chosen)
         done = [ticket for ticket in self._waiting if ticket.done]
         self._waiting = [ticket for ticket in self._waiting if not ticket.done]
         return done
@@ -123,38 +129,54 @@ class Engine:
     def _chosen(self) -> list[Ticket]:
         """Who is answered next: the one that has waited longest, and those that can share its call."""
         waiting = sorted((each for each in self._waiting if each.ask), key=lambda each: each.turn)
-        chosen, rows = list[Ticket](), 0
+        if not waiting:
+            return []
+        kind = _kind(waiting[0])
+        chosen, rows, most = list[Ticket](), 0, self.limits.get(kind, self.rows)
         for ticket in waiting:
             assert ticket.ask is not None
             more = len(ticket.ask.x)
-            if not chosen or (_kind(ticket) == _kind(chosen[0]) and rows + more <= self.rows):
+            if not chosen or (rows + more <= most and _kind(ticket) == kind):
                 chosen.append(ticket)
                 rows += more
         return chosen
 
-    def _answers(self, asks: list[Ask]) -> Iterator[Tensor]:
-        """The network's outputs, one an ask, in as few calls as there may be."""
+    def _answer(self, chosen: list[Ticket]) -> None:
+        """Call the network for tickets of one kind."""
+        try:
+            outputs = self._outputs([ticket.ask for ticket in chosen if ticket.ask], _kind(chosen[0]))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            for ticket in chosen:
+                ticket.fail(error)
+            return
+        for ticket, output in zip(chosen, outputs, strict=True):
+            ticket.answer(output, next(self._turns))
+
+    def _outputs(self, asks: list[Ask], kind: Hashable) -> Iterator[Tensor]:
+        """The network's outputs, one an ask, in as few calls as there may be. Raises what it raises for one row."""
         rows = [len(ask.x) for ask in asks]
         bound = [_bound(ask) for ask in asks]
         x, timestep = torch.cat([ask.x for ask in asks]), torch.cat([ask.timestep for ask in asks])
         told = concatenate([each.condition.last(count) for each, count in zip(bound, rows, strict=True)])
         found = [each.residuals(ask.x, ask.timestep) for each, ask in zip(bound, asks, strict=True)]
         residuals = Residuals.joined(list(zip(found, rows, strict=True)))
-        outputs, begin = list[Tensor](), 0
+        outputs, begin, most = list[Tensor](), 0, self.limits.get(kind, self.rows)
         while begin < len(x):
-            part = slice(begin, begin + self.rows)
+            part = slice(begin, begin + most)
             more = None if residuals is None else residuals.map(lambda _, each, part=part: each[part])
             within = told.map(lambda each, part=part: each[part])
             try:
                 outputs.append(call(self.system.network, x[part], timestep[part], within, more))
             except (RuntimeError, MemoryError) as error:
-                if self.rows == 1 or not out_of_memory(error):
+                if most == 1 or not out_of_memory(error):
                     raise
-                self.rows = max(1, min(self.rows, len(x)) // 2)
+                self.limits[kind] = most = max(1, min(most, len(x)) // 2)
                 if x.is_cuda:
                     torch.cuda.empty_cache()
                 continue
-            begin += self.rows
+            begin += most
         return iter(torch.cat(outputs).split(rows))
 
 
@@ -164,7 +186,7 @@ def _bound(ask: Ask) -> BoundNetwork:
     return ask.network
 
 
-def _kind(ticket: Ticket) -> tuple[object, ...]:
+def _kind(ticket: Ticket) -> Hashable:
     """What is equal of asks that can be rows of one call."""
     assert ticket.ask is not None
     parts = _bound(ticket.ask).condition.parts()
