@@ -15,21 +15,19 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from benchmarks.rows import Row, rows
+from benchmarks.rows import Row, recipes_of, rows
 from ldm.console import say
 from ldm.errors import UserError
 from ldm.files import whole_file, workshop, writing
 from pipelines import TextToImagePipeline
 from pipelines.crowd import Crowd
 from pipelines.loaded import Loaded
-from pipelines.recipe import Recipe
 from pipelines.turns import Turns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOADS = (0.5, 0.8, 1.0, 1.5)
-_PROMPTS = ("a fox", "two apples", "a blue car", "a cat wearing a top hat", "a house next to a tree")
 _PLOTTED = (("mean", "-", np.mean), ("p99", "--", lambda some: np.percentile(some, 99)))
 
 
@@ -246,18 +244,7 @@ class Server:
     def __init__(self, pipe: TextToImagePipeline, wanted: Sequence[Row], together: int):
         self.pipe, self.wanted, self.together = pipe, wanted, together
         self._loaded = Loaded(pipe.system, pipe.device, Turns())  # nothing
-        self._recipes = [
-            Recipe(
-                _PROMPTS[k % len(_PROMPTS)],
-                seed=k,
-                sampler=row.sampler,
-                num_inference_steps=row.steps,
-                guidance_scale=row.scale,
-                height=128,
-                width=row.width,
-            )
-            for k, row in enumerate(wanted)
-        ]
+        self._recipes = recipes_of(wanted)
         self.ways: dict[str, Callable[[], Way]] = {
             "step by step, the engine": self.step_by_step,
             "equal ones that wait, in a batch": lambda: Batched(self.draw, wanted.__getitem__, together),

@@ -1,9 +1,13 @@
 """Many rows of a file, uniform or mixed: ours, which share the network's calls step by step, against diffusers.
 
-diffusers has two ways: a loop over the rows, and batches of those rows whose settings are equal.
+diffusers has two ways: a loop over the rows, and batches of those rows whose settings are equal. Ours are one process, as theirs,
+and on a CPU also one process a core, which is how `ldm-batch` draws there.
 """
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +17,7 @@ import numpy as np
 import torch
 
 from pipelines import TextToImagePipeline
+from pipelines.crowd import likeness
 from pipelines.recipe import Recipe
 
 _CLASSES = {
@@ -95,26 +100,67 @@ def contenders(
                 found |= dict(draw(members[start : start + together]))
         return found
 
+    recipes = recipes_of(wanted)
+
     def engine() -> dict[int, np.ndarray]:
-        recipes = [
-            Recipe(
-                _PROMPTS[k % len(_PROMPTS)],
-                seed=k,
-                sampler=row.sampler,
-                num_inference_steps=row.steps,
-                guidance_scale=row.scale,
-                height=128,
-                width=row.width,
-            )
-            for k, row in numbered
-        ]
         return {each.place: np.asarray(each.image) / 255 for each in ours.draw_each(recipes, together)}
 
     first, second = loop(), engine()
     error = float(np.mean([np.square(first[k] - second[k]).mean() for k in first]))
     works = {"diffusers, a loop": loop, "diffusers, equal rows together": alike, "ours": engine}
+    if ours.device.type == "cpu":
+        works["ours, a process a core"] = _processes(ours, model, recipes, together)
     counted = {name: _counted(work) for name, work in works.items()}
     return counted, -10 * float(np.log10(max(error, 1e-12)))
+
+
+def recipes_of(wanted: Sequence[Row]) -> list[Recipe]:
+    """The rows as recipes; row k has seed k."""
+    return [
+        Recipe(
+            _PROMPTS[k % len(_PROMPTS)],
+            seed=k,
+            sampler=row.sampler,
+            num_inference_steps=row.steps,
+            guidance_scale=row.scale,
+            height=128,
+            width=row.width,
+        )
+        for k, row in enumerate(wanted)
+    ]
+
+
+_mine: list[TextToImagePipeline] = []  # of a process that helps
+
+
+def _load(model: Path, dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)
+    _mine.append(TextToImagePipeline.from_pretrained(model, torch_dtype=dtype, device="cpu"))
+
+
+def _draw(recipes: Sequence[Recipe], together: int) -> list[np.ndarray]:
+    found = {each.place: np.asarray(each.image) / 255 for each in _mine[0].draw_each(recipes, together)}
+    return [found[k] for k in range(len(recipes))]
+
+
+def _processes(
+    pipe: TextToImagePipeline, model: Path, recipes: Sequence[Recipe], together: int
+) -> Callable[[], dict[int, np.ndarray]]:
+    """The same groups as ldm-batch makes, drawn by processes that have loaded the model."""
+    cores, dtype = len(os.sched_getaffinity(0)), pipe.dtype
+    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _load, (model, dtype))
+
+    def work() -> dict[int, np.ndarray]:
+        order = sorted(range(len(recipes)), key=lambda k: likeness(pipe.complete(recipes[k])))
+        groups = [order[k : k + together] for k in range(0, len(order), together)]
+        drawn = pool.map(_draw, [[recipes[k] for k in group] for group in groups], [together] * len(groups))
+        return {
+            k: each
+            for group, some in zip(groups, drawn, strict=True)
+            for k, each in zip(group, some, strict=True)
+        }
+
+    return work
 
 
 def _counted(work: Callable[[], dict[int, np.ndarray]]) -> Callable[[], int]:
