@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,14 +18,12 @@ import torch
 from benchmarks.rows import Row, recipes_of, rows
 from ldm.console import say
 from ldm.errors import UserError
+from ldm.figures import figure
 from ldm.files import whole_file, workshop, writing
 from pipelines import TextToImagePipeline
 from pipelines.crowd import Crowd
 from pipelines.loaded import Loaded
 from pipelines.turns import Turns
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LOADS = (0.5, 0.8, 1.0, 1.5)
 _PLOTTED = (("mean", "-", np.mean), ("p99", "--", lambda some: np.percentile(some, 99)))
@@ -199,10 +197,10 @@ def fairness_table(cells: Iterable[Cell], works: Sequence[float]) -> str:
 
 def plot(cells: Sequence[Cell], path: Path) -> None:
     """Latency against load, a colour a way: the mean solid, p99 dashed. Raises UserError without matplotlib."""
-    figure = _figure()
+    drawn = figure(7, 4.5)
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axes = figure.subplots()
+    axes = drawn.subplots()
     for color, way in enumerate(dict.fromkeys(each.way for each in cells)):
         own = [each for each in cells if each.way == way]
         for what, style, statistic in _PLOTTED:
@@ -224,15 +222,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-
-
-def _figure() -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the plot needs matplotlib: pip install matplotlib") from None
-    return Figure(figsize=(7, 4.5), layout="constrained")
+        drawn.savefig(temporary, dpi=110, format="png")
 
 
 # Measuring
@@ -298,7 +288,7 @@ def report(model: Path, count: int, precision: str, together: int, output: Path)
     """Measure, on a machine that does nothing else; returns the tables, and writes the plot. Raises UserError."""
     if count < 4:
         raise UserError(f"{count} requests have no quarters: give --rows 4 or more")
-    _figure()  # both now, not after half an hour
+    figure(7, 4.5)  # both now, not after half an hour
     with writing(output), workshop(output):
         pass
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -75,11 +75,11 @@ def command(rows: Path, out: Path, more: list[str]) -> list[str]:
     return [sys.executable, str(ROOT / "scripts/batch.py"), str(rows), "--out", str(out), *more]
 
 
-def kill(process: subprocess.Popen[bytes], rng: random.Random) -> str:
-    """Kill a run: all its processes, or the first, or one that helps it. Returns which."""
+def kill(process: subprocess.Popen[bytes], which: str) -> str:
+    """Kill a run's processes: "all", the "first", or one that is a "helper" to it, if it has one. Returns which."""
     first = psutil.Process(process.pid)
     helpers = [each for each in first.children(recursive=True) if "spawn_main" in " ".join(_line(each))]
-    which = rng.choice(("all", "first", "helper") if helpers else ("first",))
+    which = which if helpers else "first"
     doomed = {"all": [first, *helpers], "first": [first], "helper": helpers[:1]}[which]
     for each in doomed:
         os.kill(each.pid, signal.SIGKILL)
@@ -93,16 +93,15 @@ def _line(process: psutil.Process) -> list[str]:
         return []
 
 
-def live(arguments: list[str], seconds: float | None, rng: random.Random) -> tuple[int | None, str]:
+def live(arguments: list[str], seconds: float | None = None, which: str = "") -> tuple[int | None, str]:
     """Start the command, and kill it after so long; returns its status, None where it was killed, and what died."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         return process.wait(seconds), ""
     except subprocess.TimeoutExpired:
-        which = kill(process, rng)
-        if which == "helper":  # the run goes on without, and starts another: then it is the first one's turn
-            time.sleep(2 * rng.random())
-            kill(process, random.Random(1))
+        which = kill(process, which)
+        if which == "helper":  # the run goes on, and starts another one: then it is the first one's turn
+            time.sleep(3)
             process.kill()
         process.wait()
         return None, which
@@ -136,20 +135,21 @@ def main() -> int:
     rows = write_rows(chosen.folder, chosen.rows)
     alone, killed = chosen.folder / "alone", chosen.folder / "killed"
     begun = time.monotonic()
-    status, _ = live(command(rows, alone, more), None, rng)
+    status, _ = live(command(rows, alone, more))
     whole = time.monotonic() - begun
     print(f"left alone: status {status} after {whole:.0f} s", flush=True)
     lives = list[str]()
     while len(lives) < chosen.kills:
-        seconds = rng.uniform(1.0, 2 * whole / chosen.kills + 8)  # some die before they have drawn anything
-        ended, which = live(command(rows, killed, more), seconds, rng)
+        seconds = rng.uniform(1.0, 1.2 * whole / chosen.kills + 8)  # some die before they have drawn anything
+        which = ("all", "first", "helper")[len(lives) % 3]
+        ended, which = live(command(rows, killed, more), seconds, which)
         if ended is not None:
             print(f"done, with status {ended}, after {len(lives)} kills", flush=True)
             break
         lives.append(which)
         parts = list((killed / ".ldm-batch/blocks").glob("*.done"))
         print(f"killed ({which}) after {seconds:.1f} s: {len(parts)} blocks done", flush=True)
-    last, _ = live(command(rows, killed, more), None, rng)
+    last, _ = live(command(rows, killed, more))
     (files, lines), (files_killed, lines_killed) = state(alone), state(killed)
     items = [(line["line"], line["index"]) for line in lines_killed]
     reasons = {line["error"].split(":")[0] for line in lines_killed if line["error"]}

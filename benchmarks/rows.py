@@ -1,7 +1,7 @@
 """Many rows of a file, uniform or mixed: ours, which share the network's calls step by step, against diffusers.
 
-diffusers has two ways: a loop over the rows, and batches of those rows whose settings are equal. Ours are one process, as theirs,
-and on a CPU also one process a core, which is how `ldm-batch` draws there.
+diffusers has two ways: a loop over the rows, and batches of those rows whose settings are equal. Ours are one process,
+as theirs, and on a CPU also one process a core, which is how `ldm-batch` draws there.
 """
 
 import multiprocessing

@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.quality import Bench, Settings
 from ldm.checkpoints.files import whole_file, write_text
@@ -13,9 +13,7 @@ from ldm.emoji import quality
 from ldm.emoji.prompts import ask
 from ldm.errors import UserError
 from ldm.evaluation.timing import machine
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ldm.figures import figure
 
 _AT_ONCE = 8
 WAYS = {
@@ -35,7 +33,7 @@ def sweep(bench: Bench, prompts: int, asked_for: Settings) -> str:
     """
     if asked_for != Settings():
         raise UserError("--sweep has its own samplers, steps, guidance and rescale: leave those out")
-    _figure()  # now, not after an hour
+    figure(9, 4)  # now, not after an hour
     path = bench.output / "sweep.json"
     origin = [bench.pipe.system.fingerprint, str(bench.pipe.dtype), bench.identity, prompts, machine()]
     found: dict[str, Any] = read_json(path) if path.exists() else {"origin": origin, "points": {}}
@@ -100,8 +98,8 @@ def _are_points(found: Any) -> bool:
 
 def plot(points: dict[str, Any], path: Path) -> None:
     """All right against seconds a picture, seen and held-out. Raises UserError without matplotlib."""
-    figure = _figure()
-    for axes, part in zip(figure.subplots(1, 2, sharey=True), ("seen", "held-out"), strict=True):
+    drawn = figure(9, 4)
+    for axes, part in zip(drawn.subplots(1, 2, sharey=True), ("seen", "held-out"), strict=True):
         for way, some in WAYS.items():
             chosen = [points[json.dumps(asdict(each))] for each in some]
             shares = [100 * each[part][1] for each in chosen]
@@ -110,15 +108,7 @@ def plot(points: dict[str, Any], path: Path) -> None:
                 steps = str(settings.num_inference_steps)
                 axes.annotate(steps, (each["seconds"], share), (3, 3), textcoords="offset points", fontsize=7)
         axes.set(xlabel="seconds a picture (steps beside the points)", title=part)
-    figure.axes[0].set_ylabel("pictures with all right, %")
-    figure.axes[1].legend(fontsize=7)
+    drawn.axes[0].set_ylabel("pictures with all right, %")
+    drawn.axes[1].legend(fontsize=7)
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-
-
-def _figure() -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the plot needs matplotlib: pip install matplotlib") from None
-    return Figure(figsize=(9, 4), layout="constrained")
+        drawn.savefig(temporary, dpi=110, format="png")

@@ -87,18 +87,9 @@ def setting_of(drawing: Drawing) -> Hashable:
     return tuple(sorted(drawing.lora_weights.items()))
 
 
-def drawn_alone(
-    system: System,
-    drawings: Sequence[Drawing],
-    loaded: Loaded,
-    device: torch.device,
-    notes: list[str],
-    first: Callback | None = None,
-    again: Callback | None = None,
-) -> Tensor:
-    """Draw the latents (B, C, h, w) of drawings that share a request; see `asking`. Where memory is short, in parts."""
+def drawn_alone(system: System, drawings: Sequence[Drawing], loaded: Loaded, coroutine: Asking) -> Tensor:
+    """Draw the latents (B, C, h, w) of what `asking` gave for these drawings; where memory is short, in parts."""
     alone = engine(system, loaded, 2 * len(drawings))
-    coroutine = asking(system, drawings, loaded, device, notes, first, again)
     ticket = alone.add(coroutine, setting_of(drawings[0]))
     while not ticket.done:
         alone.tick()

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoints.files import write_bytes
+from ldm.config import to_dict
 from ldm.errors import UserError
-from ldm.foreign import parse_json, read_plain
 from ldm.pictures import grid, grid_size, png
 from pipelines.crowd import Drawn
 from pipelines.drawing import Drawing
 from pipelines.files import save_picture
 from pipelines.limits import check_seed
-from pipelines.named_files import row_settings
-from pipelines.recipe import Recipe
+from pipelines.named_files import row_loras, row_settings
+from pipelines.recipe import MOST, Recipe
+from pipelines.rows import place, read_rows
 from pipelines.text_to_image import TextToImagePipeline
+from pipelines.uses import LoRAUse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,64 +26,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe to draw, and where it stands, for messages: a file and its line."""
+    """A recipe to draw.
+
+    where: it stands, for messages: a file and its line. loras: that it asks for beside its prompt.
+    """
 
     recipe: Recipe
     where: str = ""
-
-
-_NOT_IN_A_ROW = (
-    "model",
-    "variant",
-    "prediction_type",
-    "dtype",
-    "model_hash",
-    "loras",
-    "embeddings",
-    "version",
-    "beside",
-)  # of a run, not of a row
+    loras: tuple[LoRAUse, ...] = ()
 
 
 def read_prompts(path: str | Path, settings: Mapping[str, Any]) -> list[Job]:
-    """One job a line: a prompt, or in a `.jsonl` file an object with `prompt` and any settings of its own.
+    """The jobs of a file of rows (see `read_rows`), as many of each as its `count` says, whose seeds count up.
 
-    settings: what holds for every row that does not say otherwise. Empty lines are passed over. Raises UserError
-    that names the line.
+    settings: what holds for every row that does not say otherwise. Raises UserError that names the first line, or row,
+    with a mistake.
     """
-    kind = Path(path).suffix.lower()
-    if kind == ".json":
-        raise UserError(
-            f"{path}: prompts come one a line, or as .jsonl with an object a line, not as one .json"
-        )
-    try:
-        lines = read_plain(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
-    rows = [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise UserError(f"{path} holds no prompt")
-    if kind != ".jsonl":
-        return [Job(Recipe(prompt, **settings), where) for where, prompt in rows]
-    return [
-        Job(Recipe.parse({**settings, **_object(where, line, Path(path).parent)}, where), where)
-        for where, line in rows
-    ]
+    shared, folder, jobs = to_dict(settings), Path(path).parent, list[Job]()
+    for row in read_rows(path):
+        where = place(path, row)
+        if row.error:
+            raise UserError(_complaint(where, row.error))
+        try:
+            own = row_settings(row.settings, folder)
+            loras = tuple(row_loras(own.pop("loras", ()), folder))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        recipe = Recipe.parse({**shared, **own}, where)
+        seeds = [None if recipe.seed is None else recipe.seed + k for k in range(row.count)]
+        jobs += [Job(replace(recipe, seed=seed), where, loras) for seed in seeds]
+        if len(jobs) > MOST:
+            raise UserError(f"{path} asks for more than the {MOST:,} pictures of one run: split it")
+    return jobs
 
 
-def _object(where: str, line: str, folder: Path) -> dict[str, Any]:
-    """A row's settings; pictures that it names by a path are looked for from `folder`."""
-    row = parse_json(line, where)
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: expected an object such as {{"prompt": "a fox", "seed": 1}}')
-    if "steps" in row:
-        raise UserError(f"{where}: 'steps' is called num_inference_steps in a row, as in Python")
-    if named := [key for key in _NOT_IN_A_ROW if key in row]:
-        raise UserError(f"{where}: {named[0]!r} holds for the whole run, not for a row")
-    try:
-        return row_settings(row, folder)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+def _complaint(where: str, error: str) -> str:
+    """What is wrong with a row, of which a message that begins with "it is" speaks."""
+    return f"{where}{error.removeprefix('it')}" if error.startswith("it is ") else f"{where}: {error}"
 
 
 def several(drawings: Iterable[Drawing], count: int) -> Iterator[Drawing]:
@@ -160,7 +141,7 @@ def _complete(pipe: TextToImagePipeline, job: Job, count: int, like: Drawing | N
     try:
         if seed is not None:
             check_seed(seed + count - 1)  # of the last picture
-        drawing = pipe.complete(job.recipe, like=like)
+        drawing = pipe.complete(job.recipe, like=like, loras=pipe.adapters.named(job.loras))
     except UserError as error:
         if not job.where:
             raise

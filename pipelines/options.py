@@ -128,6 +128,13 @@ def parser() -> Parser:
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")
     _add_run(parser)
+    add_model(parser)
+    add_settings(parser)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the options that are settings of pictures: `settings_of` reads them."""
     groups = {name: parser.add_argument_group(name) for name in (_PICTURE, _CONTROL, _LARGER)}
     _add_pictures(groups[_PICTURE])
     _add_control(groups[_CONTROL])
@@ -141,12 +148,15 @@ def parser() -> Parser:
         ("--hires-upscaler", "what enlarges before the second pass: latent (the default), bundled or a file"),
     ):
         groups[_LARGER].add_argument(flag, metavar="PATH", help=text)
-    return parser
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--file", type=Path, help="prompts from a file: one a line, or .jsonl with settings a row")
+    add(
+        "--file",
+        type=Path,
+        help="prompts from a file: one a line, or .jsonl, .csv, .parquet with settings a row",
+    )
     add(
         "--from-image",
         type=Path,
@@ -161,12 +171,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="load what the picture of --from-image names where it lies in this folder (alone: anywhere on this disk)",
     )
-    add("--model", help="a diffusers folder, a single file or a hub id (default: the bundled model)")
     add("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)")
     add("--batch-size", type=int, default=1, metavar="N", help="pictures drawn at once (default 1)")
     add("--out", type=Path, metavar="PATH", help="a .png for one picture, else a folder (outputs)")
     add("--grid", type=Path, metavar="PNG", help="also put all pictures on one sheet")
     add("--columns", type=int, metavar="N", help="of the grid (default: --num-images, or squarest)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what draws, and how it gets on."""
+    add = parser.add_argument
+    add("--model", help="a diffusers folder, a single file or a hub id (default: the bundled model)")
     add("--infotext", action="store_true", help="also write AUTOMATIC1111's text into each picture")
     add(
         "--lora",
@@ -192,7 +207,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--variant", help="weights with this word in their file names, e.g. fp16")
     add("--prediction-type", help="epsilon or v_prediction, where a single file does not say")
     add("--low-memory", action="store_true", default=None, help="parts rest on the CPU between uses")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="don't tell how it gets on")
     add("--version", action="version", version=__version__)
 
 

@@ -21,7 +21,7 @@ from ldm.system import System
 from pipelines.asking import asked
 from pipelines.canvas import MaskContent, ResizeMode
 from pipelines.completion import batches_of, canvas_for, completed, picture_notes, with_loaded
-from pipelines.crowd import Crowd, Drawn, drawn_alone
+from pipelines.crowd import Crowd, Drawn, asking, drawn_alone
 from pipelines.diffusers_names import DiffusersNames
 from pipelines.drawing import Drawing
 from pipelines.enlarging import stack_latents
@@ -307,7 +307,8 @@ class TextToImagePipeline(DiffusersNames):
                 for places in batches:
                     some, eyes = [drawings[k] for k in places], watch.of(places)
                     how = (self._loaded, self.device, notes, eyes.first, eyes.second)
-                    latents = drawn_alone(self.system, some, *how)
+                    coroutine = asking(self.system, some, *how)
+                    latents = drawn_alone(self.system, some, self._loaded, coroutine)
                     drawn |= zip(places, latents, strict=True)
                     if watch.stopped:
                         break

@@ -33,14 +33,20 @@ def main() -> int:
     parser.add_argument("--rescale", type=float, default=0.0)
     parser.add_argument("--sampler")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--workers", type=int, help="processes that draw (default: what suits the machine)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="as of ldm-batch")
     chosen = parser.parse_args()
     if not 16 <= chosen.prompts <= _MOST:
         raise UserError(f"--prompts must be 16 to {_MOST:,}")
+    if chosen.workers is not None and chosen.workers < 1:
+        raise UserError("--workers must be 1 or more")
 
     from benchmarks.quality import Bench, Settings, evaluate, grid
     from benchmarks.sweep import sweep
+    from pipelines.batch.engines import engine_named
 
-    bench = Bench.open(chosen.model, chosen.config, chosen.output, chosen.precision)
+    engine = engine_named(chosen.engine, chosen.workers)
+    bench = Bench.open(chosen.model, chosen.config, chosen.output, chosen.precision, chosen.workers, engine)
     settings = Settings(chosen.steps, chosen.guidance, chosen.rescale, chosen.sampler)
     if chosen.sweep:
         print(sweep(bench, chosen.prompts, settings))

@@ -306,25 +306,6 @@ def test_shares_count_what_was_told():
     assert shares([[unknown]]).composed == 0 == shares([[unknown]]).top5
 
 
-def test_pictures_are_drawn_once(tmp_path: Path, mixture: Mixture):
-    asked, calls = ask(mixture, 10), []
-
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        calls.extend(zip(prompts, seeds, strict=True))
-        return [Image.new("RGB", (8, 8), (seed, 0, 0)) for seed in seeds]
-
-    first = quality.draw_all(draw, asked, tmp_path, at_once=4)
-    assert calls == [(each.prompt, each.seed) for each in asked]
-    (tmp_path / "00003.png").unlink()
-    again = quality.draw_all(draw, asked, tmp_path, at_once=4)
-    assert len(calls) == 11 and calls[-1] == (asked[3].prompt, asked[3].seed)
-    assert torch.equal(quality.as_tensor(first), quality.as_tensor(again))
-    (tmp_path / "00005.png").write_bytes((tmp_path / "00005.png").read_bytes()[:40])
-    quality.draw_all(draw, asked, tmp_path, at_once=4)
-    assert len(calls) == 12, "a damaged one is drawn again"
-    assert not list(tmp_path.glob("*.part"))
-
-
 def test_the_whole_judgement_of_real_pictures(mixture: Mixture, sprites: SpriteSet, features: Features):
     made = quality.fitted(features, Mixture(sprites, mixture.config, everything=True), 192)
     asked = [*ask(mixture, 48), *ask_words(mixture, 1)]
@@ -355,15 +336,16 @@ def test_the_whole_judgement_of_real_pictures(mixture: Mixture, sprites: SpriteS
 
 @pytest.fixture
 def bench(tmp_path: Path, sprites: SpriteSet, features: Features) -> Bench:
-    pipe = TextToImagePipeline.from_pretrained(tiny_pipeline_folder(tmp_path, "sd1"))
+    model = tiny_pipeline_folder(tmp_path, "sd1")
+    pipe = TextToImagePipeline.from_pretrained(model)
     mixture = Mixture(sprites, MixtureConfig(things=list(THINGS_HERE), size=32))
-    return Bench("tiny", pipe, mixture, features.network, tmp_path / "out", 256, 48, 32)
+    return Bench("tiny", pipe, mixture, features.network, tmp_path / "out", 256, 48, 32, model)
 
 
 def test_an_evaluation_writes_what_it_found_and_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="eulr"):
         evaluated(bench, 16, Settings(1, sampler="eulr"))
-    assert not (bench.output / "pictures").exists(), "what can't be drawn with leaves nothing behind"
+    assert not (bench.output / "drawn").exists(), "what can't be drawn with leaves nothing behind"
     text = evaluated(bench, 16, Settings(1))
     assert text == (bench.output / "report.md").read_text()
     assert "1 steps" in text and "## held-out" in text and "among the first 32" in text
@@ -376,10 +358,10 @@ def test_an_evaluation_writes_what_it_found_and_goes_on(bench: Bench, monkeypatc
         assert f" | {100 * np.mean([line['right'] for line in some]):.0f} % (" in row
         assert (bench.output / f"{part}.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setattr(quality, "fitted", None)  # what is there already is neither fitted nor drawn again
-    monkeypatch.setattr(Bench, "draw", None)
-    again = Bench("tiny", bench.pipe, bench.mixture, bench.network, bench.output, 256, 48, 32)
+    monkeypatch.setattr(TextToImagePipeline, "draw_each", None)
+    again = replace(bench)
     assert evaluated(again, 16, Settings(1)) == text
-    with pytest.raises(UserError, match="another evaluation"):
+    with pytest.raises(UserError, match="was begun with settings"):
         evaluated(again, 16, Settings(2))
 
 

@@ -15,6 +15,7 @@ PARTS = {
     "ldm": 0,  # the package itself: its version
     "ldm.errors": 0,
     "ldm.console": 1,
+    "ldm.figures": 1,
     "ldm.files": 1,
     "ldm.foreign": 1,
     "ldm.config": 2,

@@ -4,9 +4,8 @@ Beside each figure stand its floor, pictures of the same compositions made from 
 autoencoder, and its ceiling of chance, drawn pictures judged by the prompts of others.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.checkpoints.files import write_bytes
-from ldm.data.pictures import decode
 from ldm.emoji.composition import Composition
 from ldm.emoji.detectors import Detectors, Features, Verdict, fit_all
 from ldm.emoji.figures import Shares, shares
@@ -25,12 +22,11 @@ from ldm.emoji.questions import Question, questions, readings
 from ldm.evaluation.frechet import frechet_distance
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.perceptual import PerceptualDistance
-from ldm.pictures import png, to_tensor
+from ldm.pictures import to_tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Draw = Callable[[Sequence[str], Sequence[int]], "list[Image]"]  # prompts and their seeds to pictures
 _AT_ONCE = 64
 _BLOTCHES = 16  # of `worn`, along each side
 _TESTED = 10**9  # compositions from this index on are in no pool that training sees
@@ -193,30 +189,6 @@ def nearest(rows: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distance of each row (N, D) to the nearest of `training` (M, D), as unit vectors, and which it is."""
     found = torch.cdist(F.normalize(rows.float()), F.normalize(training.float())).min(dim=1)
     return found.values, found.indices
-
-
-def draw_all(draw: Draw, asked: Sequence[Asked], folder: Path, at_once: int = 16) -> "list[Image]":
-    """Draw all pictures, as PNG files in `folder`; those that are there are read, so it can be interrupted."""
-    paths = [folder / f"{number:05d}.png" for number in range(len(asked))]
-    found = [_read(path) for path in paths]
-    missing = [number for number, picture in enumerate(found) if picture is None]
-    for start in range(0, len(missing), at_once):
-        some = missing[start : start + at_once]
-        made = draw([asked[i].prompt for i in some], [asked[i].seed for i in some])
-        for i, picture in zip(some, made, strict=True):
-            found[i] = picture
-            write_bytes(paths[i], png(picture))
-    return [picture for picture in found if picture is not None]
-
-
-def _read(path: Path) -> "Image | None":
-    """The picture in a file; None where it is missing or damaged."""
-    from PIL import Image
-
-    try:
-        return Image.fromarray(decode(path.read_bytes()))
-    except (OSError, ValueError):
-        return None
 
 
 def as_tensor(pictures: "Sequence[Image]") -> Tensor:

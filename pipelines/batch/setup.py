@@ -1,0 +1,146 @@
+"""What a run is asked for: which rows, by which model, with which settings, into which folder."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ldm import __version__
+from ldm.console import note
+from pipelines import TextToImagePipeline
+from pipelines.batch.items import file_digest, survey
+from pipelines.batch.ledger import Ledger
+from pipelines.batch.store import Files, Format, Shards, Store
+from pipelines.uses import EmbeddingUse, LoRAUse
+
+_BLOCK = 8  # groups at most: among so many rows alike ones are looked for
+_SMALL = 16  # blocks that a run has at least, where it has groups enough: what processes share out
+_PROGRAM, _ROOM = 1.5e9, 0.8  # bytes of a process beside its weights; the share of memory that all may take
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run, the same in every process of it.
+
+    defaults: of Recipe, for rows that don't say. together: pictures of a group, which are drawn at once. threads: of a
+    process on the CPU; None takes what `begin` finds. shard: pictures of a shard. wildcards: whether prompts have them,
+    wildcard_folder: where their files are.
+    """
+
+    rows: Path
+    out: Path
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    dtype: str = "float32"
+    device: str | None = None
+    variant: str | None = None
+    prediction_type: str | None = None
+    low_memory: bool | None = None
+    loras: tuple[LoRAUse, ...] = ()
+    lora_folders: tuple[Path, ...] = ()
+    embeddings: tuple[EmbeddingUse, ...] = ()
+    together: int = 8
+    format: Format = "files"
+    shard: int = 1024
+    infotext: bool = False
+    wildcards: bool = False
+    wildcard_folder: Path | None = None
+    strict: bool = False
+
+    def load(self, place: int = 0) -> TextToImagePipeline:
+        """Load the model and its adapters. place: of the process among several, which take the accelerators in turn.
+
+        Raises UserError.
+        """
+        device = self.device
+        if device is None and torch.cuda.is_available():
+            device = f"cuda:{place % torch.cuda.device_count()}"
+        pipe = TextToImagePipeline.from_pretrained(
+            self.model,
+            torch_dtype=getattr(torch, self.dtype),
+            device=device,
+            variant=self.variant,
+            prediction_type=self.prediction_type,
+            low_memory=self.low_memory,
+        )
+        for each in pipe.adapters.load_again(self.loras, self.embeddings):
+            if place == 0:
+                note(each)
+        return pipe
+
+    def asked(self, pipe: TextToImagePipeline, before: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return all that decides over the pictures' bytes, as JSON. Raises UserError.
+
+        before: what the run was begun with, if it was. A run keeps its number of threads, and so its rounding.
+        """
+        digest = file_digest(self.rows)
+        if before is not None and before.get("rows") == digest:
+            items = before["items"]
+        else:
+            digest, items = survey(self.rows)
+        size = self.together * max(1, min(_BLOCK, items // (_SMALL * self.together)))
+        adapters = pipe.adapters.recipe(pipe.adapters.weights())
+        return {
+            "rows": digest,
+            "together": self.together,
+            "model": pipe.system.fingerprint,
+            "dtype": self.dtype,
+            "adapters": _plain(adapters),
+            "settings": _plain(self.defaults),
+            "format": self.format if self.format == "files" else f"{self.format}, {self.shard} a shard",
+            "infotext": self.infotext,
+            "wildcards": _wildcards(self),
+            "threads": fitting(pipe)[1] if before is None else before.get("threads"),
+            "items": items,
+            "block size": size,
+            "blocks": -(-items // size),
+            "version": __version__,
+            "torch": torch.__version__,
+        }
+
+    def store(self, ledger: Ledger) -> Store:
+        """Return where the pictures go, of a run that is begun."""
+        if self.format == "files":
+            return Files(self.out)
+        size = ledger.asked["block size"]
+        return Shards(self.out, max(1, round(self.shard / size)), size)
+
+
+def fitting(pipe: TextToImagePipeline) -> tuple[int, int]:
+    """Return how many processes suit this machine, and the threads of each: on the CPU, as many as memory has room for.
+
+    They depend on the machine and the model alone, and not on how many processes there come to be: with another number
+    of threads sums are rounded otherwise.
+    """
+    if pipe.device.type != "cpu":
+        return max(1, torch.accelerator.device_count()), 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    weights = sum(
+        p.numel() * p.element_size() for m in pipe.system.modules().values() for p in m.parameters()
+    )
+    room = int(_ROOM * psutil.virtual_memory().total / (2 * weights + _PROGRAM))
+    processes = max(1, min(cores, room))
+    return processes, max(1, cores // processes)
+
+
+def _wildcards(setup: Setup) -> bool | str:
+    """Whether prompts have wildcards; where they have words of files, a hash of these."""
+    folder = setup.wildcard_folder
+    if not setup.wildcards or folder is None:
+        return setup.wildcards
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    told = "\n".join(f"{path.relative_to(folder)} {file_digest(path)}" for path in files)
+    return hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    def stated(each: Any) -> Any:
+        return asdict(each) if hasattr(each, "__dataclass_fields__") else str(each)
+
+    return json.loads(json.dumps(value, default=stated, sort_keys=True))
