@@ -34,7 +34,9 @@ _NAME = 80  # characters of a name in a temporary's name: 240 bytes at most of t
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """Return the error for a place that can't be written to."""
-    return UserError(f"can't write {path}: {error.strerror or error}; give a place that can be written to")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "make room there" if full else "give a place that can be written to"
+    return UserError(f"can't write {path}: {error.strerror or error}; {advice}")
 
 
 @contextmanager

@@ -238,14 +238,15 @@ class Crowd:
             latents = torch.cat([each for _, each in some])
             images = pictures(self.system.autoencoder, latents, "pil", canvases, enlarge)
         except Exception as error:
-            if len(some) > 1:  # the others' pictures are whole
-                for each in some:
-                    yield from self._decoded([each])
-            else:
-                yield _told(guests[0], error=error)
+            failed = error.with_traceback(None)  # which holds what was half decoded
+        else:
+            for guest, image in zip(guests, images, strict=True):
+                yield _told(guest, image)
             return
-        for guest, image in zip(guests, images, strict=True):
-            yield _told(guest, image)
+        if len(some) == 1:
+            yield _told(guests[0], error=failed)
+        for each in some if len(some) > 1 else ():  # the others' pictures are whole
+            yield from self._decoded([each])
 
 
 def _told(guest: _Guest, image: "Image | None" = None, error: Exception | None = None) -> Drawn:

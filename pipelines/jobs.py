@@ -49,7 +49,7 @@ def read_prompts(path: str | Path, settings: Mapping[str, Any]) -> list[Job]:
             raise UserError(_complaint(where, row.error))
         try:
             own = row_settings(row.settings, folder)
-            loras = tuple(row_loras(own.pop("loras", ()), folder))
+            loras = tuple(row_loras(own.pop("loras", None) or (), folder))
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         recipe = Recipe.parse({**shared, **own}, where)

@@ -1,6 +1,8 @@
 """What no picture can have: the values of a complete recipe, checked before anything is drawn."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from ldm.errors import UserError
 from pipelines.recipe import Recipe, shown
@@ -157,9 +159,21 @@ def check_texts(recipe: Recipe) -> None:
                 f"the prompt {text[:24].strip()!r}... has {len(text):,} characters, where {LONGEST:,} are the most: "
                 "shorten it"
             )
+        check_unicode(text, "the prompt ")
+
+
+def check_unicode(value: Any, what: str = "") -> None:
+    """Raise UserError for a text, or one in lists and mappings, that is no Unicode: no file of ours could hold it."""
+    if isinstance(value, Mapping):
+        for each in value.values():
+            check_unicode(each, what)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            check_unicode(each, what)
+    elif isinstance(value, str):
         try:
-            text.encode()
+            value.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the prompt {text[:100]!r} is not valid Unicode: is it in another encoding?"
+                f"{what}{value[:100]!r} is not valid Unicode: is it in another encoding?"
             ) from error

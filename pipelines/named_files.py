@@ -79,7 +79,7 @@ def row_loras(given: Any, folder: Path) -> list[LoRAUse]:
     else:
         pairs = [weighed(each) if isinstance(each, str) else (each, None) for each in _listed(given)]
     for path, weight in pairs:
-        if not isinstance(path, str) or type(weight) not in (int, float):
+        if not isinstance(path, str) or not path.strip() or type(weight) not in (int, float):
             raise UserError(
                 f"loras are {given!r:.80}: give PATH:WEIGHT, such as style.safetensors:0.8, or a list of these"
             )

@@ -77,7 +77,7 @@ class Engine:
 
     rows: the most of one call of the network, of which a guided picture takes two at a step. Where memory does not
     suffice for those of a kind (size and the like), half as many are tried, and so on; `limits` then says what did, by
-    kind. What does not fit even row by row ends with that error, alone. within: gives the context in which all
+    kind. Those of a kind that does not fit even row by row end with that error. within: gives the context in which all
     is done for those of one `setting` of `add`, such as weights of LoRAs: they share no calls with others.
     """
 
@@ -148,11 +148,13 @@ class Engine:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            for ticket in chosen:
-                ticket.fail(error)
+            failed = error.with_traceback(None)  # which holds what the call had made
+        else:
+            for ticket, output in zip(chosen, outputs, strict=True):
+                ticket.answer(output, next(self._turns))
             return
-        for ticket, output in zip(chosen, outputs, strict=True):
-            ticket.answer(output, next(self._turns))
+        for ticket in chosen:
+            ticket.fail(failed)
 
     def _outputs(self, asks: list[Ask], kind: Hashable) -> Iterator[Tensor]:
         """The network's outputs, one an ask, in as few calls as there may be. Raises what it raises for one row."""
@@ -172,11 +174,13 @@ class Engine:
             except (RuntimeError, MemoryError) as error:
                 if most == 1 or not out_of_memory(error):
                     raise
-                self.limits[kind] = most = max(1, min(most, len(x)) // 2)
-                if x.is_cuda:
-                    torch.cuda.empty_cache()
+            else:
+                begin += most
                 continue
-            begin += most
+            # Outside of the handler, whose error holds on to what the call had made.
+            self.limits[kind] = most = max(1, min(most, len(x)) // 2)
+            if x.is_cuda:
+                torch.cuda.empty_cache()
         return iter(torch.cat(outputs).split(rows))
 
 

@@ -70,7 +70,13 @@ def parser() -> Parser:
         default="files",
         help="a file a picture, or shards in webdataset's layout",
     )
-    add("--shard", type=int, default=1024, metavar="N", help="pictures of a shard (default: %(default)s)")
+    add(
+        "--shard",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="pictures of a shard, about (default: %(default)s)",
+    )
     add(
         "--wildcards",
         nargs="?",
@@ -96,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= (_MOST if name != "shard" else 1_000_000):
             raise UserError(f"--{name} is {value}: give 1 or more, and not thousands")
+    if arguments.plot:
+        from ldm.figures import figure
+
+        figure(1, 1)  # now, and not after hours
     if arguments.check:
         return _check(_setup(arguments))
     from pipelines.batch.engines import engine_named
@@ -111,11 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     say(made.summary)
     line(str(made.manifest))
-    if arguments.contact_sheet:
+    if arguments.contact_sheet and made.drawn:
         from pipelines.batch.views import contact_sheet
 
         line(str(contact_sheet(arguments.out)))
-    if arguments.plot:
+    if arguments.plot and made.drawn > 1:
         from pipelines.batch.views import throughput
 
         line(str(throughput(arguments.out)))
@@ -123,18 +133,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _setup(arguments: argparse.Namespace) -> "Setup":
+    from ldm.config import to_dict
     from pipelines.batch.setup import Setup
     from pipelines.files import whole_path
+    from pipelines.limits import check_unicode
     from pipelines.named_files import weighed
     from pipelines.uses import EmbeddingUse, LoRAUse
 
     for folder in arguments.lora_folder or []:
         if not folder.is_dir():
             raise UserError(f"--lora-folder {folder}: no such folder")
+    defaults = settings_of(arguments)
+    check_unicode(to_dict(defaults), "the option ")
     return Setup(
         rows=Path(os.path.abspath(arguments.rows)),
         out=Path(os.path.abspath(arguments.out)),
-        defaults=settings_of(arguments),
+        defaults=defaults,
         model=None if arguments.model is None else whole_path(arguments.model),
         dtype=arguments.dtype or "float32",
         device=arguments.device,

@@ -21,18 +21,14 @@ class Item:
     index: int
     error: str = ""
 
-    @property
-    def id(self) -> str:
-        """What names its row: an id of its own, or else the row's number."""
-        return str(self.row.number) if self.row.id is None else self.row.id
-
     def seed(self, stated: Any) -> Any:
-        """The seed: what is `stated` for the row, counted up, or else one that follows from the id alone.
+        """The seed: what is `stated` for the row, counted up; else one that follows from the row's id or number alone.
 
-        So it is the same whoever draws it, in whatever order, and rows that are added change no other's.
+        So it is the same whoever draws it, in whatever order. Rows that are added change the seed of no row with an id.
         """
         if stated is None:
-            return int.from_bytes(hashlib.sha256(f"{self.id}\n{self.index}".encode()).digest()[:4], "big")
+            own = f"row {self.row.number}" if self.row.id is None else f"id {self.row.id}"
+            return int.from_bytes(hashlib.sha256(f"{own}\n{self.index}".encode()).digest()[:4], "big")
         return stated + self.index if type(stated) is int else stated
 
 

@@ -27,6 +27,7 @@ HIDDEN = ".ldm-batch"
 Record = dict[str, Any]  # as a line of JSON: what `manifest.COLUMNS` names, and "item"
 
 _WAIT = 0.2  # seconds until a claim is tried again
+_KEYS = {"item", "file_name", "error", "where", "time"}  # that every record has
 _ROUNDING = ("version", "torch")
 _RUN, _BEGIN, _SHARDS, _BLOCKS = (
     0,
@@ -39,9 +40,11 @@ _RUN, _BEGIN, _SHARDS, _BLOCKS = (
 class Ledger:
     """The state of a run in the folder `out`. One a process; close it in the end."""
 
-    def __init__(self, out: Path):
-        """Open or begin it. Raises UserError where it can't be written to."""
+    def __init__(self, out: Path, begun: bool = False):
+        """Open it, and the folder too. begun: it is there already. Raises UserError where it isn't, or is read-only."""
         self.out, self.hidden = out, out / HIDDEN
+        if begun and not (self.hidden / "run.json").exists():
+            raise UserError(f"no run is in {out} here: each machine needs the run's own folder at this path")
         self._blocks = self.hidden / "blocks"
         with writing(out):
             self._blocks.mkdir(parents=True, exist_ok=True)
@@ -79,21 +82,28 @@ class Ledger:
         """Return what the run was begun with; None where it was not begun. Raises UserError."""
         path = self.hidden / "run.json"
         try:
-            return json_object(read_plain(path), path)
+            found = json_object(read_plain(path), path)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+        counts = [found.get(name) for name in ("items", "block size", "blocks", "threads")]
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise UserError(f"{path} is damaged: give another folder, or delete this one")
+        return found
 
-    def begin(self, asked: Mapping[str, Any]) -> list[str]:
+    def begin(self, asked: Mapping[str, Any], alone: bool = False) -> list[str]:
         """Begin the run that is asked for, or go on with it. Raises UserError where the folder holds another one.
 
-        asked: JSON values by name, with "blocks" among them, how many there are. Returns notes.
+        asked: JSON values by name, with "blocks" among them, how many there are. alone: nobody else is here, so that a
+        run of which no picture is drawn yet may be put in place of another such. Returns notes.
         """
         self.asked = json.loads(json.dumps(asked))
         while not self.claims.take(_BEGIN):  # of several who join at once one begins
             time.sleep(_WAIT)
         try:
+            if alone and self._is_nothing():
+                self._clear()
             return self._begin()
         finally:
             self.claims.leave(_BEGIN)
@@ -105,7 +115,7 @@ class Ledger:
                 raise UserError(
                     f"{self.out} holds the {MANIFEST} of something else: give another folder, or move it away"
                 )
-            write_text(self.hidden / "run.json", json.dumps(self.asked, indent=1, ensure_ascii=False))
+            write_text(self.hidden / "run.json", json.dumps(self.asked, indent=1))
             return []
         notes = list[str]()
         for name in dict.fromkeys([*before, *self.asked]):
@@ -118,6 +128,22 @@ class Ledger:
             elif old != new:
                 raise UserError(_otherwise(self.out, name, old, new))
         return notes
+
+    def _is_nothing(self) -> bool:
+        """Whether a run was begun here, and none of its pictures is drawn: a mistake, perhaps."""
+        before = self.stated()
+        return before is not None and not any(
+            (self.tally(block) if self._path(block, "done").exists() else self.tally_begun(block))[0]
+            for block in range(before["blocks"])
+        )
+
+    def _clear(self) -> None:
+        with writing(self.out):
+            (self.out / MANIFEST).unlink(missing_ok=True)
+            (self.hidden / "run.json").unlink()
+            for path in self._blocks.iterdir():
+                path.unlink()
+        self._tallies.clear()
 
     @property
     def blocks(self) -> int:
@@ -150,20 +176,21 @@ class Ledger:
             return {}
         with writing(path):
             text = path.read_bytes()
-            whole = text.rfind(b"\n") + 1
+            records, whole = _records_in(text)
             if whole != len(text):
                 os.truncate(path, whole)
-        return {record["item"]: record for record in _records_in(text[:whole])}
+        return {record["item"]: record for record in records}
 
     def add(self, block: int, records: Sequence[Record]) -> None:
         """Note that these pictures, or what prevented them, are on the disk. Raises UserError."""
         path = self._path(block, "part")
         line = json.dumps(list(records), ensure_ascii=True) + "\n"
-        with writing(path), open(path, "ab") as file:
-            whole = file.tell()
+        # Unbuffered: what a full disk has refused must not be tried once more by closing the file.
+        with writing(path), open(path, "ab", buffering=0) as file:
+            whole, left = file.tell(), line.encode()
             try:
-                file.write(line.encode())
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except OSError:
                 os.ftruncate(file.fileno(), whole)
@@ -190,9 +217,13 @@ class Ledger:
         """Return the records of a block that is done, in order. Raises UserError."""
         path = self._path(block, "done")
         try:
-            return [json.loads(line) for line in path.read_bytes().splitlines()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} can't be read: {error}") from error
+            text = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+        records, whole = _records_in(text)
+        if whole != len(text):
+            raise UserError(f"{path} is damaged: delete it, and the same command draws its rows again")
+        return records
 
     def tally(self, block: int) -> tuple[int, int]:
         """Return how many pictures of a block that is done are drawn, and how many failed; they don't change."""
@@ -206,7 +237,7 @@ class Ledger:
             text = self._path(block, "part").read_bytes()
         except OSError:  # not begun, or just done
             return 0, 0
-        return _tally(_records_in(text[: text.rfind(b"\n") + 1]))
+        return _tally(_records_in(text)[0])
 
     def records(self) -> Iterator[Record]:
         """Yield all records of a run that is done, in order. Raises UserError."""
@@ -231,10 +262,20 @@ class Ledger:
         return self._blocks / f"{block:06d}.{kind}"
 
 
-def _records_in(text: bytes) -> Iterator[Record]:
-    """The records in whole lines of a block that is begun."""
-    for line in text.splitlines():
-        yield from json.loads(line)
+def _records_in(text: bytes) -> tuple[list[Record], int]:
+    """The records in the lines of a block, one or a list of them a line, and how many bytes are whole lines of such."""
+    records, whole = list[Record](), 0
+    for line in text.split(b"\n")[:-1]:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            break
+        some = found if isinstance(found, list) else [found]
+        if not all(isinstance(each, dict) and each.keys() >= _KEYS for each in some):
+            break
+        records += some
+        whole += len(line) + 1
+    return records, whole
 
 
 def _tally(records: Iterable[Record]) -> tuple[int, int]:

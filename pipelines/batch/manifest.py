@@ -56,13 +56,21 @@ def write_manifest(path: Path, records: Iterator[Record], asked: Mapping[str, An
     types["time"] = pyarrow.timestamp("ms", tz="UTC")
     types["seed"] = pyarrow.uint64()
     schema = pyarrow.schema([(name, types[name]) for name in COLUMNS], {"ldm-batch": json.dumps(asked)})
-    with whole_file(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+    # An open file: not every path can be said to pyarrow.
+    with (
+        whole_file(path) as temporary,
+        temporary.open("wb") as file,
+        pyarrow.parquet.ParquetWriter(file, schema) as writer,
+    ):
         while some := [_line(record) for record in islice(records, _LINES)]:
             writer.write_table(pyarrow.Table.from_pylist(some, schema))
-        if not path.exists():  # an empty table is a table too
-            writer.write_table(schema.empty_table())
 
 
 def _line(record: Record) -> dict[str, Any]:
-    line = {name: record.get(name) for name in COLUMNS}
+    line = {name: _text(record.get(name)) for name in COLUMNS}
     return {**line, "time": datetime.fromtimestamp(record["time"], UTC)}
+
+
+def _text(value: Any) -> Any:
+    """A text, in which what is no Unicode (a file's name may hold it) is escaped; anything else as it is."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ldm.errors import UserError
-from pipelines.batch.ledger import Ledger
 from pipelines.batch.run import Begun, Engine
 from pipelines.batch.setup import Setup
 from pipelines.batch.work import Work, draw_open
@@ -21,15 +20,11 @@ class _Worker:
     """Draws the blocks that Ray gives it; kept by Ray, one a device."""
 
     def __init__(self, setup: Setup):
-        self._ledger = Ledger(setup.out)
-        self._ledger.enter(join=True)
-        pipe = setup.load()
-        self._ledger.begin(setup.asked(pipe, self._ledger.stated()))
-        self._work = Work(setup, pipe, self._ledger)
+        self._work = Work.joined(setup)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for block in batch["block"]:
-            with self._ledger.claim(int(block)) as mine:
+            with self._work.ledger.claim(int(block)) as mine:
                 if mine:
                     self._work.draw(int(block))
         return batch

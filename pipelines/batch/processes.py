@@ -10,7 +10,6 @@ from types import TracebackType
 
 from ldm.console import note, say
 from ldm.errors import UserError
-from pipelines.batch.ledger import Ledger
 from pipelines.batch.setup import Setup
 from pipelines.batch.work import Work, draw_open
 
@@ -64,17 +63,12 @@ def _help(setup: Setup, place: int) -> None:
     """Take part in a run that has begun, as process number `place`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to hear
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    ledger = Ledger(setup.out)
     try:
-        ledger.enter(join=True)
-        pipe = setup.load(place)
-        ledger.begin(setup.asked(pipe, ledger.stated()))
-        draw_open(Work(setup, pipe, ledger), ledger)
+        work = Work.joined(setup, place)
+        draw_open(work, work.ledger)
     except UserError as error:
         say(f"error: {error}")
         os._exit(2)
-    finally:
-        ledger.close()
 
 
 def _end_with_parent() -> None:

@@ -15,7 +15,7 @@ from pipelines.batch.ledger import MANIFEST, Ledger
 from pipelines.batch.manifest import arrow, write_manifest
 from pipelines.batch.processes import Helpers
 from pipelines.batch.progress import Progress
-from pipelines.batch.setup import Setup, fitting
+from pipelines.batch.setup import Setup
 from pipelines.batch.work import Work, draw_open
 
 _WAIT = 0.5  # seconds until what others have claimed is looked at again
@@ -77,12 +77,14 @@ def begun(
 ) -> Iterator[Begun]:
     """Load the model, and begin the run or go on with it, after a look at what is there. Raises UserError."""
     arrow()
+    if join and retry:
+        raise UserError("who joins a run draws what is left: give --retry without --join, once it is done")
     ledger, threads = Ledger(setup.out), torch.get_num_threads()
     try:
         ledger.enter(join)
         before = ledger.stated()
         pipe = pipe or setup.load()
-        for each in ledger.begin(setup.asked(pipe, before)):
+        for each in ledger.begin(setup.asked(pipe, before), alone=not join):
             note(each)
         if not join:
             _reopen(setup, ledger, retry)
@@ -106,7 +108,7 @@ def counts(ledger: Ledger) -> tuple[int, int]:
 
 def _together(each: Begun, workers: int | None) -> None:
     """Draw here, and in other processes of this machine."""
-    fit = fitting(each.pipe)[0]
+    fit = each.setup.fitting(each.pipe)[0]
     alone = len(each.ledger.open_blocks()) < 4  # not worth another start
     others = (1 if alone else fit) - 1 if workers is None else workers - 1
     work = Work(each.setup, each.pipe, each.ledger, each.progress.add)
@@ -134,6 +136,7 @@ def _reopen(setup: Setup, ledger: Ledger, retry: bool) -> None:
         gone = {r["item"]: r["file_name"] for r in found if not r["error"] and not store.is_there(r)}
         missing += gone.values()
         if gone or (retry and any(record["error"] for record in found)):
+            store.reopen(ledger, block)
             ledger.reopen(block, lambda r, gone=gone: r["item"] not in gone and not (retry and r["error"]))
     if missing:
         few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")

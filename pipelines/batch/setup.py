@@ -1,6 +1,5 @@
 """What a run is asked for: which rows, by which model, with which settings, into which folder."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -28,9 +27,9 @@ _PROGRAM, _ROOM = 1.5e9, 0.8  # bytes of a process beside its weights; the share
 class Setup:
     """A run, the same in every process of it.
 
-    defaults: of Recipe, for rows that don't say. together: pictures of a group, which are drawn at once. threads: of a
-    process on the CPU; None takes what `begin` finds. shard: pictures of a shard. wildcards: whether prompts have them,
-    wildcard_folder: where their files are.
+    defaults: of Recipe, for rows that don't say. together: pictures of a group, which are drawn at once. shard:
+    pictures of a shard, about, for it is of whole blocks. wildcards: whether prompts have them; wildcard_folder: where
+    their words are.
     """
 
     rows: Path
@@ -59,7 +58,7 @@ class Setup:
         Raises UserError.
         """
         device = self.device
-        if device is None and torch.cuda.is_available():
+        if device in (None, "cuda") and torch.cuda.is_available():
             device = f"cuda:{place % torch.cuda.device_count()}"
         pipe = TextToImagePipeline.from_pretrained(
             self.model,
@@ -93,16 +92,41 @@ class Setup:
             "dtype": self.dtype,
             "adapters": _plain(adapters),
             "settings": _plain(self.defaults),
+            "LoRA folders": [str(each) for each in self.lora_folders],
             "format": self.format if self.format == "files" else f"{self.format}, {self.shard} a shard",
             "infotext": self.infotext,
-            "wildcards": _wildcards(self),
-            "threads": fitting(pipe)[1] if before is None else before.get("threads"),
+            "wildcards": self._words(),
+            "threads": self.fitting(pipe)[1] if before is None else before["threads"],
             "items": items,
             "block size": size,
             "blocks": -(-items // size),
             "version": __version__,
             "torch": torch.__version__,
         }
+
+    def fitting(self, pipe: TextToImagePipeline) -> tuple[int, int]:
+        """Return how many processes suit this machine, and the threads of each: as many as memory has room for.
+
+        They depend on the machine and the model alone, and not on how many processes there come to be: with another
+        number of threads sums are rounded otherwise.
+        """
+        if pipe.device.type != "cpu":
+            return torch.accelerator.device_count() if self.device in (None, "cuda") else 1, 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(1, int(_within("cpu.max", cores)))
+        memory = _within("memory.max", psutil.virtual_memory().total)
+        parameters = (p for m in pipe.system.modules().values() for p in m.parameters())
+        weights = sum(each.numel() * each.element_size() for each in parameters)
+        processes = max(1, min(cores, int(_ROOM * memory / (2 * weights + _PROGRAM))))
+        return processes, max(1, cores // processes)
+
+    def _words(self) -> bool | str:
+        """Whether prompts have wildcards; where they have words of files, a hash of these."""
+        if not self.wildcards or self.wildcard_folder is None:
+            return self.wildcards
+        from pipelines.wildcards import Wildcards
+
+        return Wildcards(self.wildcard_folder).digest
 
     def store(self, ledger: Ledger) -> Store:
         """Return where the pictures go, of a run that is begun."""
@@ -112,31 +136,13 @@ class Setup:
         return Shards(self.out, max(1, round(self.shard / size)), size)
 
 
-def fitting(pipe: TextToImagePipeline) -> tuple[int, int]:
-    """Return how many processes suit this machine, and the threads of each: on the CPU, as many as memory has room for.
-
-    They depend on the machine and the model alone, and not on how many processes there come to be: with another number
-    of threads sums are rounded otherwise.
-    """
-    if pipe.device.type != "cpu":
-        return max(1, torch.accelerator.device_count()), 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    weights = sum(
-        p.numel() * p.element_size() for m in pipe.system.modules().values() for p in m.parameters()
-    )
-    room = int(_ROOM * psutil.virtual_memory().total / (2 * weights + _PROGRAM))
-    processes = max(1, min(cores, room))
-    return processes, max(1, cores // processes)
-
-
-def _wildcards(setup: Setup) -> bool | str:
-    """Whether prompts have wildcards; where they have words of files, a hash of these."""
-    folder = setup.wildcard_folder
-    if not setup.wildcards or folder is None:
-        return setup.wildcards
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    told = "\n".join(f"{path.relative_to(folder)} {file_digest(path)}" for path in files)
-    return hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()
+def _within(file: str, most: float) -> float:
+    """The limit that a container sets, by the first number of a file of its cgroup; `most` where it sets none."""
+    try:
+        limit, *period = Path("/sys/fs/cgroup", file).read_text().split()
+        return min(most, int(limit) / (int(period[0]) if period else 1))
+    except (OSError, ValueError):  # "max", or another system
+        return most
 
 
 def _plain(value: Any) -> Any:

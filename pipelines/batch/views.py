@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.errors import UserError
 from ldm.figures import figure
 from ldm.files import whole_file, write_bytes
+from ldm.foreign import foreign
 from ldm.pictures import grid, open_raster, png
 from pipelines.batch.ledger import MANIFEST
 from pipelines.batch.manifest import arrow
@@ -80,7 +81,9 @@ def picture_of(out: Path, name: str) -> "Image":
 
 def _columns(out: Path, *names: str) -> Iterator[dict[str, list[Any]]]:
     """Columns of the manifest, some thousand lines at a time."""
-    with arrow().parquet.ParquetFile(out / MANIFEST) as file:
+    parquet, path = arrow().parquet, out / MANIFEST
+    advice = "; delete it, and the same command writes it anew"
+    with foreign(path, advice=advice), path.open("rb") as opened, parquet.ParquetFile(opened) as file:
         for batch in file.iter_batches(columns=list(names)):
             yield batch.to_pydict()
 

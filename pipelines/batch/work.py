@@ -7,6 +7,7 @@ are the same in a run that was killed, and in one that many processes share.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,9 +24,11 @@ from pipelines.batch.setup import Setup
 from pipelines.crowd import Drawn, likeness
 from pipelines.drawing import Drawing
 from pipelines.files import picture_bytes
+from pipelines.limits import check_unicode
 from pipelines.named_files import row_loras, row_settings
 from pipelines.recipe import Recipe
 from pipelines.rows import place
+from pipelines.uses import LoRAUse
 
 _WAIT = 0.5  # seconds until what others have claimed is looked at again
 Seen = Callable[[Sequence[Record]], object]  # is told of records that are on the disk
@@ -56,40 +59,37 @@ class Work:
             self._wildcards = Wildcards(setup.wildcard_folder)
         self._device = _named(pipe.device)
 
+    @classmethod
+    def joined(cls, setup: Setup, place: int = 0) -> "Work":
+        """Take part in a run that another process has begun, as number `place` on this machine. Raises UserError."""
+        ledger = Ledger(setup.out, begun=True)
+        ledger.enter(join=True)
+        pipe = setup.load(place)
+        ledger.begin(setup.asked(pipe, ledger.stated()))
+        return cls(setup, pipe, ledger)
+
     def draw(self, block: int) -> None:
         """Draw what is left of a block, which is claimed. Raises UserError where it can't be written, or `strict`."""
         if self.pipe.device.type == "cpu":
             torch.set_num_threads(self.ledger.asked["threads"])
         known = self.ledger.begun(block)
-        ready, bad = list[_Ready](), list[Record]()
-        for item in self._blocks.get(block):
-            try:
-                if item.error:
-                    raise UserError(item.error)
-                ready.append(_Ready(item, self._complete(item)))
-            except UserError as error:
-                bad.append(self._failed(item, str(error)))
-        self._note(block, bad, known)
-        wanted = [
-            group
-            for group in groups(ready, self.setup.together)
-            if any(each.item.number not in known for each in group)
-        ]
-        for records in self._drawn(wanted, known):
-            self._note(block, records, known)
+        with self._loaded(block) as (ready, bad):
+            self._note(block, [self._failed(item, reason) for item, reason in bad], known)
+            wanted = [
+                group
+                for group in groups(ready, self.setup.together)
+                if any(each.item.number not in known for each in group)
+            ]
+            for records in self._drawn(wanted, known):
+                self._note(block, records, known)
         self.ledger.finish(block)
         self.store.settle(self.ledger, block)
 
     def check(self) -> Iterator[str]:
         """Complete every row, and draw nothing; yields what is wrong with those that can't be drawn."""
         for block in range(self.ledger.blocks):
-            for item in self._blocks.get(block):
-                try:
-                    if item.error:
-                        raise UserError(item.error)
-                    self._complete(item)
-                except UserError as error:
-                    yield f"{place(self.setup.rows, item.row)}: {error}"
+            with self._loaded(block) as (_, bad):
+                yield from (f"{place(self.setup.rows, item.row)}: {reason}" for item, reason in bad)
 
     def _note(self, block: int, records: Sequence[Record], known: dict[int, Record]) -> None:
         """Note records that are new. Raises UserError for one that failed, where `strict`."""
@@ -105,10 +105,46 @@ class Work:
 
     # Rows
 
-    def _complete(self, item: Item) -> Drawing:
-        """What is to be drawn. Raises UserError."""
+    @contextmanager
+    def _loaded(self, block: int) -> Iterator[tuple[list["_Ready"], list[tuple[Item, str]]]]:
+        """What is to be drawn of a block, and why the rest can't be; the block's own LoRAs are loaded meanwhile.
+
+        All of them are loaded before any row is completed, in an order that is the block's, and none of another block's
+        is there: so names, groups and sums are the same, whatever this process has drawn before.
+        """
+        adapters, asked = self.pipe.adapters, list[tuple[Item, Recipe, list[LoRAUse]]]()
+        bad, before = list[tuple[Item, str]](), set(adapters.weights())
+        for item in self._blocks.get(block):
+            try:
+                asked.append((item, *self._asked(item)))
+            except UserError as error:
+                bad.append((item, str(error)))
+        try:
+            for recipe in sorted((recipe for _, recipe, _ in asked), key=lambda recipe: recipe.prompt):
+                with suppress(UserError):  # which is told when the row is completed
+                    self.pipe.load_for([recipe], self.setup.lora_folders)
+            for path in sorted({use.path for _, _, uses in asked for use in uses}):
+                with suppress(UserError):
+                    adapters.named([LoRAUse(path)])
+            ready = list[_Ready]()
+            for item, recipe, uses in asked:
+                try:
+                    self.pipe.load_for([recipe], self.setup.lora_folders)
+                    drawing = self.pipe.complete(recipe, loras=adapters.named(uses))
+                except UserError as error:
+                    bad.append((item, str(error)))
+                else:  # its pictures are read again when its turn comes: few are held
+                    ready.append(_Ready(item, replace(drawing, canvas=None)))
+            yield ready, sorted(bad, key=lambda each: each[0].number)
+        finally:
+            adapters.unload_loras(name for name in adapters.weights() if name not in before)
+
+    def _asked(self, item: Item) -> tuple[Recipe, list[LoRAUse]]:
+        """What a row asks for. Raises UserError."""
+        if item.error:
+            raise UserError(item.error)
         setup, row = self.setup, dict(item.row.settings)
-        folder, loras = setup.rows.parent, row.pop("loras", ())
+        folder, loras = setup.rows.parent, row.pop("loras", None)
         stated = {**setup.defaults, **row_settings(row, folder)}
         seed = item.seed(stated.get("seed"))
         recipe = Recipe.parse({**to_dict(stated), "seed": seed}, "")
@@ -119,10 +155,8 @@ class Work:
                 negative_prompt=recipe.negative_prompt
                 and self._wildcards.expand(recipe.negative_prompt, seed),
             )
-        self.pipe.load_for([recipe], setup.lora_folders)
-        named = self.pipe.adapters.named(row_loras(loras, folder))
-        drawing = self.pipe.complete(recipe, loras=named)
-        return replace(drawing, canvas=None)  # read again when its turn comes: few are held
+        check_unicode(to_dict(recipe))
+        return recipe, [] if loras is None else row_loras(loras, folder)
 
     # Pictures
 
@@ -171,7 +205,7 @@ class Work:
     def _told(self, item: Item) -> Record:
         return {
             "item": item.number,
-            "id": item.id,
+            "id": item.row.id,
             "index": item.index,
             "line": item.row.line,
             "where": place(self.setup.rows.name, item.row),
