@@ -59,10 +59,10 @@ def throughput(out: Path) -> Path:
     axes: Any = plot.subplots()
     edges = [k * width / scale for k in range(bars + 1)]
     axes.stairs([height / width for height in heights], edges, fill=True, color="#4c72b0", alpha=0.8)
-    axes.axhline(len(ends) / span, color="#c44e52", linewidth=1.2, label=f"mean {len(ends) / span:.3g}")
+    axes.axhline(len(ends) / span, color="#c44e52", linewidth=1.2)
     axes.set(xlabel=f"{unit} since the first picture", ylabel="pictures a second", xlim=(0, edges[-1]))
-    axes.set_title(f"{len(ends):,} pictures", loc="left", fontsize="medium")
-    axes.legend(frameon=False, loc="lower right")
+    title = f"{len(ends):,} pictures, {len(ends) / span:.3g} a second"
+    axes.set_title(title, loc="left", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     with whole_file(out / "throughput.png") as temporary:
         plot.savefig(temporary, format="png", dpi=120)
