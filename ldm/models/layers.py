@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.condition import Condition
 from ldm.models.attention import attend
+from ldm.models.linear import Linear
 
 
 def sinusoidal_embedding(
@@ -35,8 +36,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.linear_1 = nn.Linear(in_channels, out_channels)
-        self.linear_2 = nn.Linear(out_channels, out_channels)
+        self.linear_1 = Linear(in_channels, out_channels)
+        self.linear_2 = Linear(out_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -65,7 +66,7 @@ class ResnetBlock(nn.Module):
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if time_channels:
-            self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
+            self.time_emb_proj = Linear(time_channels, out_channels * (2 if scale_shift else 1))
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -147,10 +148,10 @@ class Attention(nn.Module):
         super().__init__()
         self.core = AttentionCore(heads)
         context_dim = context_dim or query_dim
-        self.to_q = nn.Linear(query_dim, query_dim, bias=bias)
-        self.to_k = nn.Linear(context_dim, query_dim, bias=bias)
-        self.to_v = nn.Linear(context_dim, query_dim, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
+        self.to_q = Linear(query_dim, query_dim, bias=bias)
+        self.to_k = Linear(context_dim, query_dim, bias=bias)
+        self.to_v = Linear(context_dim, query_dim, bias=bias)
+        self.to_out = nn.ModuleList([Linear(query_dim, query_dim)])
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         images: Mapping[str, Tensor] = {}
@@ -165,7 +166,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        self.proj = nn.Linear(in_dim, 2 * out_dim)
+        self.proj = Linear(in_dim, 2 * out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, gate = self.proj(x).chunk(2, dim=-1)
@@ -177,7 +178,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, dropout: float = 0.0):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -221,14 +222,10 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = (
-            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
-        )
+        self.proj_in = Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         blocks = [TransformerBlock(channels, heads, context_dim, dropout) for _ in range(depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = (
-            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
-        )
+        self.proj_out = Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, channels, height, width = x.shape

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ldm.errors import UserError, nearest
+from ldm.models.linear import Linear
 from ldm.models.lycoris import MERGED, Changeable, ChangedLayer, own_values
 
 # A layer that can be adapted.
@@ -254,7 +255,7 @@ def select(network: nn.Module, targets: str | Iterable[str]) -> dict[str, Base]:
         for path, module in network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
         # Subclasses, such as the output of torch's MultiheadAttention, are not called, so a hook would be in vain.
-        and type(module) in (nn.Linear, nn.Conv2d)
+        and type(module) in (nn.Linear, nn.Conv2d, Linear)
         and getattr(module, "groups", 1) == 1
     }
     kind = type(network).__name__

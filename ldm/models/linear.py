@@ -1,0 +1,65 @@
+"""Linear layers, by the library of matrix products that the processor is fast with.
+
+On a CPU torch multiplies float32 matrices by Intel's MKL, which on processors of others takes a path two to three times
+slower than oneDNN, which torch brings too. Convolutions, and bfloat16, go through oneDNN in any case.
+"""
+
+import platform
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ROWS = 32  # of a product; below it, what a call costs besides counts for more
+
+
+class Linear(nn.Linear):
+    """As torch's, with the same parameters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + b of x (..., in), W (out, in) and b (out,)."""
+    if x.dtype is torch.float32 and x.device.type == "cpu" and _by_onednn(x, weight, bias):
+        return _product(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        weight.dtype is torch.float32
+        and x.numel() >= _ROWS * x.shape[-1]
+        and mkl_is_slow()
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    operator: Any = torch.ops.mkldnn._linear_pointwise
+    return operator(x, weight, bias, "none", [], "")
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether oneDNN multiplies float32 matrices faster here than MKL: on x86 processors that aren't Intel's."""
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return both and platform.machine().lower() in ("x86_64", "amd64") and vendor() not in ("", "GenuineIntel")
+
+
+@cache
+def vendor() -> str:
+    """Return who made the processor, in its own words, such as AuthenticAMD; "" where the system doesn't say."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            return next(
+                (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), ""
+            )
+    except OSError:
+        words = platform.processor()  # of Windows: "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD"
+        return words.rpartition(", ")[2] if "," in words else ""
