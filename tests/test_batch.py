@@ -256,8 +256,12 @@ def test_a_second_run_is_refused(place: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.slow
-def test_processes_of_one_machine_share_the_work(place: Path, alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_processes_share_the_work(place: Path, alone: Path, tmp_path: Path, engine: str) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray")
     how = ["--steps", "2", "--together", "2", "--workers", "3", "--quiet", "--model", str(place / "model")]
+    how += ["--engine", engine]
     script = [sys.executable, "scripts/batch.py", str(place / "rows.jsonl"), "--out", str(tmp_path / "out")]
     done = subprocess.run([*script, *how], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
