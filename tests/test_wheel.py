@@ -51,6 +51,7 @@ def test_it_carries_licences_types_and_the_command(wheel: Path) -> None:
         names = archive.namelist()
         entry = next(name for name in names if name.endswith("entry_points.txt"))
         assert "ldm-generate = pipelines.cli:main" in archive.read(entry).decode()
+        assert "ldm-batch = pipelines.batch.cli:main" in archive.read(entry).decode()
         assert "ldm-upscale = pipelines.upscale_cli:main" in archive.read(entry).decode()
     for end in ("licenses/LICENSE", "licenses/THIRD_PARTY_NOTICES", "ldm/py.typed", "pipelines/py.typed"):
         assert any(name.endswith(end) for name in names), end

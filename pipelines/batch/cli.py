@@ -43,6 +43,7 @@ def parser() -> Parser:
     """Build the argument parser."""
     parser = Parser(
         prog="ldm-batch",
+        usage="%(prog)s FILE --out FOLDER [options]",
         description=_TEXT,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
