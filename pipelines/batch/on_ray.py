@@ -38,8 +38,8 @@ def on_ray(workers: int | None) -> Engine:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError('--engine ray needs Ray: pip install "ldm-text-to-image[ray]"') from error
 
