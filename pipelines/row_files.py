@@ -141,15 +141,23 @@ class _Feed:
         return text + "\n"
 
 
+def _next(reader: Iterator[list[str]]) -> list[str]:
+    """Return the next row, whose cells may be as long as a row; the limit is the whole process's, so it is put back."""
+    limit = csv.field_size_limit(LONGEST + 1)
+    try:
+        return next(reader)
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _cells(path: Path, delimiter: str) -> Iterator[Found]:
     """Yield the rows of a CSV file, of which those without any value are passed over. Raises UserError."""
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST + 1))  # of the process, so never made smaller
     feed, names = _Feed(path), None
     reader = csv.reader(feed, delimiter=delimiter, strict=True)
     while True:
         feed.fresh = True
         try:
-            cells = next(reader)
+            cells = _next(reader)
         except StopIteration:
             return
         except csv.Error as error:

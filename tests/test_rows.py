@@ -419,3 +419,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
     deque(islice(rows, 88_000), maxlen=0)
     assert sys.getallocatedblocks() - blocks < 4_000  # each row that were held would have some
     assert traced(rows) < few + 2**18  # of its last 10,000 rows, which have 800 KB
+
+
+def test_the_process_s_own_limit_of_csv_stays(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    (tmp_path / "rows.csv").write_text("prompt\n" + "x" * (before + 10) + "\ny\n")
+    rows = read_rows(tmp_path / "rows.csv")
+    assert len(next(rows).settings["prompt"]) == before + 10 and csv.field_size_limit() == before
+    assert [row.settings["prompt"] for row in rows] == ["y"] and csv.field_size_limit() == before
