@@ -201,6 +201,8 @@ class System:
             upcast = name == "vae" and self.is_xl and self.autoencoder.config.force_upcast
             dtype = torch.float32 if upcast and torch_dtype == torch.float16 else torch_dtype
             module.to(device=device, dtype=dtype)
+        # Its maps are large, and with channels last convolutions need not bring them into another order and back.
+        self.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return self
 
     def condition(

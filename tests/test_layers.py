@@ -16,6 +16,7 @@ PARTS = {
     "ldm.errors": 0,
     "ldm.console": 1,
     "ldm.figures": 1,
+    "ldm.processor": 1,
     "ldm.files": 1,
     "ldm.foreign": 1,
     "ldm.config": 2,

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from ldm.models import linear as module
-from ldm.models.linear import Linear, linear, mkl_is_slow, vendor
+from ldm.models.linear import Linear, linear, mkl_is_slow
 from ldm.models.lora import LoRA, select
+from ldm.processor import vendor
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "torch"])
@@ -29,7 +30,7 @@ def test_products_are_torch_s(onednn: bool, shape: tuple[int, ...], bias: bool) 
 
 def test_what_onednn_can_not_take_is_torch_s(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = Linear(48, 40), torch.randn(64, 48)
-    monkeypatch.setattr(module, "_product", None)
+    monkeypatch.setattr(module, "product", None)
     assert layer(x).requires_grad  # it has no gradient
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldm.condition import Condition
 from ldm.errors import UserError
+from ldm.models import attention, linear
 from ldm.models.attention import attend, set_attention_backend
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from ldm.models.unet import UNet, UNetConfig
@@ -224,6 +226,38 @@ def test_attention_equals_the_formula_and_names_backends() -> None:
     torch.testing.assert_close(halves.float(), expected, atol=0.03, rtol=0.03)
     with pytest.raises(UserError, match="did you mean sdpa"):
         set_attention_backend("spda")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("lengths", [(600, 600, 40), (1100, 77, 64), (1, 4000, 16), (300, 300, 80)], ids=str)
+def test_attention_is_the_same_whatever_the_processor_is_fast_with(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, faster: bool, lengths: tuple[int, int, int]
+) -> None:
+    monkeypatch.setattr(attention, "plain_is_faster", lambda: faster)
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: faster)
+    monkeypatch.setattr(attention, "_BLOCK", 2**18)  # so that there are several
+    queries, keys, width = lengths
+    q, k, v = (torch.randn(2, n, 3 * width) for n in (queries, keys, keys))
+    heads = (t.view(2, -1, 3, width).transpose(1, 2) for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(2, queries, -1)
+    # Sums of many rounded terms, each about 1: of bfloat16, 8 bits; of float32, some 1e-6.
+    error = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    with torch.no_grad():
+        found = attend(q.to(dtype), k.to(dtype), v.to(dtype), heads=3)
+    assert found.dtype == dtype and found.shape == expected.shape
+    torch.testing.assert_close(found.float(), expected, atol=error, rtol=error)
+    q = q.to(dtype).requires_grad_()
+    attend(q, k.to(dtype), v.to(dtype), heads=3).float().sum().backward()
+    assert q.grad is not None and bool(q.grad.isfinite().all())
+
+
+def test_the_rule_of_plain_products_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, plain in (({"avx512_bf16"}, True), ({"avx512_bf16", "amx_bf16"}, False), (set[str](), False)):
+        attention.plain_is_faster.cache_clear()
+        monkeypatch.setattr(attention.processor, "has", flags.__contains__)
+        assert attention.plain_is_faster() is plain
+    attention.plain_is_faster.cache_clear()
 
 
 @pytest.mark.gpu

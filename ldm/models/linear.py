@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.processor import vendor
+
 _ROWS = 32  # of a product; below it, what a call costs besides counts for more
 
 
@@ -25,22 +27,23 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + b of x (..., in), W (out, in) and b (out,)."""
-    if x.dtype is torch.float32 and x.device.type == "cpu" and _by_onednn(x, weight, bias):
-        return _product(x, weight, bias)
+    if x.numel() >= _ROWS * x.shape[-1] and by_onednn(x, weight):
+        return product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def by_onednn(*factors: Tensor) -> bool:
+    """Whether `product` is for these tensors, and faster than torch's own: in float32, and without a gradient."""
     return (
-        weight.dtype is torch.float32
-        and x.numel() >= _ROWS * x.shape[-1]
+        all(each.dtype is torch.float32 and each.device.type == "cpu" for each in factors)
         and mkl_is_slow()
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in factors))
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what `linear` does, by oneDNN. It has no gradient."""
     operator: Any = torch.ops.mkldnn._linear_pointwise
     return operator(x, weight, bias, "none", [], "")
 
@@ -50,16 +53,3 @@ def mkl_is_slow() -> bool:
     """Whether oneDNN multiplies float32 matrices faster here than MKL: on x86 processors that aren't Intel's."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return both and platform.machine().lower() in ("x86_64", "amd64") and vendor() not in ("", "GenuineIntel")
-
-
-@cache
-def vendor() -> str:
-    """Return who made the processor, in its own words, such as AuthenticAMD; "" where the system doesn't say."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            return next(
-                (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), ""
-            )
-    except OSError:
-        words = platform.processor()  # of Windows: "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD"
-        return words.rpartition(", ")[2] if "," in words else ""
