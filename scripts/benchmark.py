@@ -1,6 +1,7 @@
 """Speed against diffusers on the same weights, as ratios within one run.
 
 benchmark.py sampling [--model FOLDER] [--pictures 1]       whole pictures; beside it, how alike they are
+benchmark.py step [--pictures 1]                            one step of Stable Diffusion 1.5's U-Net, random weights
 benchmark.py rows [--model FOLDER] [--rows 48] [--mixed]     many pictures: rows of a file, alike or of unlike settings
 benchmark.py arrivals [--model FOLDER] [--rows 60]           latency of unlike requests that arrive at random; a plot
 benchmark.py training [--model FOLDER] --data FOLDER        training steps on a folder of pictures with metadata.jsonl
@@ -22,7 +23,7 @@ _MOST = 10_000  # pictures at once, or rounds
 @command(memory="give fewer --pictures")
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sampling", "rows", "arrivals", "training"))
+    parser.add_argument("what", choices=("sampling", "step", "rows", "arrivals", "training"))
     parser.add_argument("--model", type=Path, help="a diffusers folder (default: the bundled model)")
     parser.add_argument("--data", type=Path, help="of training: a folder of pictures with metadata.jsonl")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16")
@@ -54,6 +55,13 @@ def main() -> int:
         works, psnr = contenders(model, prompts, arguments.precision)
         print(table(compare(works, arguments.rounds), "diffusers", "pictures"))
         print(f"\nPSNR between the two: {psnr:.1f} dB")
+        return 0
+    if arguments.what == "step":
+        from benchmarks.steps import contenders
+
+        works, distance = contenders(arguments.precision, arguments.pictures or 1)
+        print(table(compare(works, arguments.rounds), "diffusers", "pictures"))
+        print(f"\nRelative L2 distance between the two: {distance:.1e}")
         return 0
     if arguments.what == "rows":
         from benchmarks.rows import contenders
