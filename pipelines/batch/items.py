@@ -47,12 +47,12 @@ def items_of(path: str | Path) -> Iterator[Item]:
             number += 1
 
 
-def survey(path: str | Path) -> tuple[str, int]:
-    """Return the SHA-256 of a file of rows, and how many pictures it asks for. Raises UserError."""
+def count_items(path: str | Path) -> int:
+    """Return how many pictures a file of rows asks for. Raises UserError."""
     count = sum(1 for _ in islice(items_of(path), MOST + 1))
     if count > MOST:
         raise UserError(f"{path} asks for more than the {shown(MOST)} pictures of one run: split it")
-    return file_digest(path), count
+    return count
 
 
 def file_digest(path: str | Path) -> str:

@@ -1,9 +1,8 @@
 """What a run is asked for: which rows, by which model, with which settings, into which folder."""
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import psutil
 import torch
 
 from ldm import __version__
+from ldm.config import to_dict
 from ldm.console import note
 from pipelines import TextToImagePipeline
-from pipelines.batch.items import file_digest, survey
+from pipelines.batch.items import count_items, file_digest
 from pipelines.batch.ledger import Ledger
 from pipelines.batch.store import Files, Format, Shards, Store
 from pipelines.uses import EmbeddingUse, LoRAUse
@@ -82,7 +82,7 @@ class Setup:
         if before is not None and before.get("rows") == digest:
             items = before["items"]
         else:
-            digest, items = survey(self.rows)
+            items = count_items(self.rows)
         size = self.together * max(1, min(_BLOCK, items // (_SMALL * self.together)))
         adapters = pipe.adapters.recipe(pipe.adapters.weights())
         return {
@@ -90,8 +90,8 @@ class Setup:
             "together": self.together,
             "model": pipe.system.fingerprint,
             "dtype": self.dtype,
-            "adapters": _plain(adapters),
-            "settings": _plain(self.defaults),
+            "adapters": to_dict(adapters),
+            "settings": to_dict(self.defaults),
             "LoRA folders": [str(each) for each in self.lora_folders],
             "format": self.format if self.format == "files" else f"{self.format}, {self.shard} a shard",
             "infotext": self.infotext,
@@ -143,10 +143,3 @@ def _within(file: str, most: float) -> float:
         return min(most, int(limit) / (int(period[0]) if period else 1))
     except (OSError, ValueError):  # "max", or another system
         return most
-
-
-def _plain(value: Any) -> Any:
-    def stated(each: Any) -> Any:
-        return asdict(each) if hasattr(each, "__dataclass_fields__") else str(each)
-
-    return json.loads(json.dumps(value, default=stated, sort_keys=True))
