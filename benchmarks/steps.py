@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.condition import Condition
-from ldm.models import attention, linear
+from ldm.models import attention, onednn, packed
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
 
@@ -40,7 +40,8 @@ def contenders(precision: str, pictures: int) -> tuple[dict[str, Callable[[], in
 
     def as_torch_multiplies() -> Tensor:
         with (
-            patch.object(linear, "mkl_is_slow", lambda: False),
+            patch.object(onednn, "mkl_is_slow", lambda: False),
+            patch.object(packed, "multiplies", lambda _: False),
             patch.object(attention, "_on_cpu", torch.nn.functional.scaled_dot_product_attention),
         ):
             return step()

@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm.condition import Condition
 from ldm.errors import UserError
-from ldm.models import attention, linear
+from ldm.models import attention, onednn
 from ldm.models.attention import attend, set_attention_backend
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from ldm.models.unet import UNet, UNetConfig
@@ -235,7 +235,7 @@ def test_attention_is_the_same_whatever_the_processor_is_fast_with(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, faster: bool, lengths: tuple[int, int, int]
 ) -> None:
     monkeypatch.setattr(attention, "plain_is_faster", lambda: faster)
-    monkeypatch.setattr(linear, "mkl_is_slow", lambda: faster)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: faster)
     monkeypatch.setattr(attention, "_BLOCK", 2**18)  # so that there are several
     queries, keys, width = lengths
     q, k, v = (torch.randn(2, n, 3 * width) for n in (queries, keys, keys))

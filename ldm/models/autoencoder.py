@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.models import diffusers_config
 from ldm.models.layers import Attention, Context, Downsample, ResnetBlock, Upsample
+from ldm.models.packed import Conv2d
 
 _EPS = 1e-6
 _CLASS = "AutoencoderKL"
@@ -151,9 +152,9 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(config, 2 * c)
         self.decoder = Decoder(config)
         if config.use_quant_conv:
-            self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+            self.quant_conv = Conv2d(2 * c, 2 * c, 1)
         if config.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv2d(c, c, 1)
+            self.post_quant_conv = Conv2d(c, c, 1)
         if config.num_class_embeds:
             self.class_embedding = nn.Embedding(config.num_class_embeds, config.block_out_channels[-1])
 
@@ -251,7 +252,7 @@ class Encoder(nn.Module):
     def __init__(self, config: "FirstStageConfig", out_channels: int):
         super().__init__()
         widths, groups, label_width = config.block_out_channels, config.norm_num_groups, _label_width(config)
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, (width, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             sampler = Downsample(out, asymmetric=True) if i < len(widths) - 1 else None
@@ -260,7 +261,7 @@ class Encoder(nn.Module):
             )
         self.mid_block = AutoencoderMidBlock(widths[-1], groups, config.mid_block_add_attention, label_width)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         x = self.conv_in(x)
@@ -276,7 +277,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         label_width = _label_width(config)
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = AutoencoderMidBlock(widths[0], groups, config.mid_block_add_attention, label_width)
         self.up_blocks = nn.ModuleList()
         for i, (width, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
@@ -285,7 +286,7 @@ class Decoder(nn.Module):
                 Stage(width, out, config.layers_per_block + 1, groups, "upsamplers", sampler, label_width)
             )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         x = self.mid_block(self.conv_in(z), label)

@@ -17,6 +17,7 @@ from ldm.errors import UserError
 from ldm.models import diffusers_config
 from ldm.models.denoising import Residuals
 from ldm.models.layers import ResnetBlock, TimestepEmbedding, TransformerBlock
+from ldm.models.packed import Conv2d
 from ldm.models.unet import UNet, UNetMidBlock, down_blocks, embed_time, map_channels, size_embedding
 from ldm.models.unet_config import UNetConfig, levels
 
@@ -126,12 +127,12 @@ class ConditioningEmbedding(nn.Module):
     def __init__(self, config: ControlNetConfig):
         super().__init__()
         widths = config.conditioning_embedding_out_channels
-        self.conv_in = nn.Conv2d(config.conditioning_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.conditioning_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
         for width, out in pairwise(widths):
-            self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
-            self.blocks.append(nn.Conv2d(width, out, 3, padding=1, stride=2))
-        self.conv_out = _zero(nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1))
+            self.blocks.append(Conv2d(width, width, 3, padding=1))
+            self.blocks.append(Conv2d(width, out, 3, padding=1, stride=2))
+        self.conv_out = _zero(Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1))
         for each in (self.conv_in, *self.blocks):
             assert isinstance(each, nn.Conv2d) and each.bias is not None
             nn.init.normal_(each.weight, std=_SILU_GAIN * each.weight[0].numel() ** -0.5)
@@ -157,16 +158,16 @@ class ControlNet(nn.Module):
         self._encoder = encoder
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
         self.add_embedding = size_embedding(encoder)
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.controlnet_cond_embedding = ConditioningEmbedding(config)
         self.down_blocks = down_blocks(encoder)
         attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
         lowest = levels(encoder, config.down_block_types, "Down")[-1]
         self.mid_block = UNetMidBlock(widths[-1], replace(lowest, attention=attends), encoder)
         self.controlnet_down_blocks = nn.ModuleList(
-            _zero(nn.Conv2d(channels, channels, 1)) for channels in map_channels(encoder)
+            _zero(Conv2d(channels, channels, 1)) for channels in map_channels(encoder)
         )
-        self.controlnet_mid_block = _zero(nn.Conv2d(widths[-1], widths[-1], 1))
+        self.controlnet_mid_block = _zero(Conv2d(widths[-1], widths[-1], 1))
 
     @classmethod
     def from_unet(cls, unet: UNet, **own: Any) -> "ControlNet":
@@ -188,12 +189,12 @@ class ControlNet(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of its weights."""
-        return self.conv_in.weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return self.conv_in.weight.device
+        return next(self.parameters()).device
 
     def embed(self, picture: Tensor) -> Tensor:
         """Embed control pictures (B, 3, H, W) in [0, 1], RGB: (B, C0, h, w), the same for all steps."""

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.packed import Conv2d
+
 _LEAK = 0.2  # slope of RRDBNet's activations below zero
 _RESIDUAL = 0.2  # how much of what a block adds is added (Wang et al. 2018, sec. 3.1, residual scaling)
 
@@ -47,8 +49,8 @@ class DenseBlock(nn.Module):
     def __init__(self, channels: int, growth: int):
         super().__init__()
         for k in range(1, 5):
-            self.add_module(f"conv{k}", nn.Conv2d(channels + (k - 1) * growth, growth, 3, padding=1))
-        self.conv5 = nn.Conv2d(channels + 4 * growth, channels, 3, padding=1)
+            self.add_module(f"conv{k}", Conv2d(channels + (k - 1) * growth, growth, 3, padding=1))
+        self.conv5 = Conv2d(channels + 4 * growth, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         seen = x
@@ -85,13 +87,13 @@ class RRDBNet(nn.Module):
         self.step = config.unshuffle
         # 15 convolutions a block, two around the body; those at larger sizes reach less than two more together.
         self.radius = (15 * config.blocks + 4) * config.unshuffle
-        self.conv_first = nn.Conv2d(3 * config.unshuffle**2, width, 3, padding=1)
+        self.conv_first = Conv2d(3 * config.unshuffle**2, width, 3, padding=1)
         self.body = nn.ModuleList(RRDB(width, config.growth) for _ in range(config.blocks))
-        self.conv_body = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_body = Conv2d(width, width, 3, padding=1)
         for k in range(1, config.doublings + 1):
-            self.add_module(f"conv_up{k}", nn.Conv2d(width, width, 3, padding=1))
-        self.conv_hr = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_last = nn.Conv2d(width, 3, 3, padding=1)
+            self.add_module(f"conv_up{k}", Conv2d(width, width, 3, padding=1))
+        self.conv_hr = Conv2d(width, width, 3, padding=1)
+        self.conv_last = Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Enlarge (B, 3, H, W) -> (B, 3, scale*H, scale*W).
@@ -128,9 +130,9 @@ class SRVGGNetCompact(nn.Module):
         layers: list[nn.Module] = []
         before = 3
         for _ in range(config.convolutions + 1):
-            layers += [nn.Conv2d(before, config.channels, 3, padding=1), nn.PReLU(config.channels)]
+            layers += [Conv2d(before, config.channels, 3, padding=1), nn.PReLU(config.channels)]
             before = config.channels
-        layers.append(nn.Conv2d(before, 3 * config.scale**2, 3, padding=1))
+        layers.append(Conv2d(before, 3 * config.scale**2, 3, padding=1))
         self.body = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:

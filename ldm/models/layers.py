@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.condition import Condition
 from ldm.models.attention import attend
-from ldm.models.linear import Linear
+from ldm.models.packed import Conv2d, Linear
 
 
 def sinusoidal_embedding(
@@ -36,8 +36,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.linear_1 = Linear(in_channels, out_channels)
-        self.linear_2 = Linear(out_channels, out_channels)
+        self.linear_1 = nn.Linear(in_channels, out_channels)  # of a few rows: nothing to gain by packing
+        self.linear_2 = nn.Linear(out_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -64,14 +64,14 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if time_channels:
-            self.time_emb_proj = Linear(time_channels, out_channels * (2 if scale_shift else 1))
+            self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
@@ -94,7 +94,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, asymmetric: bool = False):
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -105,7 +105,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         grown = F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=tuple(size))
@@ -222,10 +222,10 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        self.proj_in = Linear(channels, channels) if linear_projection else Conv2d(channels, channels, 1)
         blocks = [TransformerBlock(channels, heads, context_dim, dropout) for _ in range(depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if linear_projection else Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, channels, height, width = x.shape

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ldm.errors import UserError, nearest
-from ldm.models.linear import Linear
 from ldm.models.lycoris import MERGED, Changeable, ChangedLayer, own_values
+from ldm.models.packed import Conv2d, Linear
 
 # A layer that can be adapted.
 Base = nn.Linear | nn.Conv2d
@@ -255,7 +255,7 @@ def select(network: nn.Module, targets: str | Iterable[str]) -> dict[str, Base]:
         for path, module in network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
         # Subclasses, such as the output of torch's MultiheadAttention, are not called, so a hook would be in vain.
-        and type(module) in (nn.Linear, nn.Conv2d, Linear)
+        and type(module) in (nn.Linear, nn.Conv2d, Linear, Conv2d)
         and getattr(module, "groups", 1) == 1
     }
     kind = type(network).__name__

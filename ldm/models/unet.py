@@ -25,6 +25,7 @@ from ldm.models.layers import (
     context_of,
 )
 from ldm.models.layers import sinusoidal_embedding as sinusoidal
+from ldm.models.packed import Conv2d
 from ldm.models.unet_config import Level, UNetConfig, levels
 
 
@@ -108,7 +109,7 @@ class UNet(DenoisingNetwork):
         up = levels(config, config.up_block_types, "Up")[::-1]
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
         self.add_embedding = size_embedding(config)
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = down_blocks(config)
         self.mid_block = UNetMidBlock(widths[-1], replace(down[-1], attention=True), config)
 
@@ -120,7 +121,7 @@ class UNet(DenoisingNetwork):
             width = out
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
         self._zero_last_layers()
 
     @classmethod
@@ -140,7 +141,7 @@ class UNet(DenoisingNetwork):
     def take_channels(self, in_channels: int) -> None:
         """See `DenoisingNetwork`."""
         old = self.conv_in
-        new = nn.Conv2d(in_channels, old.out_channels, 3, padding=1).to(old.weight)
+        new = Conv2d(in_channels, old.out_channels, 3, padding=1).to(old.weight)
         nn.init.zeros_(new.weight)
         with torch.no_grad():
             new.weight[:, : old.in_channels] = old.weight
@@ -151,10 +152,6 @@ class UNet(DenoisingNetwork):
     def multiple(self) -> int:
         """The levels below the first halve the sides."""
         return 2 ** (len(self.config.block_out_channels) - 1)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv_in.weight.dtype
 
     def forward(
         self, sample: Tensor, timestep: Tensor, condition: Condition, residuals: Residuals | None = None

@@ -299,7 +299,7 @@ def decode(autoencoder: AutoencoderKL, latents: Tensor, tile: int | None = None)
     tile: None is all at once where it fits into the free memory, and in strips where not; see `ldm.models.large`.
     """
     wake(autoencoder)
-    unscaled = autoencoder.unscale(latents).to(autoencoder.decoder.conv_in.weight.dtype)
+    unscaled = autoencoder.unscale(latents).to(next(autoencoder.decoder.parameters()).dtype)
     return to_unit_range(large.decode(autoencoder, unscaled, tile))
 
 
@@ -312,7 +312,7 @@ def encode(
     sampled; None takes its mean. tile: as for `decode`. Raises UserError.
     """
     wake(autoencoder)
-    signed = (pictures * 2 - 1).to(autoencoder.encoder.conv_in.weight.dtype)
+    signed = (pictures * 2 - 1).to(next(autoencoder.encoder.parameters()).dtype)
     posterior = large.encode(autoencoder, signed, tile)
     posterior = DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())
     return autoencoder.scale(posterior.mean if noise is None else posterior.sample(noise))

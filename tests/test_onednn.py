@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.models import linear as module
-from ldm.models.linear import Linear, linear, mkl_is_slow
+from ldm.models import onednn as module
 from ldm.models.lora import LoRA, select
+from ldm.models.onednn import linear, mkl_is_slow
+from ldm.models.packed import Linear
 from ldm.processor import vendor
 
 

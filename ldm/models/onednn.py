@@ -1,7 +1,7 @@
-"""Linear layers, by the library of matrix products that the processor is fast with.
+"""Which of torch's two libraries of matrix products a CPU is fast with: Intel's MKL or oneDNN.
 
-On a CPU torch multiplies float32 matrices by Intel's MKL, which on processors of others takes a path two to three times
-slower than oneDNN, which torch brings too. Convolutions, and bfloat16, go through oneDNN in any case.
+torch multiplies float32 matrices on a CPU by MKL, which on processors of others than Intel takes a path two to three
+times slower than oneDNN, which torch brings too. Convolutions, and bfloat16, go through oneDNN in any case.
 """
 
 import platform
@@ -10,24 +10,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.processor import vendor
 
 _ROWS = 32  # of a product; below it, what a call costs besides counts for more
 
 
-class Linear(nn.Linear):
-    """As torch's, with the same parameters."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (..., in) to (..., out)."""
-        return linear(input, self.weight, self.bias)
+def plain_only() -> bool:
+    """Whether torch's own operators are wanted: what traces or compiles a network knows no others."""
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return tracing or torch.compiler.is_compiling()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + b of x (..., in), W (out, in) and b (out,)."""
-    if x.numel() >= _ROWS * x.shape[-1] and by_onednn(x, weight):
+    if by_onednn(x, weight) and x.numel() >= _ROWS * x.shape[-1]:
         return product(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -39,6 +37,7 @@ def by_onednn(*factors: Tensor) -> bool:
         and mkl_is_slow()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(each.requires_grad for each in factors))
+        and not plain_only()
     )
 
 
@@ -53,3 +52,12 @@ def mkl_is_slow() -> bool:
     """Whether oneDNN multiplies float32 matrices faster here than MKL: on x86 processors that aren't Intel's."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return both and platform.machine().lower() in ("x86_64", "amd64") and vendor() not in ("", "GenuineIntel")
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies and convolves in this dtype here: float32, and bfloat16 where there is AVX512."""
+    if not torch.backends.mkldnn.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    known: Any = torch.ops.mkldnn
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and known._is_mkldnn_bf16_supported())
