@@ -84,7 +84,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         arguments.num_images,
         arguments.infotext,
     )
-    for each in notes:
+    for each in dict.fromkeys([*pipe.notes, *notes]):
         note(each)
 
 
@@ -121,7 +121,7 @@ def _load(arguments: argparse.Namespace) -> Any:
 
     return TextToImagePipeline.from_pretrained(
         arguments.model,
-        torch_dtype=getattr(torch, arguments.dtype or "float32"),
+        torch_dtype=arguments.dtype and getattr(torch, arguments.dtype),
         device=arguments.device,
         variant=arguments.variant,
         prediction_type=arguments.prediction_type,

@@ -203,7 +203,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="new words of textual inversion (several: once each)",
     )
     add("--device", help="cpu, cuda, ... (default: what there is)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default: float32)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision (default: bfloat16 on CPUs that are fast with it, else float32)",
+    )
     add("--variant", help="weights with this word in their file names, e.g. fp16")
     add("--prediction-type", help="epsilon or v_prediction, where a single file does not say")
     add("--low-memory", action="store_true", default=None, help="parts rest on the CPU between uses")

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args
 
 from ldm import __version__
 from ldm.conditioning.prompts.weighted import Emphasis, Syntax
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 KEYWORD = "ldm-recipe"  # of the PNG's text chunk
+Precision = Literal["float64", "float32", "bfloat16", "float16"]
+PRECISIONS = get_args(Precision)
 MOST = 1_000_000  # pictures of one call or command
 # What may differ between the images of one call.
 PER_IMAGE = (
@@ -101,7 +103,7 @@ class Recipe:
     hires_upscaler: UpscalerUse | None = None
     upscale: float | None = None
     upscaler: UpscalerUse | None = None
-    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
+    dtype: Precision | None = None
     model: str | None = None
     variant: str | None = None
     prediction_type: str | None = None

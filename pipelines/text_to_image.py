@@ -30,12 +30,17 @@ from pipelines.given import Given
 from pipelines.loaded import Loaded
 from pipelines.originals import Originals, latents_of
 from pipelines.output import OutputType, TextToImageOutput, pictures
-from pipelines.placement import Offload, choose_device, offload_where_needed
+from pipelines.placement import Offload, choose_device, choose_dtype, offload_where_needed
 from pipelines.preview import LatentPreview
 from pipelines.progress import Progress, StepCallback, counted
 from pipelines.recipe import PER_IMAGE, Recipe
 from pipelines.turns import Turns
 from pipelines.uses import Preprocessor
+
+_ROUNDED = (
+    "drawn in bfloat16, which this processor is fastest with; torch_dtype=torch.float32 (--dtype float32) is the "
+    "slower, finer way"
+)
 
 
 class TextToImagePipeline(DiffusersNames):
@@ -57,6 +62,8 @@ class TextToImagePipeline(DiffusersNames):
         self.device = torch.device(device)
         self._offload = offload
         self._identity: dict[str, Any] = identity or {}
+        self.notes: tuple[str, ...] = ()  # what the user should know of how it was loaded
+        self._rounded = False  # the weights, into a precision that nobody asked for
         self._preview: LatentPreview | None = None
         self._turns = Turns()
         self._loaded = Loaded(system, self.device, self._turns)
@@ -69,7 +76,7 @@ class TextToImagePipeline(DiffusersNames):
         cls,
         name: str | Path | None = None,
         *,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         variant: str | None = None,
         prediction_type: str | None = None,
@@ -78,23 +85,29 @@ class TextToImagePipeline(DiffusersNames):
         """Load a model and place its parts.
 
         name: a diffusers folder, a single file (`.safetensors`, `.ckpt`), or a hub id; None is the bundled model.
+        torch_dtype: None is bfloat16 on a CPU that multiplies it, else float32. What was rounded so is not saved, nor
+            brought into another precision: that takes the precision given here.
         device: None takes the accelerator that Accelerate finds, else the CPU.
         low_memory: keep each part on the device only while it works; None decides by the device's free memory.
         Raises UserError.
         """
-        if not isinstance(torch_dtype, torch.dtype):
+        if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
             raise UserError(
                 f"torch_dtype is {torch_dtype!r}: give one of torch's own, such as torch.bfloat16"
             )
         where = choose_device(device)
-        system = System.load(name, torch_dtype=torch_dtype, variant=variant, prediction_type=prediction_type)
+        dtype = choose_dtype(where) if torch_dtype is None else torch_dtype
+        system = System.load(name, torch_dtype=dtype, variant=variant, prediction_type=prediction_type)
         offload = offload_where_needed(system, where, low_memory)
         if not offload:
-            system.to(where, torch_dtype)
+            system.to(where, dtype)
         model = None if name is None else whole_path(name)
-        return cls(
-            system, where, offload, {"model": model, "variant": variant, "prediction_type": prediction_type}
-        )
+        identity = {"model": model, "variant": variant, "prediction_type": prediction_type}
+        pipe = cls(system, where, offload, identity)
+        if torch_dtype is None and dtype is not torch.float32:
+            pipe.notes = (_ROUNDED,)
+            pipe._rounded = any(each is not dtype for each in system.precision.values())
+        return pipe
 
     def to(
         self,
@@ -104,13 +117,16 @@ class TextToImagePipeline(DiffusersNames):
     ) -> "TextToImagePipeline":
         """Move the whole system to a device, to stay there, or into another precision, or both: as diffusers' `to`.
 
-        Raises UserError for a device that is not there.
+        Raises UserError for a device that is not there, and for another precision than the one that was chosen as the
+        weights were loaded.
         """
         for target in targets:
             if isinstance(target, torch.dtype):
                 dtype = target
             else:
                 device = target
+        if dtype not in (None, self.dtype):
+            self._check_unrounded(f"in {dtype}")
         with self._turn():
             if self._offload:
                 self._offload.remove()
@@ -134,14 +150,24 @@ class TextToImagePipeline(DiffusersNames):
         """The precision of the U-Net; samplers keep their state in float32 all the same."""
         return self.system.network.dtype
 
+    def _check_unrounded(self, wanted: str) -> None:
+        """Raise UserError where the weights lost what nobody said they may lose."""
+        if self._rounded:
+            raise UserError(
+                "the weights were rounded to bfloat16 as they were loaded, which this processor is fastest with: "
+                f"load them with torch_dtype=torch.float32, or another precision, {wanted}"
+            )
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that diffusers loads too. Of adapters it holds what is merged; a warning says so."""
+        self._check_unrounded("to save them")
         with self._turn():
             self.adapters.warn_of_saving()
             self.system.save(folder)
 
     def save_single_file(self, path: str | Path) -> None:
         """Write one `.safetensors` in the LDM layout. Of adapters it holds what is merged; a warning says so."""
+        self._check_unrounded("to save them")
         with self._turn():
             self.adapters.warn_of_saving()
             self.system.save_single_file(path)
@@ -300,7 +326,7 @@ class TextToImagePipeline(DiffusersNames):
     ) -> TextToImageOutput:
         """Draw what one call may draw together, within the turn."""
         batches, recipe = batches_of(drawings), drawings[0].recipe
-        notes, drawn = [*self.system.notes, *picture_notes(drawings)], dict[int, Tensor]()
+        notes, drawn = [*self.notes, *self.system.notes, *picture_notes(drawings)], dict[int, Tensor]()
         plans = [plan for plan in (drawings[0].plan, drawings[0].second) if plan is not None]
         with Progress(self, plans, len(batches), callback, progress) as watch:
             try:

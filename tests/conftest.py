@@ -33,6 +33,12 @@ def fixed_seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn where nobody names a precision is float32, whatever this processor is fastest with."""
+    monkeypatch.setattr("pipelines.text_to_image.choose_dtype", lambda device: torch.float32)
+
+
 @pytest.fixture
 def sprites(tmp_path: Path) -> str:
     rng = np.random.default_rng(0)

@@ -151,7 +151,7 @@ def _setup(arguments: argparse.Namespace) -> "Setup":
         out=Path(os.path.abspath(arguments.out)),
         defaults=defaults,
         model=None if arguments.model is None else whole_path(arguments.model),
-        dtype=arguments.dtype or "float32",
+        dtype=arguments.dtype,
         device=arguments.device,
         variant=arguments.variant,
         prediction_type=arguments.prediction_type,

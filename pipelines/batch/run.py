@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from pipelines.batch.processes import Helpers
 from pipelines.batch.progress import Progress
 from pipelines.batch.setup import Setup
 from pipelines.batch.work import Work, draw_open
+from pipelines.recipe import PRECISIONS
 
 _WAIT = 0.5  # seconds until what others have claimed is looked at again
 _SHOWN = 20  # failures, and missing pictures, that are told one by one
@@ -83,8 +84,13 @@ def begun(
     try:
         ledger.enter(join)
         before = ledger.stated()
+        if setup.dtype is None and before is not None and before.get("dtype") in PRECISIONS:
+            setup = replace(setup, dtype=before["dtype"])
         pipe = pipe or setup.load()
-        for each in ledger.begin(setup.asked(pipe, before), alone=not join):
+        setup = replace(
+            setup, dtype=str(pipe.dtype).removeprefix("torch.")
+        )  # of all processes, wherever they run
+        for each in (*pipe.notes, *ledger.begin(setup.asked(pipe, before), alone=not join)):
             note(each)
         if not join:
             _reopen(setup, ledger, retry)

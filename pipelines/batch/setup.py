@@ -27,16 +27,16 @@ _PROGRAM, _ROOM = 1.5e9, 0.8  # bytes of a process beside its weights; the share
 class Setup:
     """A run, the same in every process of it.
 
-    defaults: of Recipe, for rows that don't say. together: pictures of a group, which are drawn at once. shard:
-    pictures of a shard, about, for it is of whole blocks. wildcards: whether prompts have them; wildcard_folder: where
-    their words are.
+    defaults: of Recipe, for rows that don't say. dtype: None is what suits the machine that the run is begun on.
+    together: pictures of a group, which are drawn at once. shard: pictures of a shard, about, for it is of whole
+    blocks. wildcards: whether prompts have them; wildcard_folder: where their words are.
     """
 
     rows: Path
     out: Path
     defaults: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     device: str | None = None
     variant: str | None = None
     prediction_type: str | None = None
@@ -62,7 +62,7 @@ class Setup:
             device = f"cuda:{place % torch.cuda.device_count()}"
         pipe = TextToImagePipeline.from_pretrained(
             self.model,
-            torch_dtype=getattr(torch, self.dtype),
+            torch_dtype=None if self.dtype is None else getattr(torch, self.dtype),
             device=device,
             variant=self.variant,
             prediction_type=self.prediction_type,
@@ -89,7 +89,7 @@ class Setup:
             "rows": digest,
             "together": self.together,
             "model": pipe.system.fingerprint,
-            "dtype": self.dtype,
+            "dtype": str(pipe.dtype).removeprefix("torch."),
             "adapters": to_dict(adapters),
             "settings": to_dict(self.defaults),
             "LoRA folders": [str(each) for each in self.lora_folders],
