@@ -1,12 +1,14 @@
 """Where the parts of a system run: Accelerate finds the device, and swaps parts in and out where memory is short."""
 
+import os
 from typing import Any
 
 import torch
 
 from ldm import processor
-from ldm.errors import UserError
+from ldm.errors import UserError, nearest
 from ldm.system import System
+from pipelines.recipe import PRECISIONS
 
 _HEADROOM = 1.5  # activations, as a multiple of the weights; a rule of thumb that errs on the safe side
 
@@ -26,8 +28,14 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     """The precision to draw in where nobody says: bfloat16 on a CPU that multiplies it, else float32.
 
     With AVX512-BF16 or AMX a picture takes a half to a fifth of float32's time (benchmarks/speed.md); without, bfloat16
-    would be slower.
+    would be slower. The environment variable LDM_DTYPE, where it is set, decides instead. Raises UserError for what it
+    can't be.
     """
+    said = os.environ.get("LDM_DTYPE")
+    if said:
+        if said not in PRECISIONS:
+            raise UserError(f"LDM_DTYPE is {said!r}{nearest(said, PRECISIONS)}: give {', '.join(PRECISIONS)}")
+        return getattr(torch, said)
     multiplies = any(processor.has(each) for each in ("avx512_bf16", "amx_bf16"))
     return torch.bfloat16 if device.type == "cpu" and multiplies else torch.float32
 

@@ -85,8 +85,8 @@ class TextToImagePipeline(DiffusersNames):
         """Load a model and place its parts.
 
         name: a diffusers folder, a single file (`.safetensors`, `.ckpt`), or a hub id; None is the bundled model.
-        torch_dtype: None is bfloat16 on a CPU that multiplies it, else float32. What was rounded so is not saved, nor
-            brought into another precision: that takes the precision given here.
+        torch_dtype: None is bfloat16 on a CPU that multiplies it, else float32, or what LDM_DTYPE says. What was
+            rounded so is not saved, nor brought into another precision: that takes the precision given here.
         device: None takes the accelerator that Accelerate finds, else the CPU.
         low_memory: keep each part on the device only while it works; None decides by the device's free memory.
         Raises UserError.
@@ -104,7 +104,7 @@ class TextToImagePipeline(DiffusersNames):
         model = None if name is None else whole_path(name)
         identity = {"model": model, "variant": variant, "prediction_type": prediction_type}
         pipe = cls(system, where, offload, identity)
-        if torch_dtype is None and dtype is not torch.float32:
+        if torch_dtype is None and dtype is torch.bfloat16:
             pipe.notes = (_ROUNDED,)
             pipe._rounded = any(each is not dtype for each in system.precision.values())
         return pipe

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Before torch and huggingface_hub are first imported: they read these once.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# What is drawn where nobody names a precision is float32, whatever this processor is fastest with.
+os.environ["LDM_DTYPE"] = "float32"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
@@ -31,12 +33,6 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is drawn where nobody names a precision is float32, whatever this processor is fastest with."""
-    monkeypatch.setattr("pipelines.text_to_image.choose_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture

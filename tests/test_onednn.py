@@ -32,13 +32,36 @@ def test_products_are_torch_s(onednn: bool, shape: tuple[int, ...], bias: bool) 
 def test_what_onednn_can_not_take_is_torch_s(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = Linear(48, 40), torch.randn(64, 48)
     monkeypatch.setattr(module, "product", None)
-    assert layer(x).requires_grad  # it has no gradient
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     with torch.no_grad():
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
         assert layer.double()(x.double()).dtype == torch.float64
         linear(x[:4], torch.randn(40, 48), None)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",), ("x",), ("weight", "x")], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_torch_s(onednn: bool, bias: bool, frozen: tuple[str, ...]) -> None:
+    layer, x = Linear(48, 40, bias=bias), torch.randn(2, 40, 48)
+    given = {"x": x, "weight": layer.weight, **({"bias": layer.bias} if bias else {})}
+    for name, each in given.items():
+        each.requires_grad_(name not in frozen)
+    wanted = [each for name, each in given.items() if name not in frozen]
+    away = torch.randn(2, 40, 40)
+    found = torch.autograd.grad(layer(x), wanted, away) if wanted else ()
+    expected = torch.autograd.grad(F.linear(x, layer.weight, layer.bias), wanted, away) if wanted else ()
+    for one, other in zip(found, expected, strict=True):  # sums of up to 80 products of numbers about 1
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_transforms_of_functions_work(onednn: bool) -> None:
+    layer, x = Linear(48, 40), torch.randn(64, 48)
+    _, along = torch.func.jvp(layer, (x,), (x,))
+    torch.testing.assert_close(along, F.linear(x, layer.weight), atol=1e-4, rtol=1e-4)
+    assert torch.func.vmap(layer)(x.expand(3, -1, -1)).shape == (3, 64, 40)
+    _, pull = torch.func.vjp(layer, x)
+    torch.testing.assert_close(pull(along)[0], along @ layer.weight, atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_trained_beside_frozen_layers_gets_its_gradient(onednn: bool) -> None:

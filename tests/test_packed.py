@@ -163,8 +163,17 @@ def test_what_is_trained_traced_or_autocast_is_torch_s(layer: Layer, monkeypatch
     network = nn.Sequential(layer)
     if not (isinstance(layer, nn.Conv2d) and layer.groups > 1):
         lora = LoRA(network, ["0"], rank=2)
+        monkeypatch.undo()
+        monkeypatch.setattr(packed, "mkl_is_slow", lambda: True)
         network(x)
+        assert is_packed(layer)  # a LoRA beside the layer doesn't read it
         lora.detach()
+    handle = layer.register_forward_hook(lambda *_: None)
+    layer(x + 1)
+    layer.weight.sum()
+    layer(x)
+    assert not is_packed(layer)
+    handle.remove()
 
 
 def test_a_merged_adapter_draws_and_comes_out_without_a_trace() -> None:

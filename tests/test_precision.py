@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor with bfloat16's products; every one can compute with it, if slowly."""
     monkeypatch.setattr(placement.processor, "has", {"avx512_bf16"}.__contains__)
-    monkeypatch.setattr("pipelines.text_to_image.choose_dtype", placement.choose_dtype)
+    monkeypatch.delenv("LDM_DTYPE")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_rule_follows_the_processor_and_is_of_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LDM_DTYPE")
     for flags, dtype in (
         ({"avx512_bf16"}, torch.bfloat16),
         ({"amx_bf16"}, torch.bfloat16),
@@ -38,6 +39,11 @@ def test_the_rule_follows_the_processor_and_is_of_cpus_alone(monkeypatch: pytest
         monkeypatch.setattr(placement.processor, "has", flags.__contains__)
         assert placement.choose_dtype(CPU) == dtype
         assert placement.choose_dtype(torch.device("cuda")) == torch.float32
+    monkeypatch.setenv("LDM_DTYPE", "float64")
+    assert placement.choose_dtype(CPU) == torch.float64
+    monkeypatch.setenv("LDM_DTYPE", "float")
+    with pytest.raises(UserError, match="did you mean float"):
+        placement.choose_dtype(CPU)
 
 
 def test_what_is_chosen_is_said_and_stands_in_the_recipe(multiplies: None, model: Path) -> None:

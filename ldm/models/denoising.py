@@ -117,8 +117,8 @@ class DenoisingNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of its weights."""
-        return next(self.parameters()).dtype
+        """The precision it computes in: of its biases and norms, since weights may rest in fewer bits."""
+        return next(each.dtype for each in self.parameters() if each.ndim == 1)
 
     @property
     def device(self) -> torch.device:

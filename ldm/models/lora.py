@@ -45,6 +45,8 @@ class LoRALayer(nn.Module):
     own start (Kaiming uniform), as in peft. Beside a convolution `down` has its kernel, and `up` is 1x1.
     """
 
+    reads_weight = False  # of the layer that it changes: see `ldm.models.packed`
+
     def __init__(self, base: Base, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         self.gives_bias = False

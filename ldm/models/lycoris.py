@@ -39,6 +39,11 @@ class ChangedLayer(nn.Module):
         }
         self.parts = nn.ParameterDict(frozen)
 
+    @property
+    def reads_weight(self) -> bool:
+        """Whether a call reads the weight of the layer that it changes: see `ldm.models.packed`."""
+        return self.strength != 0
+
     def weigh(self, weight: float) -> None:
         """Use this much of the change."""
         self.strength = weight

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from ldm.processor import vendor
 
@@ -18,33 +20,68 @@ _ROWS = 32  # of a product; below it, what a call costs besides counts for more
 
 
 def plain_only() -> bool:
-    """Whether torch's own operators are wanted: what traces or compiles a network knows no others."""
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return tracing or torch.compiler.is_compiling()
+    """Whether torch's own operators are wanted: what traces, compiles or transforms a network knows no others."""
+    if torch.compiler.is_compiling():
+        return True
+    transforms: Any = torch._C
+    transforming = (
+        transforms._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+    return transforming or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + b of x (..., in), W (out, in) and b (out,)."""
-    if by_onednn(x, weight) and x.numel() >= _ROWS * x.shape[-1]:
-        return product(x, weight, bias)
-    return F.linear(x, weight, bias)
+    if x.numel() < _ROWS * x.shape[-1] or not _fit(x, weight):
+        return F.linear(x, weight, bias)
+    if _learn(x, weight) or (bias is not None and _learn(bias)):
+        return _Product.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+    return product(x, weight, bias)
 
 
 def by_onednn(*factors: Tensor) -> bool:
     """Whether `product` is for these tensors, and faster than torch's own: in float32, and without a gradient."""
+    return _fit(*factors) and not _learn(*factors)
+
+
+def _fit(*factors: Tensor) -> bool:
     return (
-        all(each.dtype is torch.float32 and each.device.type == "cpu" for each in factors)
+        not plain_only()
+        and all(each.dtype is torch.float32 and each.device.type == "cpu" for each in factors)
         and mkl_is_slow()
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and any(each.requires_grad for each in factors))
-        and not plain_only()
     )
+
+
+def _learn(*factors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(each.requires_grad for each in factors)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return what `linear` does, by oneDNN. It has no gradient."""
     operator: Any = torch.ops.mkldnn._linear_pointwise
     return operator(x, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    """`product` with its gradient, which is two more products. It has no gradient of second order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])  # (N, out)
+        return (
+            product(rows, weight.T).view(x.shape) if of_x else None,
+            product(rows.T, x.reshape(-1, x.shape[-1]).T) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
 
 
 @cache

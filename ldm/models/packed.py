@@ -43,10 +43,12 @@ class _Packed:
     def packs(self, x: Tensor) -> bool:
         """Whether x is multiplied by a packed weight: on a CPU, by a frozen one.
 
-        That depends on nothing that came before: a layer's rounding is the same at each call. A layer with hooks is
-        left alone, since adapters read its weight at each call.
+        That depends on nothing that came before: a layer's rounding is the same at each call. A layer is left alone
+        where a hook may read its weight at each call; one that does not says so by `reads_weight`.
         """
-        weight = self._parameters["weight"]
+        if plain_only():
+            return False
+        weight, bias = self._parameters["weight"], self._parameters.get("bias")
         return (
             weight is not None
             and x.device.type == "cpu"
@@ -54,10 +56,11 @@ class _Packed:
             and x.dtype is weight.dtype
             and multiplies(x.dtype)
             and not weight.requires_grad
-            and not (x.requires_grad and torch.is_grad_enabled())
-            and not self._forward_hooks
+            and not (
+                torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+            )
+            and not any(getattr(hook, "reads_weight", True) for hook in self._forward_hooks.values())
             and not torch.is_autocast_enabled("cpu")
-            and not plain_only()
         )
 
     def pack(self, x: Tensor) -> Tensor:
@@ -142,3 +145,10 @@ class Linear(_Packed, nn.Linear):  # pyright: ignore[reportIncompatibleVariableO
     def reordered(self, weight: Tensor, x: Tensor) -> Tensor:
         """As `_Packed` says."""
         return _operators._reorder_linear_weight(weight.contiguous(), x.numel() // x.shape[-1])
+
+
+def unpack(network: nn.Module) -> None:
+    """Put the plain weights back into all layers of a network."""
+    for each in network.modules():
+        if isinstance(each, _Packed):
+            each.unpack()
