@@ -1,10 +1,11 @@
 """Where the parts of a system run: Accelerate finds the device, and swaps parts in and out where memory is short."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from ldm.errors import UserError
+from ldm.backends import Backend, openvino
+from ldm.errors import UserError, nearest
 from ldm.system import System
 
 _HEADROOM = 1.5  # activations, as a multiple of the weights; a rule of thumb that errs on the safe side
@@ -19,6 +20,17 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     from accelerate import PartialState
 
     return torch.device(PartialState().device or "cpu")
+
+
+def choose_place(device: torch.device | str | None, backend: Backend, dtype: torch.dtype) -> torch.device:
+    """The device for a system of this precision that this backend computes: `choose_device`'s. Raises UserError."""
+    if backend not in get_args(Backend):
+        raise UserError(f"the backend {backend!r} is unknown{nearest(str(backend), get_args(Backend))}")
+    if backend == "torch":
+        return choose_device(device)
+    where = torch.device("cpu") if device is None else choose_device(device)
+    openvino.check(where, dtype)
+    return where
 
 
 def _present(device: torch.device | str) -> torch.device:

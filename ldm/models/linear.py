@@ -33,9 +33,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def by_onednn(*factors: Tensor) -> bool:
-    """Whether `product` is for these tensors, and faster than torch's own: in float32, and without a gradient."""
+    """Whether `product` is for these tensors, and faster than torch's own: in float32, and without a gradient.
+
+    Not while a network is traced: what others are to run consists of torch's own operators.
+    """
     return (
-        all(each.dtype is torch.float32 and each.device.type == "cpu" for each in factors)
+        not torch.jit.is_tracing()
+        and all(each.dtype is torch.float32 and each.device.type == "cpu" for each in factors)
         and mkl_is_slow()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(each.requires_grad for each in factors))
