@@ -85,7 +85,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "inpaint"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 @torch.no_grad()
 def test_a_network_of_any_shapes(folder: Callable[[Any], Path], family: str, conversions: list[Any]) -> None:
     system = System.load(folder(family))
@@ -238,12 +238,12 @@ def test_the_cache(
     assert len(whole) < weights
     for damaged in (whole[:-100], b"", whole[:200] + b"\0" + whole[201:]):
         kept.write_bytes(damaged)
-        assert torch.equal(first_call(), expected)
-        assert kept.read_bytes()[:20] == whole[:20]
-    assert len(conversions) == 4
+        assert graphs._read(kept) is None
+    assert torch.equal(first_call(), expected) and len(conversions) == 2
+    assert graphs._read(kept) is not None
     (tmp_path / "file").touch()
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "file"))  # where no folder can be
-    assert torch.equal(first_call(), expected) and len(conversions) == 5
+    assert torch.equal(first_call(), expected) and len(conversions) == 3
 
 
 @torch.no_grad()
@@ -271,7 +271,7 @@ def test_what_it_is_not_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     load = TextToImagePipeline.from_pretrained
-    with pytest.raises(UserError, match="unknown; did you mean"):
+    with pytest.raises(UserError, match="unknown, did you mean openvino"):
         load(folder("sd1"), backend="openvno")  # pyright: ignore
     with pytest.raises(UserError, match="float32 or bfloat16, not in float16"):
         load(folder("sd1"), backend="openvino", torch_dtype=torch.float16)

@@ -16,8 +16,8 @@ _SIDE = 32  # of an example: a size that networks of five levels still halve
 class Form:
     """What the arguments are: equal forms are calls of one graph, whatever their sizes.
 
-    kinds: of each argument "tensor", "none", ("condition", names of parts) or ("residuals", how many). tensors: rank and
-    dtype of each tensor in turn.
+    kinds: of each argument "tensor", "none", ("condition", names of parts) or ("residuals", how many). tensors: the
+    rank and dtype of each tensor in turn.
     """
 
     kinds: tuple[Any, ...]

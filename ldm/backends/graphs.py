@@ -55,7 +55,7 @@ class Adapters:
 class Slot:
     """The place of one tensor in a module: `owner` is its dict of parameters or of buffers."""
 
-    owner: dict[str, Tensor | None]
+    owner: dict[str, Any]
     name: str
     tensor: Tensor
 

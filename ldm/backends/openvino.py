@@ -13,8 +13,6 @@ all numbers of rows, sizes and lengths of text.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.backends.arguments import Form, taken_apart
-from ldm.backends.graphs import Adapters, Slot, element_type, graph, slots
+from ldm.backends.compiled import PRECISIONS, Compiled
+from ldm.backends.graphs import Adapters, Slot, graph, slots
 from ldm.errors import UserError
 from ldm.models.ip_adapter import DecoupledAttention
 from ldm.models.lora import LoRALayer
@@ -30,7 +29,6 @@ from ldm.models.lycoris import ChangedLayer
 from ldm.system import System
 
 _KEPT = 3  # compiled graphs of one network: with a ControlNet, a LoRA, and without
-_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
@@ -44,7 +42,7 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
             f"the backend openvino computes on the CPU, and the device is {str(device)!r}: give the device cpu, or the "
             "backend torch"
         )
-    if dtype not in _PRECISIONS:
+    if dtype not in PRECISIONS:
         raise UserError(
             f"the backend openvino computes in float32 or bfloat16, not in {str(dtype).removeprefix('torch.')}"
         )
@@ -85,15 +83,6 @@ class OpenVINO:
             each.remove()
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    """A compiled graph, and what must live as long: the memory of weights that it shares, hooks it is known by."""
-
-    request: Any
-    model: Any
-    held: tuple[Any, ...]
-
-
 class _Untold(Exception):
     """Torch is to compute a call, and there is no reason to tell of."""
 
@@ -114,7 +103,7 @@ class Replaced:
         self.module, self.rarely = module, rarely
         self.reasons: dict[str, None] = {}
         self._torch: Callable[..., Any] = module.forward
-        self._compiled: OrderedDict[Any, _Compiled] = OrderedDict()
+        self._compiled: OrderedDict[Any, Compiled] = OrderedDict()
         self._weights: tuple[Any, ...] = ()  # that the compiled ones are of
         self._failed: dict[Any, str] = {}
         module.forward = self
@@ -138,7 +127,7 @@ class Replaced:
         return self._torch(*arguments, **named)
 
     def _by_openvino(self, arguments: tuple[Any, ...]) -> Tensor:
-        if torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        if torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):  # pyright: ignore[reportPrivateImportUsage]
             raise _Untold
         if (apart := taken_apart(arguments)) is None:
             raise _Untold
@@ -153,16 +142,12 @@ class Replaced:
             raise _Untold
         compiled = self._for(places, adapters, form, inputs)
         scales = [torch.tensor([each.scale for each in adapters.loras])] if adapters.loras else []
-        given = [each.detach().contiguous() for each in (*scales, *inputs)]
-        for k, each in enumerate(given):
-            compiled.request.set_input_tensor(k, _shared(each))
-        compiled.request.infer()
-        output = _copied(compiled.request.get_output_tensor(0), arguments[0].dtype)
+        output = compiled([*scales, *inputs])
         if self.rarely:
-            compiled.model.release_memory()
-        return output
+            compiled.release_memory()
+        return output.to(arguments[0].dtype)
 
-    def _for(self, places: list[Slot], adapters: Adapters, form: Form, inputs: Sequence[Tensor]) -> _Compiled:
+    def _for(self, places: list[Slot], adapters: Adapters, form: Form, inputs: Sequence[Tensor]) -> Compiled:
         """The compiled graph for a call, made where there is none of these weights. Raises _Unable."""
         weights = tuple(_mark(slot.tensor) for slot in places)
         if weights != self._weights:  # changed, merged into, or in another precision
@@ -184,7 +169,9 @@ class Replaced:
         while len(self._compiled) >= _KEPT:  # before the next one takes memory
             self._compiled.popitem(last=False)
         try:
-            made = _compiled(self.module, self._torch, places + more, adapters, form, inputs)
+            model = graph(self.module, self._torch, places + more, adapters, form, inputs)
+            weights = [slot.tensor.detach() for slot in places + more]
+            made = Compiled(model, weights, PRECISIONS[places[0].tensor.dtype], adapters.hooks)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._failed[key] = f"it can't convert the {type(self.module).__name__} ({first[:120]})"
@@ -194,9 +181,10 @@ class Replaced:
 
 
 def _inside(network: nn.Module) -> tuple[list[nn.Module], Adapters]:
-    """The modules of a network, and the adapters that change their outputs. Raises _Unable where one is of no kind known.
+    """The modules of a network, and the adapters that change their outputs.
 
-    Adapters of weight 0 change nothing. Hooks of the network itself are called around its forward in any case.
+    Adapters of weight 0 change nothing. Hooks of the network itself are called around its forward in any case. Raises
+    _Unable for a hook of no kind that is known.
     """
     modules, hooks = list[nn.Module](), list[Any]()
     for module in network.modules():
@@ -219,62 +207,5 @@ def _inside(network: nn.Module) -> tuple[list[nn.Module], Adapters]:
 
 
 def _mark(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes when a tensor does: its memory, which a compiled graph keeps from being used again, or its values."""
+    """What changes with a tensor: its memory, which a compiled graph keeps from being used again, or its values."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
-
-
-def _compiled(
-    module: nn.Module,
-    call: Callable[..., Any],
-    places: list[Slot],
-    adapters: Adapters,
-    form: Form,
-    inputs: Sequence[Tensor],
-) -> _Compiled:
-    """Put the weights into the graph of a call, and compile it."""
-    from openvino import op
-
-    model = graph(module, call, places, adapters, form, inputs)
-    weights = [slot.tensor.detach() for slot in places]
-    memory = [each.contiguous() for each in weights]  # a copy of what is in channels last
-    for each, node in zip(memory, model.get_parameters(), strict=False):
-        constant = op.Constant(_shared(each), shared_memory=True)
-        node.output(0).replace(constant.output(0))
-        model.remove_parameter(node)
-    model.validate_nodes_and_infer_types()
-    settings = {
-        "INFERENCE_PRECISION_HINT": _PRECISIONS[places[0].tensor.dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "ENABLE_CPU_PINNING": False,  # several processes would sit on the same cores
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    # Never with fixed shapes: in float32 OpenVINO 2026.4.1 then crashes, in bfloat16 rounding would differ by shape.
-    compiled = _core().compile_model(model, "CPU", settings)
-    return _Compiled(compiled.create_infer_request(), compiled, (adapters.hooks, weights, memory))
-
-
-@cache
-def _core() -> Any:
-    from openvino import Core
-
-    return Core()
-
-
-def _shared(tensor: Tensor) -> Any:
-    """An openvino.Tensor in the memory of a contiguous torch one, which must live as long."""
-    from openvino import Shape
-    from openvino import Tensor as Shared
-
-    if tensor.dtype is torch.bfloat16:  # which numpy doesn't know
-        return Shared(tensor.view(torch.int16).numpy(), Shape(list(tensor.shape)), element_type(tensor.dtype))
-    return Shared(tensor.numpy(), shared_memory=True)
-
-
-def _copied(output: Any, dtype: torch.dtype) -> Tensor:
-    """A torch tensor of what a request gave, which the next call overwrites."""
-    from openvino import Type
-
-    data = output.data
-    if output.element_type == Type.bf16:
-        return torch.from_numpy(data.view("int16")).view(torch.bfloat16).to(dtype, copy=True)
-    return torch.from_numpy(data).to(dtype, copy=True)

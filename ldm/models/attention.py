@@ -59,7 +59,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     if _backend == "xformers" or (_backend == "auto" and query.is_cuda and narrow and _has_xformers()):
         out = _xformers(q, k, v)
     else:
-        on_cpu = _backend == "auto" and query.device.type == "cpu" and not torch.jit.is_tracing()
+        tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        on_cpu = _backend == "auto" and query.device.type == "cpu" and not tracing
         products = _on_cpu if on_cpu else F.scaled_dot_product_attention
         out = products(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return out.reshape(batch, length, width)

@@ -38,7 +38,7 @@ def by_onednn(*factors: Tensor) -> bool:
     Not while a network is traced: what others are to run consists of torch's own operators.
     """
     return (
-        not torch.jit.is_tracing()
+        not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and all(each.dtype is torch.float32 and each.device.type == "cpu" for each in factors)
         and mkl_is_slow()
         and not torch.is_autocast_enabled("cpu")
