@@ -234,3 +234,15 @@ def _swapped(one: Path, other: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
     return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def cache_folder(name: str) -> Path:
+    """Return the folder, which need not exist, of what is kept between runs and can be made anew at any time.
+
+    It lies in the one that the environment variable LDM_CACHE names, else where the system keeps a user's caches.
+    """
+    own = os.environ.get("LDM_CACHE")
+    if own:
+        return Path(own) / name
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(base)) / "ldm-text-to-image" / name

@@ -126,6 +126,7 @@ def _load(arguments: argparse.Namespace) -> Any:
         variant=arguments.variant,
         prediction_type=arguments.prediction_type,
         low_memory=arguments.low_memory,
+        backend=arguments.backend,
     )
 
 

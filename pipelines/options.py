@@ -208,6 +208,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="precision (default: bfloat16 on CPUs that are fast with it, else float32)",
     )
+    add(
+        "--backend",
+        choices=("torch", "openvino"),
+        default="torch",
+        help="what computes: openvino is for CPUs, see docs/speed.md (default: torch)",
+    )
     add("--variant", help="weights with this word in their file names, e.g. fp16")
     add("--prediction-type", help="epsilon or v_prediction, where a single file does not say")
     add("--low-memory", action="store_true", default=None, help="parts rest on the CPU between uses")

@@ -1,11 +1,12 @@
 """Where the parts of a system run: Accelerate finds the device, and swaps parts in and out where memory is short."""
 
 import os
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ldm import processor
+from ldm.backends import Backend, openvino
 from ldm.errors import UserError, nearest
 from ldm.system import System
 from pipelines.recipe import PRECISIONS
@@ -22,6 +23,19 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     from accelerate import PartialState
 
     return torch.device(PartialState().device or "cpu")
+
+
+def choose_place(
+    device: torch.device | str | None, backend: Backend, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """The device and the precision for a system that this backend computes, where they are None. Raises UserError."""
+    if backend not in get_args(Backend):
+        raise UserError(f"the backend {backend!r} is unknown{nearest(str(backend), get_args(Backend))}")
+    where = choose_device("cpu" if device is None and backend != "torch" else device)
+    dtype = choose_dtype(where) if dtype is None else dtype
+    if backend != "torch":
+        openvino.check(where, dtype)
+    return where, dtype
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, SupportsFloat, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
+from ldm.backends import Backend, openvino
 from ldm.conditioning.prompts.weighted import Emphasis, Lora, Syntax
 from ldm.errors import UserError, nearest
 from ldm.sampling import check_channels
@@ -30,7 +31,7 @@ from pipelines.given import Given
 from pipelines.loaded import Loaded
 from pipelines.originals import Originals, latents_of
 from pipelines.output import OutputType, TextToImageOutput, pictures
-from pipelines.placement import Offload, choose_device, choose_dtype, offload_where_needed
+from pipelines.placement import Offload, choose_device, choose_place, offload_where_needed
 from pipelines.preview import LatentPreview
 from pipelines.progress import Progress, StepCallback, counted
 from pipelines.recipe import PER_IMAGE, Recipe
@@ -52,8 +53,11 @@ class TextToImagePipeline(DiffusersNames):
         device: torch.device | str = "cpu",
         offload: Offload | None = None,
         identity: dict[str, str | None] | None = None,
+        compiled: openvino.OpenVINO | None = None,
     ):
         """identity: how the system was loaded, for recipes: Recipe's model, variant and prediction_type.
+
+        compiled: what computes the system in torch's place, if anything does.
 
         Raises UserError for a network that wants more than text and, of inpainting, a mask and a masked picture.
         """
@@ -61,6 +65,7 @@ class TextToImagePipeline(DiffusersNames):
         self.system = system
         self.device = torch.device(device)
         self._offload = offload
+        self._compiled = compiled
         self._identity: dict[str, Any] = identity or {}
         self.notes: tuple[str, ...] = ()  # what the user should know of how it was loaded
         self._rounded = False  # the weights, into a precision that nobody asked for
@@ -81,6 +86,7 @@ class TextToImagePipeline(DiffusersNames):
         variant: str | None = None,
         prediction_type: str | None = None,
         low_memory: bool | None = None,
+        backend: Backend = "torch",
     ) -> "TextToImagePipeline":
         """Load a model and place its parts.
 
@@ -89,21 +95,22 @@ class TextToImagePipeline(DiffusersNames):
             rounded so is not saved, nor brought into another precision: that takes the precision given here.
         device: None takes the accelerator that Accelerate finds, else the CPU.
         low_memory: keep each part on the device only while it works; None decides by the device's free memory.
+        backend: what computes the network and the autoencoder: "openvino", on the CPU alone, see docs/speed.md.
         Raises UserError.
         """
         if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
             raise UserError(
                 f"torch_dtype is {torch_dtype!r}: give one of torch's own, such as torch.bfloat16"
             )
-        where = choose_device(device)
-        dtype = choose_dtype(where) if torch_dtype is None else torch_dtype
+        where, dtype = choose_place(device, backend, torch_dtype)
         system = System.load(name, torch_dtype=dtype, variant=variant, prediction_type=prediction_type)
+        compiled = openvino.use(system) if backend == "openvino" else None
         offload = offload_where_needed(system, where, low_memory)
         if not offload:
             system.to(where, dtype)
         model = None if name is None else whole_path(name)
         identity = {"model": model, "variant": variant, "prediction_type": prediction_type}
-        pipe = cls(system, where, offload, identity)
+        pipe = cls(system, where, offload, identity, compiled)
         if torch_dtype is None and dtype is torch.bfloat16:
             pipe.notes = (_ROUNDED,)
             pipe._rounded = any(each is not dtype for each in system.precision.values())
@@ -117,8 +124,8 @@ class TextToImagePipeline(DiffusersNames):
     ) -> "TextToImagePipeline":
         """Move the whole system to a device, to stay there, or into another precision, or both: as diffusers' `to`.
 
-        Raises UserError for a device that is not there, and for another precision than the one that was chosen as the
-        weights were loaded.
+        Raises UserError for a device that is not there, or not for the backend, and for another precision than the one
+        that was chosen as the weights were loaded.
         """
         for target in targets:
             if isinstance(target, torch.dtype):
@@ -128,10 +135,13 @@ class TextToImagePipeline(DiffusersNames):
         if dtype not in (None, self.dtype):
             self._check_unrounded(f"in {dtype}")
         with self._turn():
+            where = self.device if device is None else choose_device(device)
+            if self._compiled:
+                openvino.check(where, dtype or self.dtype)
             if self._offload:
                 self._offload.remove()
                 self._offload = None
-            self.device = self.device if device is None else choose_device(device)
+            self.device = where
             self.system.to(self.device, dtype or self.dtype)
             self._loaded.to(self.device)
         return self
@@ -347,7 +357,11 @@ class TextToImagePipeline(DiffusersNames):
             finally:
                 if self._offload:
                     self._offload.rest()
-        return TextToImageOutput(images, [drawings[k].recipe for k in places], notes)
+        return TextToImageOutput(images, [drawings[k].recipe for k in places], notes + self._told())
+
+    def _told(self) -> list[str]:
+        """What the backend has to say of what was drawn since the last time."""
+        return self._compiled.notes() if self._compiled else []
 
     def _larger(self, recipe: Recipe) -> Callable[[Tensor], Tensor] | None:
         """What enlarges the decoded pictures (B, 3, H, W) of a recipe; None where they stay as large."""
@@ -379,7 +393,7 @@ class TextToImagePipeline(DiffusersNames):
             try:
                 complete = partial(self._completed, given=Given(), like=None)
                 for each in crowd.drawn(recipes, complete, stepped):
-                    yield replace(each, notes=(*self.system.notes, *each.notes))
+                    yield replace(each, notes=(*self.system.notes, *each.notes, *self._told()))
             finally:
                 if self._offload:
                     self._offload.rest()

@@ -30,6 +30,7 @@ PARTS = {
     "ldm.conditioning": 4,
     "ldm.system": 5,
     "ldm.sampling": 6,
+    "ldm.backends": 6,
     "ldm.training": 7,
     "ldm.evaluation": 7,
     "pipelines": 7,

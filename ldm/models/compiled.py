@@ -5,11 +5,11 @@ once takes minutes. What was compiled is kept on the disk, and the next process 
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ldm.files import cache_folder
 from ldm.models.layers import blocks_of
 from ldm.models.packed import unpack
 
@@ -21,8 +21,7 @@ def compile_blocks(network: nn.Module, **options: Any) -> int:
     plain weights: see `ldm.models.packed`. Names and weights stay as they are.
     """
     # torch's own default lies among temporary files, which do not last.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "compiled"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     unpack(network)
     kinds = blocks_of(network)
     blocks = [each for each in network.modules() if isinstance(each, kinds)]

@@ -241,7 +241,7 @@ def embed_time(
     if ids is None or pooled is None:
         raise ValueError("this network, SDXL's, needs pooled (B, P) and time_ids (B, n) in its condition")
     sizes = sinusoidal(ids.flatten(), c.addition_time_embed_dim or 0, c.flip_sin_to_cos, c.freq_shift)
-    features = torch.cat([pooled, sizes.reshape(len(ids), -1).to(dtype)], dim=-1)
+    features = torch.cat([pooled, sizes.reshape(ids.shape[0], -1).to(dtype)], dim=-1)
     return time + add_embedding(features)
 
 

@@ -28,7 +28,7 @@ Record = dict[str, Any]  # as a line of JSON: what `manifest.COLUMNS` names, and
 
 _WAIT = 0.2  # seconds until a claim is tried again
 _KEYS = {"item", "file_name", "error", "where", "time"}  # that every record has
-_ROUNDING = ("version", "torch")
+_ROUNDING = ("version", "torch", "openvino")
 _RUN, _BEGIN, _SHARDS, _BLOCKS = (
     0,
     1,

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import psutil
 import torch
 
 from ldm import __version__
+from ldm.backends import Backend
 from ldm.config import to_dict
 from ldm.console import note
 from pipelines import TextToImagePipeline
@@ -41,6 +43,7 @@ class Setup:
     variant: str | None = None
     prediction_type: str | None = None
     low_memory: bool | None = None
+    backend: Backend = "torch"
     loras: tuple[LoRAUse, ...] = ()
     lora_folders: tuple[Path, ...] = ()
     embeddings: tuple[EmbeddingUse, ...] = ()
@@ -67,6 +70,7 @@ class Setup:
             variant=self.variant,
             prediction_type=self.prediction_type,
             low_memory=self.low_memory,
+            backend=self.backend,
         )
         for each in pipe.adapters.load_again(self.loras, self.embeddings):
             if place == 0:
@@ -90,6 +94,11 @@ class Setup:
             "together": self.together,
             "model": pipe.system.fingerprint,
             "dtype": str(pipe.dtype).removeprefix("torch."),
+            **(
+                {}
+                if self.backend == "torch"
+                else {"backend": self.backend, self.backend: version(self.backend)}
+            ),
             "adapters": to_dict(adapters),
             "settings": to_dict(self.defaults),
             "LoRA folders": [str(each) for each in self.lora_folders],
@@ -117,7 +126,8 @@ class Setup:
         memory = _within("memory.max", psutil.virtual_memory().total)
         parameters = (p for m in pipe.system.modules().values() for p in m.parameters())
         weights = sum(each.numel() * each.element_size() for each in parameters)
-        processes = max(1, min(cores, int(_ROOM * memory / (2 * weights + _PROGRAM))))
+        copies = 2 if self.backend == "torch" else 3  # a compiled network has weights in an order of its own
+        processes = max(1, min(cores, int(_ROOM * memory / (copies * weights + _PROGRAM))))
         return processes, max(1, cores // processes)
 
     def _words(self) -> bool | str:

@@ -1,0 +1,5 @@
+"""What computes a system's networks beside torch: libraries that one may have or not."""
+
+from typing import Literal
+
+Backend = Literal["torch", "openvino"]
