@@ -18,6 +18,7 @@ from ldm.checkpoints.folder import write_folder
 from ldm.checkpoints.hub import resolve
 from ldm.checkpoints.single_file import write_single_file
 from ldm.condition import AESTHETIC_SCORES, Condition
+from ldm.conditioning.bound import BoundNetwork
 from ldm.conditioning.control import Controls
 from ldm.conditioning.load import export, write_tokenizers
 from ldm.conditioning.system import build_conditioning
@@ -25,8 +26,9 @@ from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.scheduler_config import SchedulerConfig
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.denoising import DenoisingNetwork, Residuals
+from ldm.models.denoising import DenoisingNetwork
 from ldm.models.diffusers_config import check_layers
+from ldm.models.feature_reuse import FeatureReuse
 from ldm.models.networks import NETWORKS
 
 # Whose scheduler diffusers changes where a folder is loaded, whatever the folder says.
@@ -47,34 +49,6 @@ def bundled_model() -> Path:
     if index is None:
         raise UserError("the bundled model is not there: name a model (a folder, a single file or a hub id)")
     return index.parent
-
-
-@dataclass(frozen=True, eq=False)
-class BoundNetwork:
-    """A network with its condition bound, see `System.bind`: a `Network` of `ldm.diffusion`."""
-
-    network: DenoisingNetwork
-    condition: Condition
-    controls: Controls | None = None
-
-    def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
-        told = self.condition.last(len(x))
-        return call(self.network, x, timestep, told, self.residuals(x, timestep))
-
-    def residuals(self, x: Tensor, timestep: Tensor) -> Residuals | None:
-        """Return what the controls add to the network's maps, in its precision."""
-        if self.controls is None:
-            return None
-        found = self.controls(x, timestep, self.condition.last(len(x)))
-        return None if found is None else found.map(lambda _, each: each.to(self.network.dtype))
-
-
-def call(
-    network: DenoisingNetwork, x: Tensor, timestep: Tensor, told: Condition, residuals: Residuals | None
-) -> Tensor:
-    """Call a network in its precision; one that is not steered need not know of residuals."""
-    more = () if residuals is None else (residuals,)
-    return network(x.to(network.dtype), timestep, told, *more)
 
 
 @dataclass
@@ -228,12 +202,19 @@ class System:
         condition.require(wants, f"the {self.network.component}")
         return condition
 
-    def bind(self, condition: Condition, controls: Controls | None = None) -> "BoundNetwork":
+    def bind(
+        self,
+        condition: Condition,
+        controls: Controls | None = None,
+        reuse: FeatureReuse | None = None,
+        merging: float = 0.0,
+    ) -> BoundNetwork:
         """Return the network under a condition of R rows; a call of fewer rows is under the last of them.
 
-        condition: on the network's device, in its precision. controls: what steers it beside that.
+        condition: on the network's device, in its precision. controls: what steers it beside that. reuse, merging:
+        approximations, see `call`; `reuse` is of this condition alone.
         """
-        return BoundNetwork(self.network, condition, controls)
+        return BoundNetwork(self.network, condition, controls, reuse, merging)
 
     def checkpoint(self) -> Checkpoint:
         """Return configs and tensors as files hold them.

@@ -23,6 +23,7 @@ examples:
   %(prog)s --from-image outputs/0003-a-fox.png         draws that picture again
 """
 _PICTURE, _CONTROL, _LARGER = "from a picture", "control and image prompts", "large pictures"
+_APPROXIMATE = "faster, and approximate (see docs/speed.md)"
 # The options that are settings of a recipe: group, flag, Recipe's name, type or choices, help.
 _SETTINGS: tuple[tuple[str | None, str, str, Any, str], ...] = (
     (None, "--negative-prompt", "negative_prompt", str, "what the picture should not show"),
@@ -52,6 +53,20 @@ _SETTINGS: tuple[tuple[str | None, str, str, Any, str], ...] = (
     (None, "--height", "height", int, "pixels"),
     (None, "--width", "width", int, "pixels"),
     (None, "--guidance-rescale", "guidance_rescale", float, "0 to 1, against over-exposure"),
+    (
+        _APPROXIMATE,
+        "--token-merging",
+        "token_merging",
+        float,
+        "share of tokens that self-attention sees merged, 0 (exact) to 0.75",
+    ),
+    (
+        _APPROXIMATE,
+        "--feature-reuse",
+        "feature_reuse",
+        int,
+        "compute all of the U-Net at every N-th step only (default 1, exact)",
+    ),
     (None, "--eta", "eta", float, "noise of ddim, 0 to 1"),
     (None, "--clip-skip", "clip_skip", int, "how many more of CLIP's last layers to leave out"),
     (
@@ -135,7 +150,7 @@ def parser() -> Parser:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the options that are settings of pictures: `settings_of` reads them."""
-    groups = {name: parser.add_argument_group(name) for name in (_PICTURE, _CONTROL, _LARGER)}
+    groups = {name: parser.add_argument_group(name) for name in (_PICTURE, _CONTROL, _LARGER, _APPROXIMATE)}
     _add_pictures(groups[_PICTURE])
     _add_control(groups[_CONTROL])
     for group, flag, name, kind, text in _SETTINGS:

@@ -70,6 +70,8 @@ class Recipe:
     eta: float = 0.0
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    token_merging: float = 0.0
+    feature_reuse: int = 1
     clip_skip: int = 0
     original_size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None

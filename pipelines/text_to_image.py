@@ -168,6 +168,8 @@ class TextToImagePipeline(DiffusersNames):
         eta: SupportsFloat = 0.0,
         guidance_rescale: SupportsFloat = 0.0,
         guidance_interval: Sequence[SupportsFloat] | None = None,
+        token_merging: SupportsFloat = 0.0,
+        feature_reuse: SupportsIndex = 1,
         clip_skip: SupportsIndex | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -225,6 +227,8 @@ class TextToImagePipeline(DiffusersNames):
         sampler, schedule: in place of the model's own solver and spacing; karras and exponential have one range with
             every sampler (docs/compatibility.md). eta: DDIM's noise, 0 to 1.
         guidance_rescale: Lin et al. 2023, in [0, 1]. guidance_interval: guided only where low < sigma <= high.
+        token_merging: the share of tokens, 0 to 0.75, that self-attention sees merged. feature_reuse: every how many
+            steps all of the U-Net is computed. Both are faster and approximate (docs/speed.md); 0 and 1 are exact.
         callback_on_step_end: called with (pipe, index, timestep, {"latents", "denoised", "preview", "images"}) after
             each prediction; see `pipelines.progress`. Returning False ends the call there.
         original_size, target_size, crops_coords_top_left: what SDXL is told, each (height, width) in pixels; those that

@@ -79,11 +79,13 @@ class DenoisingNetwork(nn.Module):
 
     component: its folder in a diffusers pipeline. pipelines: diffusers' classes of pipelines that hold such a network.
     block_types: the modules whose activations are recomputed, and whose weights are gathered, one at a time.
+    gives_features: whether `forward` takes `ldm.models.feature_reuse.Features` behind the residuals.
     """
 
     component: ClassVar[str] = "unet"
     pipelines: ClassVar[tuple[str, ...]] = ()
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    gives_features: ClassVar[bool] = False
     config: Any  # a DenoisingConfig
 
     @classmethod
