@@ -30,6 +30,7 @@ from ldm.models.denoising import DenoisingNetwork
 from ldm.models.diffusers_config import check_layers
 from ldm.models.feature_reuse import FeatureReuse
 from ldm.models.networks import NETWORKS
+from ldm.models.quantization import Quantization, quantize
 
 # Whose scheduler diffusers changes where a folder is loaded, whatever the folder says.
 _INSISTENT = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -62,6 +63,7 @@ class System:
         fingerprint: of all weights as they lie on disk and of the scheduler; it changes with any training.
         notes: what the reader of the files should be told.
         precision: of each part's weights as they lie on disk, where all of a part's have one.
+        quantization: of the network's weights, see `quantize`.
     """
 
     network: DenoisingNetwork
@@ -73,6 +75,7 @@ class System:
     fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
     precision: dict[str, torch.dtype] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
     @classmethod
     def load(
@@ -179,6 +182,11 @@ class System:
         self.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return self
 
+    def quantize(self, kind: Quantization) -> None:
+        """Hold the network's linear layers in fewer bits from now on; no more can it be saved. Raises UserError."""
+        quantize(self.network, kind)
+        self.quantization = kind
+
     def condition(
         self,
         text: Condition,
@@ -221,7 +229,13 @@ class System:
 
         A part that came from a file of less precision than it is held in goes back into that precision where nothing is
         lost by it: what is only loaded in float32, or held there so as not to overflow, stays as small as it was.
+        Raises UserError for a quantized system.
         """
+        if self.quantization is not None:
+            raise UserError(
+                f"the network's weights are quantized ({self.quantization}), and no file's layout has such: load the "
+                "model without quantization, and save that"
+            )
         parts = {
             self.network.component: (self.network.config.to_diffusers(), self.network.state_dict()),
             "vae": (self.autoencoder.config.to_diffusers(), self.autoencoder.state_dict()),

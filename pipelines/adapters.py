@@ -153,6 +153,8 @@ class Adapters:
 
         names: None is all. scale: their weights are multiplied by it first. Raises UserError.
         """
+        if self.system.quantization is not None:
+            raise UserError("LoRAs can't be merged into quantized weights: use them beside, or load without")
         with self._turn():
             names = list(self._loras if names is None else names)
             for name in names:

@@ -49,7 +49,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         old = _from_image(arguments, {"loras": loras, "embeddings": embeddings, **settings})
         expected = old.model_hash
         loras, embeddings = loras or old.loras, embeddings or old.embeddings
-        for name in ("model", "variant", "prediction_type", "dtype"):
+        for name in ("model", "variant", "prediction_type", "dtype", "quantization"):
             setattr(arguments, name, getattr(arguments, name) or getattr(old, name))
         wanted.append(jobs.Job(replace(old, **settings)))
     if not wanted:
@@ -126,6 +126,7 @@ def _load(arguments: argparse.Namespace) -> Any:
         variant=arguments.variant,
         prediction_type=arguments.prediction_type,
         low_memory=arguments.low_memory,
+        quantization=arguments.quantization,
     )
 
 

@@ -219,6 +219,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", help="cpu, cuda, ... (default: what there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default: float32)")
+    add(
+        "--quantization", choices=("int8",), help="linear layers in a byte a weight: less memory, approximate"
+    )
     add("--variant", help="weights with this word in their file names, e.g. fp16")
     add("--prediction-type", help="epsilon or v_prediction, where a single file does not say")
     add("--low-memory", action="store_true", default=None, help="parts rest on the CPU between uses")

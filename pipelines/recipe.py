@@ -38,6 +38,7 @@ PER_IMAGE = (
 # What is no setting of a call: said by other arguments, or by the pipeline.
 _STATED = (
     *PER_IMAGE,
+    "quantization",
     "dtype",
     "model",
     "variant",
@@ -103,6 +104,7 @@ class Recipe:
     hires_upscaler: UpscalerUse | None = None
     upscale: float | None = None
     upscaler: UpscalerUse | None = None
+    quantization: Literal["int8"] | None = None
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     model: str | None = None
     variant: str | None = None

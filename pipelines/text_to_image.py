@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ldm.conditioning.prompts.weighted import Emphasis, Lora, Syntax
 from ldm.errors import UserError, nearest
+from ldm.models.quantization import Quantization
+from ldm.models.quantization import check as check_quantization
 from ldm.sampling import check_channels
 from ldm.system import System
 from pipelines.asking import asked
@@ -74,12 +76,15 @@ class TextToImagePipeline(DiffusersNames):
         variant: str | None = None,
         prediction_type: str | None = None,
         low_memory: bool | None = None,
+        quantization: Quantization | None = None,
     ) -> "TextToImagePipeline":
         """Load a model and place its parts.
 
         name: a diffusers folder, a single file (`.safetensors`, `.ckpt`), or a hub id; None is the bundled model.
         device: None takes the accelerator that Accelerate finds, else the CPU.
         low_memory: keep each part on the device only while it works; None decides by the device's free memory.
+        quantization: "int8" holds the network's linear layers in a byte a weight (the extra torchao): approximate, see
+            docs/speed.md.
         Raises UserError.
         """
         if not isinstance(torch_dtype, torch.dtype):
@@ -87,10 +92,18 @@ class TextToImagePipeline(DiffusersNames):
                 f"torch_dtype is {torch_dtype!r}: give one of torch's own, such as torch.bfloat16"
             )
         where = choose_device(device)
+        if quantization is not None:
+            check_quantization(quantization)
         system = System.load(name, torch_dtype=torch_dtype, variant=variant, prediction_type=prediction_type)
-        offload = offload_where_needed(system, where, low_memory)
+        if quantization is not None and low_memory:
+            raise UserError(
+                "low_memory moves parts, and quantization's stay where they are: give one of them"
+            )
+        offload = offload_where_needed(system, where, False if quantization else low_memory)
         if not offload:
             system.to(where, torch_dtype)
+        if quantization is not None:
+            system.quantize(quantization)
         model = None if name is None else whole_path(name)
         return cls(
             system, where, offload, {"model": model, "variant": variant, "prediction_type": prediction_type}
@@ -111,6 +124,8 @@ class TextToImagePipeline(DiffusersNames):
                 dtype = target
             else:
                 device = target
+        if dtype not in (None, self.dtype) and self.system.quantization is not None:
+            raise UserError("a quantized network stays in its precision: load it in another, by torch_dtype")
         with self._turn():
             if self._offload:
                 self._offload.remove()
@@ -387,6 +402,7 @@ class TextToImagePipeline(DiffusersNames):
         now = {
             **self._identity,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": self.system.quantization,
             "model_hash": self.system.fingerprint,
         }
         if isinstance(recipe, Drawing):

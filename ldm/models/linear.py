@@ -36,6 +36,8 @@ def by_onednn(*factors: Tensor) -> bool:
     """Whether `product` is for these tensors, and faster than torch's own: in float32, and without a gradient."""
     return (
         all(each.dtype is torch.float32 and each.device.type == "cpu" for each in factors)
+        and all(type(each) in (Tensor, nn.Parameter) for each in factors)  # torchao's multiply their own way
+        and not torch.compiler.is_compiling()  # inductor takes this operator with frozen weights only
         and mkl_is_slow()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(each.requires_grad for each in factors))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.quantization import dequantized
+
 # A layer that these can change.
 Changeable = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
 
@@ -97,7 +99,7 @@ def own_values(base: nn.Module) -> tuple[Tensor, Tensor | None]:
     merged = getattr(base, MERGED, None)
     weight, bias = (merged.weight, merged.bias) if merged else (base.weight, base.bias)
     there = base.weight.device  # the network may have moved since
-    return weight.to(there), None if bias is None else bias.to(there)  # pyright: ignore
+    return dequantized(weight).to(there), None if bias is None else bias.to(there)  # pyright: ignore
 
 
 MERGED = "_merged_lora"  # where a layer keeps what it was before adapters were merged into it

@@ -156,6 +156,7 @@ def _setup(arguments: argparse.Namespace) -> "Setup":
         variant=arguments.variant,
         prediction_type=arguments.prediction_type,
         low_memory=arguments.low_memory,
+        quantization=arguments.quantization,
         loras=tuple(LoRAUse(whole_path(path), weight) for path, weight in map(weighed, arguments.lora or ())),
         lora_folders=tuple(each.resolve() for each in arguments.lora_folder or ()),
         embeddings=tuple(EmbeddingUse(whole_path(each)) for each in arguments.embedding or ()),

@@ -12,6 +12,7 @@ import torch
 from ldm import __version__
 from ldm.config import to_dict
 from ldm.console import note
+from ldm.models.quantization import Quantization
 from pipelines import TextToImagePipeline
 from pipelines.batch.items import count_items, file_digest
 from pipelines.batch.ledger import Ledger
@@ -41,6 +42,7 @@ class Setup:
     variant: str | None = None
     prediction_type: str | None = None
     low_memory: bool | None = None
+    quantization: Quantization | None = None
     loras: tuple[LoRAUse, ...] = ()
     lora_folders: tuple[Path, ...] = ()
     embeddings: tuple[EmbeddingUse, ...] = ()
@@ -67,6 +69,7 @@ class Setup:
             variant=self.variant,
             prediction_type=self.prediction_type,
             low_memory=self.low_memory,
+            quantization=self.quantization,
         )
         for each in pipe.adapters.load_again(self.loras, self.embeddings):
             if place == 0:
@@ -90,6 +93,7 @@ class Setup:
             "together": self.together,
             "model": pipe.system.fingerprint,
             "dtype": self.dtype,
+            "quantization": self.quantization,
             "adapters": to_dict(adapters),
             "settings": to_dict(self.defaults),
             "LoRA folders": [str(each) for each in self.lora_folders],

@@ -1,0 +1,64 @@
+"""Weights of fewer bits, by torchao: an approximation that saves memory.
+
+The weights of linear layers become int8 with one scale an output (symmetric, round to nearest); activations stay in the
+network's precision. Convolutions, norms and biases stay as they are.
+"""
+
+import logging
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from ldm.errors import UserError, nearest
+
+Quantization = Literal["int8"]
+
+
+def check(kind: str) -> None:
+    """Raise UserError for an unknown kind, and where torchao is not installed."""
+    if kind not in get_args(Quantization):
+        known = f"{nearest(kind, get_args(Quantization))}: give {', '.join(get_args(Quantization))}, or none"
+        raise UserError(f"unknown quantization {kind!r:.40}{known}")
+    if find_spec("torchao") is None:
+        raise UserError("quantization needs torchao: install the 'torchao' extra (pip install torchao)")
+
+
+def quantize(network: nn.Module, kind: Quantization) -> None:
+    """Quantize the weights of a network's linear layers, in place, where they are. Raises UserError."""
+    check(kind)
+    logger = logging.getLogger("torchao")
+    level = logger.level
+    logger.setLevel(
+        logging.ERROR
+    )  # it warns of kernels that were built for other versions, which int8 needs none of
+    try:
+        torchao: Any = import_module("torchao.quantization")
+        torchao.quantize_(network, torchao.Int8WeightOnlyConfig())
+    except ImportError as error:
+        raise UserError(f"torchao can't be used beside this torch: {error}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Return whether a weight is one of torchao's."""
+    return type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """Return the values of a weight as an ordinary tensor."""
+    return weight.dequantize() if is_quantized(weight) else weight
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Return how many bytes the weights of a network take, those of quantized ones as they are held."""
+    total = 0
+    for each in network.parameters():
+        parts: list[Tensor] = [each]
+        if is_quantized(each):
+            names, _ = each.__tensor_flatten__()  # pyright: ignore[reportCallIssue]
+            parts = [getattr(each, name) for name in names]
+        total += sum(part.numel() * part.element_size() for part in parts)
+    return total
