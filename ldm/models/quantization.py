@@ -28,18 +28,17 @@ def check(kind: str) -> None:
 def quantize(network: nn.Module, kind: Quantization) -> None:
     """Quantize the weights of a network's linear layers, in place, where they are. Raises UserError."""
     check(kind)
-    logger = logging.getLogger("torchao")
-    level = logger.level
-    logger.setLevel(
-        logging.ERROR
-    )  # it warns of kernels that were built for other versions, which int8 needs none of
+    before = logging.root.manager.disable
+    logging.disable(
+        logging.WARNING
+    )  # of kernels that were built for other versions, none of which int8 needs
     try:
         torchao: Any = import_module("torchao.quantization")
         torchao.quantize_(network, torchao.Int8WeightOnlyConfig())
     except ImportError as error:
         raise UserError(f"torchao can't be used beside this torch: {error}") from error
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
 
 
 def is_quantized(weight: Tensor) -> bool:
