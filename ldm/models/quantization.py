@@ -57,7 +57,7 @@ def weight_bytes(network: nn.Module) -> int:
     for each in network.parameters():
         parts: list[Tensor] = [each]
         if is_quantized(each):
-            names, _ = each.__tensor_flatten__()  # pyright: ignore[reportCallIssue]
+            names, _ = each.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
             parts = [getattr(each, name) for name in names]
         total += sum(part.numel() * part.element_size() for part in parts)
     return total
