@@ -18,6 +18,7 @@ from ldm.checkpoints.folder import write_folder
 from ldm.checkpoints.hub import resolve
 from ldm.checkpoints.single_file import write_single_file
 from ldm.condition import AESTHETIC_SCORES, Condition
+from ldm.conditioning.bound import BoundNetwork
 from ldm.conditioning.control import Controls
 from ldm.conditioning.load import export, write_tokenizers
 from ldm.conditioning.system import build_conditioning
@@ -25,9 +26,11 @@ from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.scheduler_config import SchedulerConfig
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.denoising import DenoisingNetwork, Residuals
+from ldm.models.denoising import DenoisingNetwork
 from ldm.models.diffusers_config import check_layers
+from ldm.models.feature_reuse import FeatureReuse
 from ldm.models.networks import NETWORKS
+from ldm.models.quantization import Quantization, quantize
 
 # Whose scheduler diffusers changes where a folder is loaded, whatever the folder says.
 _INSISTENT = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -49,34 +52,6 @@ def bundled_model() -> Path:
     return index.parent
 
 
-@dataclass(frozen=True, eq=False)
-class BoundNetwork:
-    """A network with its condition bound, see `System.bind`: a `Network` of `ldm.diffusion`."""
-
-    network: DenoisingNetwork
-    condition: Condition
-    controls: Controls | None = None
-
-    def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
-        told = self.condition.last(len(x))
-        return call(self.network, x, timestep, told, self.residuals(x, timestep))
-
-    def residuals(self, x: Tensor, timestep: Tensor) -> Residuals | None:
-        """Return what the controls add to the network's maps, in its precision."""
-        if self.controls is None:
-            return None
-        found = self.controls(x, timestep, self.condition.last(len(x)))
-        return None if found is None else found.map(lambda _, each: each.to(self.network.dtype))
-
-
-def call(
-    network: DenoisingNetwork, x: Tensor, timestep: Tensor, told: Condition, residuals: Residuals | None
-) -> Tensor:
-    """Call a network in its precision; one that is not steered need not know of residuals."""
-    more = () if residuals is None else (residuals,)
-    return network(x.to(network.dtype), timestep, told, *more)
-
-
 @dataclass
 class System:
     """The parts of a text-to-image system, frozen and in evaluation mode.
@@ -88,6 +63,7 @@ class System:
         fingerprint: of all weights as they lie on disk and of the scheduler; it changes with any training.
         notes: what the reader of the files should be told.
         precision: of each part's weights as they lie on disk, where all of a part's have one.
+        quantization: of the network's weights, see `quantize`.
     """
 
     network: DenoisingNetwork
@@ -99,6 +75,7 @@ class System:
     fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
     precision: dict[str, torch.dtype] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
     @classmethod
     def load(
@@ -200,10 +177,16 @@ class System:
         for name, module in self.modules().items():
             upcast = name == "vae" and self.is_xl and self.autoencoder.config.force_upcast
             dtype = torch.float32 if upcast and torch_dtype == torch.float16 else torch_dtype
-            module.to(device=device, dtype=dtype)
+            quantized = module is self.network and self.quantization is not None
+            module.to(device=device, dtype=None if quantized else dtype)
         # Its maps are large, and with channels last convolutions need not bring them into another order and back.
         self.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return self
+
+    def quantize(self, kind: Quantization) -> None:
+        """Hold the network's linear layers in fewer bits from now on; no more can it be saved. Raises UserError."""
+        quantize(self.network, kind)
+        self.quantization = kind
 
     def condition(
         self,
@@ -228,19 +211,32 @@ class System:
         condition.require(wants, f"the {self.network.component}")
         return condition
 
-    def bind(self, condition: Condition, controls: Controls | None = None) -> "BoundNetwork":
+    def bind(
+        self,
+        condition: Condition,
+        controls: Controls | None = None,
+        reuse: FeatureReuse | None = None,
+        merging: float = 0.0,
+    ) -> BoundNetwork:
         """Return the network under a condition of R rows; a call of fewer rows is under the last of them.
 
-        condition: on the network's device, in its precision. controls: what steers it beside that.
+        condition: on the network's device, in its precision. controls: what steers it beside that. reuse, merging:
+        approximations, see `call`; `reuse` is of this condition alone.
         """
-        return BoundNetwork(self.network, condition, controls)
+        return BoundNetwork(self.network, condition, controls, reuse, merging)
 
     def checkpoint(self) -> Checkpoint:
         """Return configs and tensors as files hold them.
 
         A part that came from a file of less precision than it is held in goes back into that precision where nothing is
         lost by it: what is only loaded in float32, or held there so as not to overflow, stays as small as it was.
+        Raises UserError for a quantized system.
         """
+        if self.quantization is not None:
+            raise UserError(
+                f"the network's weights are quantized ({self.quantization}), and no file's layout has such: load the "
+                "model without quantization, and save that"
+            )
         parts = {
             self.network.component: (self.network.config.to_diffusers(), self.network.state_dict()),
             "vae": (self.autoencoder.config.to_diffusers(), self.autoencoder.state_dict()),

@@ -21,6 +21,7 @@ from ldm.conditioning.prompts.weighted import Lora
 from ldm.conditioning.sdxl import parts_of
 from ldm.errors import UserError, nearest
 from ldm.models.lora import LoRA
+from ldm.models.resting import computed_in
 from ldm.system import System
 from pipelines.files import whole_path
 from pipelines.turns import Turns
@@ -153,6 +154,8 @@ class Adapters:
 
         names: None is all. scale: their weights are multiplied by it first. Raises UserError.
         """
+        if self.system.quantization is not None:
+            raise UserError("LoRAs can't be merged into quantized weights: use them beside, or load without")
         with self._turn():
             names = list(self._loras if names is None else names)
             for name in names:
@@ -177,7 +180,7 @@ class Adapters:
 
     def _place(self, parts: Mapping[str, LoRA]) -> None:
         for name, part in parts.items():
-            part.to(device=self.device, dtype=next(self._networks()[name].parameters()).dtype)
+            part.to(device=self.device, dtype=computed_in(self._networks()[name]))
 
     def _weigh(self, name: str, weight: float) -> None:
         for part in self._loras[name].parts.values():

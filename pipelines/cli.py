@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.console import command, line, note, say
 from ldm.errors import UserError
-from pipelines.options import parser, settings_of
+from pipelines.options import LOADING, parser, settings_of
 
 if TYPE_CHECKING:
     from pipelines.recipe import Recipe
@@ -49,7 +49,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         old = _from_image(arguments, {"loras": loras, "embeddings": embeddings, **settings})
         expected = old.model_hash
         loras, embeddings = loras or old.loras, embeddings or old.embeddings
-        for name in ("model", "variant", "prediction_type", "dtype"):
+        for name in ("model", "variant", "prediction_type", "dtype", "quantization"):
             setattr(arguments, name, getattr(arguments, name) or getattr(old, name))
         wanted.append(jobs.Job(replace(old, **settings)))
     if not wanted:
@@ -123,10 +123,7 @@ def _load(arguments: argparse.Namespace) -> Any:
         arguments.model,
         torch_dtype=arguments.dtype and getattr(torch, arguments.dtype),
         device=arguments.device,
-        variant=arguments.variant,
-        prediction_type=arguments.prediction_type,
-        low_memory=arguments.low_memory,
-        backend=arguments.backend,
+        **{name: getattr(arguments, name) for name in LOADING},
     )
 
 

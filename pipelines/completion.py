@@ -13,6 +13,7 @@ from ldm.condition import AESTHETIC_SCORES
 from ldm.conditioning.prompts.weighted import Lora
 from ldm.diffusion.plan import Plan, plan
 from ldm.errors import UserError
+from ldm.models import feature_reuse, token_merging
 from ldm.sampling import check_scores
 from ldm.sampling.editing import check_masked, first_step
 from ldm.system import System
@@ -239,6 +240,10 @@ def _check_given(system: System, recipe: Recipe, given: Given) -> None:
             "denoising_start goes on with latents: give those of a call with denoising_end as image"
         )
     check_scores(system, recipe.aesthetic_score, recipe.negative_aesthetic_score)
+    if recipe.token_merging:
+        token_merging.check(system.network)
+    if recipe.feature_reuse > 1:
+        feature_reuse.check(system.network)
     if recipe.hires_scale is not None and "channels" in system.wants:
         raise UserError(
             "hires_scale draws all of the picture anew, and this is an inpainting model: leave it out"

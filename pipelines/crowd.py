@@ -113,6 +113,8 @@ def likeness(drawing: Drawing) -> tuple[Any, ...]:
         str(drawing.batch),
         setting_of(drawing),
         beside,
+        recipe.token_merging,
+        recipe.feature_reuse,
         sum(plan.evaluations for plan in plans),
         guided,
     )

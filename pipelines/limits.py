@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.models.token_merging import MOST
 from pipelines.recipe import Recipe, shown
 
 LARGEST = 16_384  # pixels along a side
@@ -45,6 +46,15 @@ def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
     if not 0 <= recipe.clip_skip <= 1000:
         raise UserError(
             f"clip_skip is {shown(recipe.clip_skip)}: give 0, or how many more layers to leave out"
+        )
+    if not 0 <= recipe.token_merging <= MOST:
+        raise UserError(
+            f"token_merging is {recipe.token_merging}: give 0, which is exact, to {MOST}, of which a quarter is left"
+        )
+    if recipe.feature_reuse < 1:
+        raise UserError(
+            f"feature_reuse is {shown(recipe.feature_reuse)}: give 1, which is exact, or every how many steps all of "
+            "the network is computed"
         )
     check_seed(recipe.seed)
     _check_picture(recipe)

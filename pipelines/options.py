@@ -22,7 +22,10 @@ examples:
   %(prog)s "a (red:1.3) castle, [day:night:0.5]" --prompt-syntax a1111
   %(prog)s --from-image outputs/0003-a-fox.png         draws that picture again
 """
+# What is said of how a model is loaded, beside its name, precision and device: of `from_pretrained`, by its names.
+LOADING = ("variant", "prediction_type", "low_memory", "backend", "quantization")
 _PICTURE, _CONTROL, _LARGER = "from a picture", "control and image prompts", "large pictures"
+_APPROXIMATE = "faster, and approximate (see docs/speed.md)"
 # The options that are settings of a recipe: group, flag, Recipe's name, type or choices, help.
 _SETTINGS: tuple[tuple[str | None, str, str, Any, str], ...] = (
     (None, "--negative-prompt", "negative_prompt", str, "what the picture should not show"),
@@ -52,6 +55,20 @@ _SETTINGS: tuple[tuple[str | None, str, str, Any, str], ...] = (
     (None, "--height", "height", int, "pixels"),
     (None, "--width", "width", int, "pixels"),
     (None, "--guidance-rescale", "guidance_rescale", float, "0 to 1, against over-exposure"),
+    (
+        _APPROXIMATE,
+        "--token-merging",
+        "token_merging",
+        float,
+        "share of tokens that self-attention sees merged, 0 (exact) to 0.75",
+    ),
+    (
+        _APPROXIMATE,
+        "--feature-reuse",
+        "feature_reuse",
+        int,
+        "compute all of the U-Net at every N-th step only (default 1, exact)",
+    ),
     (None, "--eta", "eta", float, "noise of ddim, 0 to 1"),
     (None, "--clip-skip", "clip_skip", int, "how many more of CLIP's last layers to leave out"),
     (
@@ -135,7 +152,7 @@ def parser() -> Parser:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the options that are settings of pictures: `settings_of` reads them."""
-    groups = {name: parser.add_argument_group(name) for name in (_PICTURE, _CONTROL, _LARGER)}
+    groups = {name: parser.add_argument_group(name) for name in (_PICTURE, _CONTROL, _LARGER, _APPROXIMATE)}
     _add_pictures(groups[_PICTURE])
     _add_control(groups[_CONTROL])
     for group, flag, name, kind, text in _SETTINGS:
@@ -214,9 +231,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="torch",
         help="what computes: openvino is for CPUs, see docs/speed.md (default: torch)",
     )
+    add(
+        "--quantization",
+        choices=("int8", "fp8"),
+        help="the network's weights in a byte each: less memory, approximate",
+    )
     add("--variant", help="weights with this word in their file names, e.g. fp16")
     add("--prediction-type", help="epsilon or v_prediction, where a single file does not say")
     add("--low-memory", action="store_true", default=None, help="parts rest on the CPU between uses")
+    add(
+        "--sequential-offload",
+        dest="low_memory",
+        action="store_const",
+        const="sequential",
+        help="so does each layer of the network: the least memory, and slow",
+    )
     add("--quiet", action="store_true", help="don't tell how it gets on")
     add("--version", action="version", version=__version__)
 

@@ -1,16 +1,18 @@
 """Where the parts of a system run: Accelerate finds the device, and swaps parts in and out where memory is short."""
 
 import os
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from ldm import processor
 from ldm.backends import Backend, openvino
 from ldm.errors import UserError, nearest
+from ldm.models.resting import Resting
 from ldm.system import System
 from pipelines.recipe import PRECISIONS
 
+LowMemory = bool | Literal["sequential"]
 _HEADROOM = 1.5  # activations, as a multiple of the weights; a rule of thumb that errs on the safe side
 
 
@@ -66,13 +68,19 @@ def _present(device: torch.device | str) -> torch.device:
 
 
 class Offload:
-    """Lets each part of a system rest on the CPU and be on `device` only while it works."""
+    """Lets each part of a system rest on the CPU and be on `device` only while it works.
 
-    def __init__(self, system: System, device: torch.device):
+    sequential: the network is never there as a whole, but each of its layers by itself.
+    """
+
+    def __init__(self, system: System, device: torch.device, sequential: bool = False):
         from accelerate import cpu_offload_with_hook
 
         self.hooks: list[Any] = []
+        self._resting = Resting(system.network, device) if sequential else None
         for module in system.modules().values():
+            if sequential and module is system.network:
+                continue
             previous = self.hooks[-1] if self.hooks else None
             self.hooks.append(cpu_offload_with_hook(module, device, prev_module_hook=previous)[1])
 
@@ -84,15 +92,25 @@ class Offload:
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
+        if self._resting:
+            self._resting.remove()
 
 
-def offload_where_needed(system: System, device: torch.device, low_memory: bool | None) -> Offload | None:
+def offload_where_needed(
+    system: System, device: torch.device, low_memory: LowMemory | None
+) -> Offload | None:
     """Offload if wanted; None decides by the free memory of a CUDA device."""
     if low_memory is None:
         low_memory = (
             device.type == "cuda" and _weights(system) * _HEADROOM > torch.cuda.mem_get_info(device)[0]
         )
-    return Offload(system, device) if low_memory else None
+    return Offload(system, device, low_memory == "sequential") if low_memory else None
+
+
+def check_low_memory(low_memory: LowMemory | None) -> None:
+    """Raise UserError for what it can't be."""
+    if low_memory not in (None, True, False, "sequential"):
+        raise UserError(f'low_memory is {low_memory!r:.60}: give True, False or "sequential"')
 
 
 def _weights(system: System) -> int:

@@ -12,6 +12,7 @@ from ldm.conditioning.prompts.weighted import Emphasis, Syntax
 from ldm.config import from_dict
 from ldm.errors import UserError
 from ldm.foreign import parse_json, read_plain
+from ldm.models.quantization import Quantization
 from ldm.pictures import open_raster
 from pipelines import arguments
 from pipelines.canvas import MaskContent, ResizeMode
@@ -40,6 +41,7 @@ PER_IMAGE = (
 # What is no setting of a call: said by other arguments, or by the pipeline.
 _STATED = (
     *PER_IMAGE,
+    "quantization",
     "dtype",
     "model",
     "variant",
@@ -72,6 +74,8 @@ class Recipe:
     eta: float = 0.0
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    token_merging: float = 0.0
+    feature_reuse: int = 1
     clip_skip: int = 0
     original_size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
@@ -103,6 +107,7 @@ class Recipe:
     hires_upscaler: UpscalerUse | None = None
     upscale: float | None = None
     upscaler: UpscalerUse | None = None
+    quantization: Quantization | None = None
     dtype: Precision | None = None
     model: str | None = None
     variant: str | None = None

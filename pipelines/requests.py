@@ -52,7 +52,12 @@ def request_for(system: System, drawings: Sequence[Drawing], loaded: Loaded, dev
         latents=torch.stack(latents) if latents else None,
         device=device,
     )
-    request = replace(request, notes=(*notes, *request.notes))
+    request = replace(
+        request,
+        notes=(*notes, *request.notes),
+        token_merging=shared.token_merging,
+        feature_reuse=shared.feature_reuse,
+    )
     if shared.controls:
         shown = [_control_pictures(each, size) for each in drawings]
         uses = [recipe.controls for recipe in recipes]

@@ -14,9 +14,10 @@ from typing import Any, NoReturn, SupportsFloat, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
-from ldm.backends import Backend, openvino
+from ldm.backends import Backend
 from ldm.conditioning.prompts.weighted import Emphasis, Lora, Syntax
 from ldm.errors import UserError, nearest
+from ldm.models.quantization import Quantization
 from ldm.sampling import check_channels
 from ldm.system import System
 from pipelines.asking import asked
@@ -29,19 +30,15 @@ from pipelines.enlarging import stack_latents
 from pipelines.files import whole_path
 from pipelines.given import Given
 from pipelines.loaded import Loaded
+from pipelines.loading import Placed, load
 from pipelines.originals import Originals, latents_of
 from pipelines.output import OutputType, TextToImageOutput, pictures
-from pipelines.placement import Offload, choose_device, choose_place, offload_where_needed
+from pipelines.placement import LowMemory, choose_device
 from pipelines.preview import LatentPreview
 from pipelines.progress import Progress, StepCallback, counted
 from pipelines.recipe import PER_IMAGE, Recipe
 from pipelines.turns import Turns
 from pipelines.uses import Preprocessor
-
-_ROUNDED = (
-    "drawn in bfloat16, which this processor is fastest with; torch_dtype=torch.float32 (--dtype float32) is the "
-    "slower, finer way"
-)
 
 
 class TextToImagePipeline(DiffusersNames):
@@ -51,24 +48,22 @@ class TextToImagePipeline(DiffusersNames):
         self,
         system: System,
         device: torch.device | str = "cpu",
-        offload: Offload | None = None,
         identity: dict[str, str | None] | None = None,
-        compiled: openvino.OpenVINO | None = None,
+        placed: Placed | None = None,
     ):
         """identity: how the system was loaded, for recipes: Recipe's model, variant and prediction_type.
 
-        compiled: what computes the system in torch's place, if anything does.
+        placed: where and how it was placed, if that is not simply on the device.
 
         Raises UserError for a network that wants more than text and, of inpainting, a mask and a masked picture.
         """
         check_channels(system)
         self.system = system
         self.device = torch.device(device)
-        self._offload = offload
-        self._compiled = compiled
+        self._placed = placed or Placed(system, self.device)
+        self.notes = self._placed.notes
+        self._offload = self._placed.offload
         self._identity: dict[str, Any] = identity or {}
-        self.notes: tuple[str, ...] = ()  # what the user should know of how it was loaded
-        self._rounded = False  # the weights, into a precision that nobody asked for
         self._preview: LatentPreview | None = None
         self._turns = Turns()
         self._loaded = Loaded(system, self.device, self._turns)
@@ -85,8 +80,9 @@ class TextToImagePipeline(DiffusersNames):
         device: torch.device | str | None = None,
         variant: str | None = None,
         prediction_type: str | None = None,
-        low_memory: bool | None = None,
+        low_memory: LowMemory | None = None,
         backend: Backend = "torch",
+        quantization: Quantization | None = None,
     ) -> "TextToImagePipeline":
         """Load a model and place its parts.
 
@@ -95,26 +91,16 @@ class TextToImagePipeline(DiffusersNames):
             rounded so is not saved, nor brought into another precision: that takes the precision given here.
         device: None takes the accelerator that Accelerate finds, else the CPU.
         low_memory: keep each part on the device only while it works; None decides by the device's free memory.
+            "sequential" does so with each layer of the network: the least memory, and the slowest way.
         backend: what computes the network and the autoencoder: "openvino", on the CPU alone, see docs/speed.md.
+        quantization: holds the network's weights in a byte each, which is approximate, see docs/speed.md: "int8" those
+            of linear layers (the extra torchao), "fp8" those of convolutions too.
         Raises UserError.
         """
-        if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
-            raise UserError(
-                f"torch_dtype is {torch_dtype!r}: give one of torch's own, such as torch.bfloat16"
-            )
-        where, dtype = choose_place(device, backend, torch_dtype)
-        system = System.load(name, torch_dtype=dtype, variant=variant, prediction_type=prediction_type)
-        compiled = openvino.use(system) if backend == "openvino" else None
-        offload = offload_where_needed(system, where, low_memory)
-        if not offload:
-            system.to(where, dtype)
+        placed = load(name, torch_dtype, device, variant, prediction_type, low_memory, backend, quantization)
         model = None if name is None else whole_path(name)
         identity = {"model": model, "variant": variant, "prediction_type": prediction_type}
-        pipe = cls(system, where, offload, identity, compiled)
-        if torch_dtype is None and dtype is torch.bfloat16:
-            pipe.notes = (_ROUNDED,)
-            pipe._rounded = any(each is not dtype for each in system.precision.values())
-        return pipe
+        return cls(placed.system, placed.device, identity, placed)
 
     def to(
         self,
@@ -132,12 +118,9 @@ class TextToImagePipeline(DiffusersNames):
                 dtype = target
             else:
                 device = target
-        if dtype not in (None, self.dtype):
-            self._check_unrounded(f"in {dtype}")
         with self._turn():
             where = self.device if device is None else choose_device(device)
-            if self._compiled:
-                openvino.check(where, dtype or self.dtype)
+            self._placed.check_move(where, dtype)
             if self._offload:
                 self._offload.remove()
                 self._offload = None
@@ -160,24 +143,16 @@ class TextToImagePipeline(DiffusersNames):
         """The precision of the U-Net; samplers keep their state in float32 all the same."""
         return self.system.network.dtype
 
-    def _check_unrounded(self, wanted: str) -> None:
-        """Raise UserError where the weights lost what nobody said they may lose."""
-        if self._rounded:
-            raise UserError(
-                "the weights were rounded to bfloat16 as they were loaded, which this processor is fastest with: "
-                f"load them with torch_dtype=torch.float32, or another precision, {wanted}"
-            )
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that diffusers loads too. Of adapters it holds what is merged; a warning says so."""
-        self._check_unrounded("to save them")
+        self._placed.check_unrounded("to save them")
         with self._turn():
             self.adapters.warn_of_saving()
             self.system.save(folder)
 
     def save_single_file(self, path: str | Path) -> None:
         """Write one `.safetensors` in the LDM layout. Of adapters it holds what is merged; a warning says so."""
-        self._check_unrounded("to save them")
+        self._placed.check_unrounded("to save them")
         with self._turn():
             self.adapters.warn_of_saving()
             self.system.save_single_file(path)
@@ -204,6 +179,8 @@ class TextToImagePipeline(DiffusersNames):
         eta: SupportsFloat = 0.0,
         guidance_rescale: SupportsFloat = 0.0,
         guidance_interval: Sequence[SupportsFloat] | None = None,
+        token_merging: SupportsFloat = 0.0,
+        feature_reuse: SupportsIndex = 1,
         clip_skip: SupportsIndex | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -261,6 +238,8 @@ class TextToImagePipeline(DiffusersNames):
         sampler, schedule: in place of the model's own solver and spacing; karras and exponential have one range with
             every sampler (docs/compatibility.md). eta: DDIM's noise, 0 to 1.
         guidance_rescale: Lin et al. 2023, in [0, 1]. guidance_interval: guided only where low < sigma <= high.
+        token_merging: the share of tokens, 0 to 0.75, that self-attention sees merged. feature_reuse: every how many
+            steps all of the U-Net is computed. Both are faster and approximate (docs/speed.md); 0 and 1 are exact.
         callback_on_step_end: called with (pipe, index, timestep, {"latents", "denoised", "preview", "images"}) after
             each prediction; see `pipelines.progress`. Returning False ends the call there.
         original_size, target_size, crops_coords_top_left: what SDXL is told, each (height, width) in pixels; those that
@@ -361,7 +340,7 @@ class TextToImagePipeline(DiffusersNames):
 
     def _told(self) -> list[str]:
         """What the backend has to say of what was drawn since the last time."""
-        return self._compiled.notes() if self._compiled else []
+        return self._placed.compiled.notes() if self._placed.compiled else []
 
     def _larger(self, recipe: Recipe) -> Callable[[Tensor], Tensor] | None:
         """What enlarges the decoded pictures (B, 3, H, W) of a recipe; None where they stay as large."""
@@ -423,6 +402,7 @@ class TextToImagePipeline(DiffusersNames):
         now = {
             **self._identity,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": self.system.quantization,
             "model_hash": self.system.fingerprint,
         }
         if isinstance(recipe, Drawing):

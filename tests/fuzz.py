@@ -120,6 +120,8 @@ ROW_KEYS = [
         "eta",
         "guidance_rescale",
         "guidance_interval",
+        "token_merging",
+        "feature_reuse",
         "clip_skip",
         "original_size",
         "model",

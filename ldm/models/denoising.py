@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.errors import UserError
+from ldm.models.resting import computed_in
 
 
 class DenoisingConfig(Protocol):
@@ -79,11 +80,13 @@ class DenoisingNetwork(nn.Module):
 
     component: its folder in a diffusers pipeline. pipelines: diffusers' classes of pipelines that hold such a network.
     block_types: the modules whose activations are recomputed, and whose weights are gathered, one at a time.
+    gives_features: whether `forward` takes `ldm.models.feature_reuse.Features` behind the residuals.
     """
 
     component: ClassVar[str] = "unet"
     pipelines: ClassVar[tuple[str, ...]] = ()
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    gives_features: ClassVar[bool] = False
     config: Any  # a DenoisingConfig
 
     @classmethod
@@ -117,8 +120,8 @@ class DenoisingNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision it computes in: of its biases and norms, since weights may rest in fewer bits."""
-        return next(each.dtype for each in self.parameters() if each.ndim == 1)
+        """The precision that it computes in."""
+        return computed_in(self)
 
     @property
     def device(self) -> torch.device:

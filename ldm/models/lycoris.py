@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.quantization import dequantized
+
 # A layer that these can change.
 Changeable = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
 
@@ -102,7 +104,7 @@ def own_values(base: nn.Module) -> tuple[Tensor, Tensor | None]:
     merged = getattr(base, MERGED, None)
     weight, bias = (merged.weight, merged.bias) if merged else (base.weight, base.bias)
     there = base.weight.device  # the network may have moved since
-    return weight.to(there), None if bias is None else bias.to(there)  # pyright: ignore
+    return dequantized(weight).to(there), None if bias is None else bias.to(there)  # pyright: ignore
 
 
 MERGED = "_merged_lora"  # where a layer keeps what it was before adapters were merged into it
@@ -144,8 +146,9 @@ def _half(part: Mapping[str, Tensor], kind: str, side: str) -> Tensor:
 
 def _applied(base: Changeable, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """The layer's output with this weight and bias in place of its own; None stands for zeros."""
+    if base.weight.dtype.itemsize > 1:  # in 8 bits it only rests
+        x = x.to(base.weight.dtype)
     weight = torch.zeros_like(base.weight) if weight is None else weight
-    x = x.to(base.weight.dtype)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if isinstance(base, nn.Linear):
         return F.linear(x, weight, bias)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -48,6 +48,7 @@ def _fit(*factors: Tensor) -> bool:
     return (
         not plain_only()
         and all(each.dtype is torch.float32 and each.device.type == "cpu" for each in factors)
+        and all(type(each) in (Tensor, nn.Parameter) for each in factors)  # torchao's multiply their own way
         and mkl_is_slow()
         and not torch.is_autocast_enabled("cpu")
     )

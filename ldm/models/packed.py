@@ -50,7 +50,7 @@ class _Packed:
             return False
         weight, bias = self._parameters["weight"], self._parameters.get("bias")
         return (
-            weight is not None
+            type(weight) is nn.Parameter
             and x.device.type == "cpu"
             and weight.device.type == "cpu"
             and x.dtype is weight.dtype

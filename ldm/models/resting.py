@@ -69,3 +69,8 @@ def rest_in(module: nn.Module, storage: torch.dtype) -> Resting:
     for each in layers:
         each.weight.data = each.weight.data.to(storage)
     return resting
+
+
+def computed_in(module: nn.Module) -> torch.dtype:
+    """Return the precision that a module computes in: of its biases and norms, since weights may rest in another."""
+    return next(each.dtype for each in module.parameters() if each.ndim == 1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.models.denoising import DenoisingNetwork, Residuals
+from ldm.models.feature_reuse import Features
 from ldm.models.layers import (
     Context,
     Downsample,
@@ -98,6 +99,7 @@ class UNet(DenoisingNetwork):
         "StableDiffusionXLInpaintPipeline",
     )
     block_types = (ResnetBlock, TransformerBlock)
+    gives_features = True
     config: UNetConfig
 
     def __init__(self, config: UNetConfig):
@@ -154,14 +156,19 @@ class UNet(DenoisingNetwork):
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, condition: Condition, residuals: Residuals | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        condition: Condition,
+        residuals: Residuals | None = None,
+        features: Features | None = None,
     ) -> Tensor:
         """Return one prediction, (B, out_channels, h, w).
 
         sample: (B, C, h, w), unit variance. timestep: (B,), 0..999, may be fractional.
         condition: hidden (B, L, cross_attention_dim); SDXL's pooled (B, P) and time_ids (B, 6 or 5); channels (B,
         in_channels - C, h, w), which are joined to the sample; images, for adapters. residuals: what is added to the
-        feature maps.
+        feature maps. features: what all levels below the finest gave before, or what they give now is put there.
         """
         context = context_of(condition)
         # (B, 4*C0); each block projects the activated one
@@ -173,14 +180,25 @@ class UNet(DenoisingNetwork):
         if condition.channels is not None:
             sample = torch.cat([sample, condition.channels], dim=1)
         maps = [self.conv_in(sample)]
+        x = None if features is None else features.deep
+        if x is not None:  # the halving of the finest level, and what is below it, are not asked
+            maps = (maps + self.down_blocks[0](maps[-1], time, context))[: self.config.layers_per_block + 1]
+            if residuals is not None:
+                maps = [each + more for each, more in zip(maps, residuals.down, strict=False)]
+            return self._out(self.up_blocks[-1](x, maps, time, context))
         for block in self.down_blocks:
             maps += block(maps[-1], time, context)
         x = self.mid_block(maps[-1], time, context)
         if residuals is not None:
             maps = [each + more for each, more in zip(maps, residuals.down, strict=True)]
             x = x + residuals.mid
-        for block in self.up_blocks:
+        for block in self.up_blocks[:-1]:
             x = block(x, maps, time, context)
+        if features is not None:
+            features.deep = x
+        return self._out(self.up_blocks[-1](x, maps, time, context))
+
+    def _out(self, x: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _zero_last_layers(self) -> None:

@@ -25,7 +25,9 @@ from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
 from ldm.models import large
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.feature_reuse import FeatureReuse
 from ldm.pictures import to_unit_range
+from ldm.sampling.feature_reuse import reusing
 from ldm.system import System
 
 
@@ -72,7 +74,9 @@ class Request:
     to. state: (B, C, h, w), what a request whose plan ended early gave, to go on from. known: what is not to be
     drawn. controls: what steers the network beside the text. changes: (step, condition) in ascending order, where
     prompts change: from step number `step` of the whole plan, counted from 0, that condition holds in place of the one
-    before. notes: what the user should know of how the prompts were read.
+    before. notes: what the user should know of how the prompts were read. token_merging: the share of tokens that the
+    network merges, see `ldm.models.token_merging`; feature_reuse: every how many steps all of it is computed, see
+    `ldm.models.feature_reuse`. Both are approximations: 0 and 1 are exact.
     """
 
     plan: Plan
@@ -86,6 +90,8 @@ class Request:
     controls: tuple[Control, ...] = ()
     notes: tuple[str, ...] = ()
     changes: tuple[tuple[int, Condition], ...] = ()
+    token_merging: float = 0.0
+    feature_reuse: int = 1
 
 
 def prepare(
@@ -272,8 +278,10 @@ def run(system: System, request: Request, callback: Callback | None = None) -> A
         )
 
     def guided(condition: Condition) -> Denoise:
-        denoiser = plan.denoiser(system.bind(condition, controls))
-        return classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
+        reuse = FeatureReuse() if request.feature_reuse > 1 else None
+        denoiser = plan.denoiser(system.bind(condition, controls, reuse, request.token_merging))
+        denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
+        return denoise if reuse is None else reusing(denoise, reuse, plan, request.feature_reuse)
 
     denoise = guided(request.condition)
     if request.changes:

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from ldm.condition import concatenate
+from ldm.conditioning.bound import BoundNetwork, call
 from ldm.console import out_of_memory
 from ldm.diffusion.denoiser import Ask, Asking
 from ldm.errors import UserError
 from ldm.models.denoising import Residuals
-from ldm.system import BoundNetwork, System, call
+from ldm.models.feature_reuse import Features
+from ldm.system import System
 
 ROWS = 32  # of a call, where nobody says otherwise
 
@@ -164,23 +166,37 @@ class Engine:
         told = concatenate([each.condition.last(count) for each, count in zip(bound, rows, strict=True)])
         found = [each.residuals(ask.x, ask.timestep) for each, ask in zip(bound, asks, strict=True)]
         residuals = Residuals.joined(list(zip(found, rows, strict=True)))
+        reused = [
+            deep for each, count in zip(bound, rows, strict=True) if (deep := each.held(count)) is not None
+        ]
+        held = torch.cat(reused) if reused else None  # of all asks of one kind, or of none
+        kept = list[Tensor]()
         outputs, begin, most = list[Tensor](), 0, self.limits.get(kind, self.rows)
         while begin < len(x):
             part = slice(begin, begin + most)
             more = None if residuals is None else residuals.map(lambda _, each, part=part: each[part])
             within = told.map(lambda each, part=part: each[part])
+            features = None
+            if any(each.reuse for each in bound):
+                features = Features(None if held is None else held[part])
+            how = (features, bound[0].merging)
             try:
-                outputs.append(call(self.system.network, x[part], timestep[part], within, more))
+                outputs.append(call(self.system.network, x[part], timestep[part], within, more, *how))
             except (RuntimeError, MemoryError) as error:
                 if most == 1 or not out_of_memory(error):
                     raise
             else:
                 begin += most
+                if features is not None and features.deep is not None:
+                    kept.append(features.deep)
                 continue
             # Outside of the handler, whose error holds on to what the call had made.
             self.limits[kind] = most = max(1, min(most, len(x)) // 2)
             if x.is_cuda:
                 torch.cuda.empty_cache()
+        if kept:
+            for each, deep in zip(bound, torch.cat(kept).split(rows), strict=True):
+                each.keep(deep)
         return iter(torch.cat(outputs).split(rows))
 
 
@@ -193,6 +209,9 @@ def _bound(ask: Ask) -> BoundNetwork:
 def _kind(ticket: Ticket) -> Hashable:
     """What is equal of asks that can be rows of one call."""
     assert ticket.ask is not None
-    parts = _bound(ticket.ask).condition.parts()
+    bound = _bound(ticket.ask)
+    parts = bound.condition.parts()
     shapes = sorted((name, each.shape[1:], each.dtype) for name, each in parts.items())
-    return ticket.setting, ticket.ask.x.shape[1:], tuple(shapes)
+    # What computes all of the network shares calls with what is not approximate.
+    approximate = bound.held(len(ticket.ask.x)) is not None, bound.merging
+    return ticket.setting, ticket.ask.x.shape[1:], tuple(shapes), approximate

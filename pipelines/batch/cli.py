@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ldm.console import Parser, command, line, note, say
 from ldm.errors import UserError
-from pipelines.options import add_model, add_settings, settings_of
+from pipelines.options import LOADING, add_model, add_settings, settings_of
 
 if TYPE_CHECKING:
     from pipelines.batch.setup import Setup
@@ -153,10 +153,7 @@ def _setup(arguments: argparse.Namespace) -> "Setup":
         model=None if arguments.model is None else whole_path(arguments.model),
         dtype=arguments.dtype,
         device=arguments.device,
-        variant=arguments.variant,
-        prediction_type=arguments.prediction_type,
-        low_memory=arguments.low_memory,
-        backend=arguments.backend,
+        **{name: getattr(arguments, name) for name in LOADING},
         loras=tuple(LoRAUse(whole_path(path), weight) for path, weight in map(weighed, arguments.lora or ())),
         lora_folders=tuple(each.resolve() for each in arguments.lora_folder or ()),
         embeddings=tuple(EmbeddingUse(whole_path(each)) for each in arguments.embedding or ()),

@@ -14,10 +14,13 @@ from ldm import __version__
 from ldm.backends import Backend
 from ldm.config import to_dict
 from ldm.console import note
+from ldm.models.quantization import Quantization
 from pipelines import TextToImagePipeline
 from pipelines.batch.items import count_items, file_digest
 from pipelines.batch.ledger import Ledger
 from pipelines.batch.store import Files, Format, Shards, Store
+from pipelines.options import LOADING
+from pipelines.placement import LowMemory
 from pipelines.uses import EmbeddingUse, LoRAUse
 
 _BLOCK = 8  # groups at most: among so many rows alike ones are looked for
@@ -42,8 +45,9 @@ class Setup:
     device: str | None = None
     variant: str | None = None
     prediction_type: str | None = None
-    low_memory: bool | None = None
+    low_memory: LowMemory | None = None
     backend: Backend = "torch"
+    quantization: Quantization | None = None
     loras: tuple[LoRAUse, ...] = ()
     lora_folders: tuple[Path, ...] = ()
     embeddings: tuple[EmbeddingUse, ...] = ()
@@ -67,10 +71,7 @@ class Setup:
             self.model,
             torch_dtype=None if self.dtype is None else getattr(torch, self.dtype),
             device=device,
-            variant=self.variant,
-            prediction_type=self.prediction_type,
-            low_memory=self.low_memory,
-            backend=self.backend,
+            **{name: getattr(self, name) for name in LOADING},
         )
         for each in pipe.adapters.load_again(self.loras, self.embeddings):
             if place == 0:
@@ -99,6 +100,7 @@ class Setup:
                 if self.backend == "torch"
                 else {"backend": self.backend, self.backend: version(self.backend)}
             ),
+            **({} if self.quantization is None else {"quantization": self.quantization}),
             "adapters": to_dict(adapters),
             "settings": to_dict(self.defaults),
             "LoRA folders": [str(each) for each in self.lora_folders],

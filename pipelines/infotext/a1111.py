@@ -94,6 +94,8 @@ def parameters(recipe: Recipe, model_hash: str | None = None) -> str:
         "Clip skip": recipe.clip_skip + 1 if recipe.clip_skip else None,
         "Eta DDIM": recipe.eta or None,
         "Guidance rescale": recipe.guidance_rescale or None,
+        "Token merging ratio": recipe.token_merging or None,
+        "Feature reuse": recipe.feature_reuse if recipe.feature_reuse > 1 else None,
         "Guidance interval": " to ".join(map(_plain, interval)) if interval else None,
         "Lora hashes": _hashes({_stem(each.path): each.hash for each in recipe.loras}),
         "TI hashes": _hashes({each.token or _stem(each.path): each.hash for each in recipe.embeddings}),
@@ -239,6 +241,8 @@ def _take_settings(taking: Taking, pairs: Mapping[str, str], is_ours: bool) -> N
     _take_sampler(taking, pairs, is_ours)
     if is_ours:
         taking.number("guidance_rescale", pairs.get("Guidance rescale"))
+        taking.number("token_merging", pairs.get("Token merging ratio"))
+        taking.number("feature_reuse", pairs.get("Feature reuse"))
         low, _, high = pairs.get("Guidance interval", "").partition(" to ")
         ends = number_of(low), math.inf if high == "inf" else number_of(high)
         if None not in ends:

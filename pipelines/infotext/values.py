@@ -10,6 +10,7 @@ from ldm.conditioning.prompts.weighted import Syntax
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS
 from ldm.errors import printable
+from ldm.models.token_merging import MOST
 from pipelines.limits import LARGEST, LONGEST
 from pipelines.recipe import Recipe, shown
 
@@ -23,6 +24,8 @@ _RANGES: dict[str, tuple[bool, float, float]] = {
     "num_inference_steps": (True, 1, 10_000),
     "guidance_scale": (False, -1000, 1000),
     "guidance_rescale": (False, 0, 1),
+    "token_merging": (False, 0, MOST),
+    "feature_reuse": (True, 1, 10_000),
     "height": (True, 1, LARGEST),
     "width": (True, 1, LARGEST),
     "eta": (False, 0, 1),
