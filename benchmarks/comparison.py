@@ -21,6 +21,7 @@ from ldm.files import write_text
 
 ALL_PARTS = (*PARTS, "start", "import")
 DEFAULT = "diffusers, float32"
+_PROCESS = 0.4e9  # bytes of one that holds nothing but its modules
 _OPERATIONS = 1e12  # of what the peak's rounds are as long as, where no one counted them
 
 
@@ -152,7 +153,7 @@ def _profiles(chosen: Sequence[Contender], job: Job) -> Iterator[tuple[str, dict
 
 
 def too_large(model: Path, part: str, chosen: Sequence[Contender]) -> bool:
-    """Whether all contenders' weights at once would take more than three quarters of the memory that is free."""
+    """Whether all contenders' weights at once would take more than 85 % of the memory that is free."""
     import psutil
     from safetensors import safe_open
 
@@ -162,12 +163,13 @@ def too_large(model: Path, part: str, chosen: Sequence[Contender]) -> bool:
     for path in Path(model).glob(f"{NETWORKS.get(part, '*')}/*.safetensors"):
         with safe_open(path, "pt") as file:
             weights += sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
-    held = {"ours": 1.2, "diffusers": 1.2, "openvino": 2.5}
     needed = 0.0
     for each in chosen:
         size = 4 if each.dtype in (None, "float32") or each.maker == "openvino" else 2
-        needed += held[each.maker] * size * weights + 0.5e9
-    return needed > 0.75 * psutil.virtual_memory().available
+        needed += size * weights + _PROCESS
+    if any(each.maker == "openvino" or each.backend for each in chosen):
+        needed += 6 * weights  # while one is converted
+    return needed > 0.85 * psutil.virtual_memory().available
 
 
 # What is kept
