@@ -124,7 +124,7 @@ def build(contender: Contender, job: Job) -> tuple[Callable[[int], tuple[float, 
     """Load what a contender needs and return its work, as `benchmarks.workers` takes it, and what is known of it."""
     torch.set_grad_enabled(False)
     if contender.maker != "ours":
-        _quiet()
+        quiet()
     facts: dict[str, Any] = {}
     if contender.maker == "ours":
         draw, facts["dtype"] = ours(contender, job)
@@ -138,7 +138,7 @@ def build(contender: Contender, job: Job) -> tuple[Callable[[int], tuple[float, 
     return timed(draw), facts
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Have diffusers, and what converts it, show no bars and no warnings for programmers."""
     import diffusers
     import transformers

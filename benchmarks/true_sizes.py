@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.parts import quiet
 from ldm.checkpoints.families import FAMILIES, UNET, family_configs
 from ldm.conditioning.tokenizer import clip_tokenizer
 from ldm.files import replaced_folder
@@ -123,5 +124,6 @@ def true_size(name: str, folder: Path) -> Path:
     """Return the folder of "sd15" or "sdxl" inside `folder`; where it is not there, it is made, in bfloat16."""
     place = folder / name
     if not (place / "model_index.json").exists():
+        quiet()
         make_system(place, FAMILY_OF[name], torch.bfloat16)
     return place
