@@ -18,11 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
 
-from ldm.checkpoints.families import UNET, family_configs
+from benchmarks.true_sizes import configs, make_system, random_weights
 from ldm.checkpoints.files import write_tensors
-from ldm.conditioning.tokenizer import clip_tokenizer
 from ldm.evaluation.timing import machine
 
 SIZE, SEED, CONTEXT = 256, 3, 768
@@ -90,71 +88,16 @@ def cases() -> list[Case]:
 # The weights
 
 
-def random_weights(network: nn.Module, seed: int) -> Any:
-    """Draw all anew: matrices that keep a variance, norms and biases that show where they are left out; in place."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, each in network.named_parameters():
-            if each.ndim > 1:
-                each.normal_(0, each[0].numel() ** -0.5, generator=rng)
-            elif name.endswith("weight"):
-                each.normal_(1, 0.3, generator=rng)
-            else:
-                each.normal_(0, 0.1, generator=rng)
-    return network.eval()
-
-
-@torch.no_grad()
-def scaled(last: nn.Module, out: Tensor, deviation: float) -> None:
-    """Scale the last layer so that what came out as `out` has this deviation."""
-    for each in last.parameters():
-        each.mul_(deviation / out.std())
-
-
-def configs(channels: int) -> dict[str, Any]:
-    """The published configs, from the table that single files are read with."""
-    shapes = {UNET + "input_blocks.0.0.weight": (320, channels, 3, 3), "attn2.to_k.weight": (320, CONTEXT)}
-    found = family_configs("sd1", {name: torch.empty(shape) for name, shape in shapes.items()}, "the table")
-    return {
-        part: {key: value for key, value in own.items() if not key.startswith("_") and key != "architectures"}
-        for part, own in found.items()
-    }
-
-
-@torch.no_grad()
 def make_model(folder: Path, channels: int) -> None:
-    diffusers: Any = importlib.import_module("diffusers")
-    transformers: Any = importlib.import_module("transformers")
-
-    told = configs(channels)
-    unet = random_weights(diffusers.UNet2DConditionModel(**told["unet"]), 1)
-    noise = torch.randn(1, channels, 32, 32, generator=torch.Generator().manual_seed(0))
-    scaled(unet.conv_out, unet(noise, 500, torch.randn(1, 77, CONTEXT)).sample, 1)
-    vae = random_weights(diffusers.AutoencoderKL(**told["vae"]), 2)
-    scaled(vae.decoder.conv_out, vae.decode(noise[:, :4]).sample, 0.4)
-    pixels = torch.as_tensor(np.asarray(picture(0)), dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
-    scaled(vae.quant_conv, vae.encode(pixels).latent_dist.parameters, 5)
-    text = random_weights(transformers.CLIPTextModel(transformers.CLIPTextConfig(**told["text_encoder"])), 3)
-    kind = diffusers.StableDiffusionInpaintPipeline if channels == 9 else diffusers.StableDiffusionPipeline
-    kind(
-        vae=vae,
-        unet=unet,
-        text_encoder=text,
-        tokenizer=clip_tokenizer(),
-        scheduler=diffusers.DDIMScheduler(
-            **{k: v for k, v in told["scheduler"].items() if k != "skip_prk_steps"}
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    kind = "StableDiffusionInpaintPipeline" if channels == 9 else "StableDiffusionPipeline"
+    make_system(folder, "sd1", pipeline=kind, scheduler="DDIMScheduler", channels=channels)
 
 
 def make_controlnet(folder: Path, seed: int) -> None:
     diffusers: Any = importlib.import_module("diffusers")
 
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(**configs(4)["unet"])
+        unet = diffusers.UNet2DConditionModel(**configs()["unet"])
     network = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
     random_weights(network, seed).save_pretrained(folder)
 
@@ -166,7 +109,7 @@ def make_adapter(folder: Path, kind: str) -> None:
 
     rng = torch.Generator().manual_seed(7)
     with torch.device("meta"):
-        unet: Any = diffusers.UNet2DConditionModel(**configs(4)["unet"])
+        unet: Any = diffusers.UNet2DConditionModel(**configs()["unet"])
     places = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
     sizes: dict[str, tuple[int, ...]] = {}
     for i, place in enumerate(places):

@@ -139,8 +139,8 @@ def test_the_checker_catches(module: str, source: str) -> None:
         ("ldm.system", "from ldm import models, conditioning\nfrom ldm.checkpoints.folder import load"),
         ("pipelines.cli", "from pipelines.text_to_image import TextToImagePipeline\nimport ldm.system"),
         ("scripts.train", "from ldm.training.loop import train\nimport diffusers"),
-        ("benchmarks.sampling", "import diffusers\nfrom pipelines import TextToImagePipeline"),
-        ("scripts.benchmark", "from benchmarks import training, sampling"),
+        ("benchmarks.parts", "import diffusers\nfrom pipelines import TextToImagePipeline"),
+        ("scripts.benchmark", "from benchmarks import training, rows"),
         ("tests.test_x", "import diffusers, scripts, pipelines, ldm.data.order"),
     ],
 )
