@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.condition import Condition
 from ldm.evaluation.timing import compare, machine, table
-from ldm.models import attention, linear
+from ldm.models import attention, onednn, packed
 from ldm.models.feature_reuse import Features
 from ldm.models.quantization import quantize, weight_bytes
 from ldm.models.token_merging import merged_tokens
@@ -173,7 +173,11 @@ def products() -> None:
         with torch.device("meta"):
             network = UNet(config).eval()
         # By operators that are counted.
-        with patch.object(linear, "mkl_is_slow", lambda: False), patch.object(attention, "_backend", "sdpa"):
+        with (
+            patch.object(onednn, "mkl_is_slow", lambda: False),
+            patch.object(packed, "multiplies", lambda _: False),
+            patch.object(attention, "_backend", "sdpa"),
+        ):
             counts = {name: _products(work) for name, work in _calls(network, side, "meta").items()}
         for name, count in counts.items():
             shares.setdefault(name, []).append(f"{count / counts['exact']:.2f}")

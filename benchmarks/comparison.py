@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.contenders import build
 from benchmarks.costs import build_peak, build_profile, flops
 from benchmarks.fresh import Fresh
-from benchmarks.parts import DTYPES, NETWORKS, PARTS, Contender, Job, build, device, has_backend, has_compile
+from benchmarks.parts import DTYPES, NETWORKS, PARTS, Contender, Job, device, has_backend, has_compile
 from benchmarks.workers import FailedError, Figures, Runner, Worker, in_turns, reason
 from ldm.console import note
 from ldm.errors import UserError

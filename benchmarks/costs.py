@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.parts import Contender, Job, Shapes, build, device, unet_step, vae_decode, vae_encode
+from benchmarks.contenders import build
+from benchmarks.parts import Contender, Job, Shapes, device, unet_step, vae_decode, vae_encode
 
 # Parts of an operator's name, of which the first that fits says its kind.
 _KINDS = {

@@ -1,6 +1,6 @@
 """The parts of drawing, each by diffusers and by ours, from the same folder and the same input.
 
-`build` makes one contender's work of one part, in whatever process it is called.
+`benchmarks.contenders.build` makes one contender's work of one part, in whatever process it is called.
 """
 
 import inspect
@@ -118,24 +118,6 @@ class Shapes:
 def device() -> torch.device:
     """Where all compute."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def build(contender: Contender, job: Job) -> tuple[Callable[[int], tuple[float, Any]], dict[str, Any]]:
-    """Load what a contender needs and return its work, as `benchmarks.workers` takes it, and what is known of it."""
-    torch.set_grad_enabled(False)
-    if contender.maker != "ours":
-        quiet()
-    facts: dict[str, Any] = {}
-    if contender.maker == "ours":
-        draw, facts["dtype"] = ours(contender, job)
-    elif contender.maker == "openvino":
-        from benchmarks.openvino_parts import openvino
-
-        draw, facts["dtype"] = openvino(contender, job), contender.torch_dtype
-    else:
-        draw, facts["dtype"] = theirs(contender, job), contender.torch_dtype
-    facts["dtype"] = str(facts["dtype"]).removeprefix("torch.")
-    return timed(draw), facts
 
 
 def quiet() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import comparison, costs, fresh, parts, speed_report, true_sizes
+from benchmarks import comparison, contenders, costs, fresh, speed_report, true_sizes
 from benchmarks.parts import PARTS, Contender, Job, Shapes
 from benchmarks.workers import FailedError, Worker, in_turns
 from ldm.errors import UserError
@@ -46,7 +46,7 @@ def test_contenders_compute_the_same(models: dict[str, Path], family: str, part:
     low = [Contender("low", "ours", "bfloat16"), Contender("tuned", "diffusers", "bfloat16", tuned=True)]
     outs = []
     for each in [THEIRS, Contender("ours", "ours", "float32"), *low]:
-        work, facts = parts.build(each, job)
+        work, facts = contenders.build(each, job)
         assert facts == {"dtype": each.dtype}
         outs.append(work(0)[1])
     apart = [comparison.distance(each, outs[0], part) for each in outs[1:]]

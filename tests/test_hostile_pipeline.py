@@ -493,10 +493,10 @@ def test_a_mistake_costs_one_line_and_no_import(name: str, tmp_path: Path) -> No
     [
         ("evaluate", ["--prompts", str(10**12)]),
         ("evaluate", ["--config", "missing.yaml"]),
-        ("benchmark", ["sampling", "--pictures", "-1"]),
-        ("benchmark", ["sampling", "--rounds", str(10**12)]),
+        ("benchmark", ["parts", "--pictures", "-1"]),
+        ("benchmark", ["parts", "--rounds", str(10**12)]),
         ("benchmark", ["training"]),
-        ("benchmark", ["sampling", "--model", "missing"]),
+        ("benchmark", ["parts", "--model", "missing"]),
         ("prepare_data", ["--pictures", str(10**12)]),
         ("prepare_data", ["--config", "missing.yaml"]),
         ("train", ["--config", "missing.yaml"]),
