@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models import diffusers_config
-from ldm.models.layers import Attention, Context, Downsample, ResnetBlock, Upsample
+from ldm.models.layers import Attention, Context, Downsample, GroupNorm, ResnetBlock, Upsample
 from ldm.models.packed import Conv2d
 
 _EPS = 1e-6
@@ -260,7 +260,7 @@ class Encoder(nn.Module):
                 Stage(width, out, config.layers_per_block, groups, "downsamplers", sampler, label_width)
             )
         self.mid_block = AutoencoderMidBlock(widths[-1], groups, config.mid_block_add_attention, label_width)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
         self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
@@ -285,7 +285,7 @@ class Decoder(nn.Module):
             self.up_blocks.append(
                 Stage(width, out, config.layers_per_block + 1, groups, "upsamplers", sampler, label_width)
             )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
@@ -348,7 +348,7 @@ class PositionAttention(Attention):
 
     def __init__(self, channels: int, groups: int):
         super().__init__(channels, heads=1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, _EPS)
+        self.group_norm = GroupNorm(groups, channels, _EPS)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         positions = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)

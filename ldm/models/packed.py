@@ -16,6 +16,7 @@ from ldm.models.onednn import linear, mkl_is_slow, multiplies, plain_only
 
 _operators: Any = torch.ops.mkldnn
 _packing = RLock()
+_CPU = torch.device("cpu")
 
 
 class _Packed:
@@ -48,19 +49,16 @@ class _Packed:
         """
         if plain_only():
             return False
-        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype is not x.dtype:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return False
         return (
-            type(weight) is nn.Parameter
-            and x.device.type == "cpu"
-            and weight.device.type == "cpu"
-            and x.dtype is weight.dtype
+            x.device == weight.device == _CPU
             and multiplies(x.dtype)
-            and not weight.requires_grad
-            and not (
-                torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-            )
-            and not any(getattr(hook, "reads_weight", True) for hook in self._forward_hooks.values())
             and not torch.is_autocast_enabled("cpu")
+            and not any(getattr(hook, "reads_weight", True) for hook in self._forward_hooks.values())
         )
 
     def pack(self, x: Tensor) -> Tensor:

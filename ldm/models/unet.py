@@ -18,6 +18,7 @@ from ldm.models.feature_reuse import Features
 from ldm.models.layers import (
     Context,
     Downsample,
+    GroupNorm,
     ResnetBlock,
     SpatialTransformer,
     TimestepEmbedding,
@@ -122,7 +123,7 @@ class UNet(DenoisingNetwork):
             self.up_blocks.append(UpBlock(width, skips, out, up[i], i == 0, config))
             width = out
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
         self._zero_last_layers()
 
