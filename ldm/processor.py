@@ -20,6 +20,11 @@ def has(instructions: str) -> bool:
     return instructions in _words("flags").split()
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether it has instructions for products of bfloat16; without, they take longer than float32's."""
+    return has("avx512_bf16") or has("amx_bf16")
+
+
 def _words(name: str) -> str:
     """What Linux says of the first processor under a name, else ""."""
     try:

@@ -179,8 +179,11 @@ class System:
             dtype = torch.float32 if upcast and torch_dtype == torch.float16 else torch_dtype
             quantized = module is self.network and self.quantization is not None
             module.to(device=device, dtype=None if quantized else dtype)
-        # Its maps are large, and with channels last convolutions need not bring them into another order and back.
-        self.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        # With channels last convolutions need not bring maps into another order and back. A CPU's have packed weights,
+        # but for some of the autoencoder's, whose maps are large.
+        last = [self.autoencoder, *([self.network] if torch.device(device).type == "cuda" else [])]
+        for module in last:
+            module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return self
 
     def quantize(self, kind: Quantization) -> None:

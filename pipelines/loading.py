@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ldm.backends import Backend, openvino
+from ldm.backends import Backend, kinds
 from ldm.errors import UserError
 from ldm.models.quantization import Quantization
 from ldm.models.quantization import check as check_quantization
@@ -30,7 +30,8 @@ class Placed:
     system: System
     device: torch.device
     offload: Offload | None = None
-    compiled: openvino.OpenVINO | None = None
+    compiled: kinds.InPlace | None = None
+    backend: Backend = "torch"
     notes: tuple[str, ...] = ()
     rounded: bool = False
 
@@ -43,8 +44,7 @@ class Placed:
                     "a quantized network stays in its precision: load it in another, by torch_dtype"
                 )
             self.check_unrounded(f"in {dtype}")
-        if self.compiled:
-            openvino.check(device, dtype or now)
+        kinds.check(self.backend, device, dtype or now)
 
     def check_unrounded(self, wanted: str) -> None:
         """Raise UserError where the weights lost what nobody said they may lose. wanted: what for, as in "to save"."""
@@ -71,14 +71,15 @@ def load(
     check_low_memory(low_memory)
     if quantization is not None:
         check_quantization(quantization)
-    for other, given in (("low_memory", low_memory), ("backend openvino", backend == "openvino")):
-        if quantization is not None and given:
-            raise UserError(f"quantization and {other} don't go together: give one of them")
+    unlike = {"quantization": quantization, "low_memory": low_memory, "backend": backend != "torch"}
+    if backend == "openvino" and quantization is None:
+        del unlike["backend"]  # it is for the CPU, where low_memory moves nothing
+    if len(given := [name for name, value in unlike.items() if value]) > 1:
+        raise UserError(f"{' and '.join(given)} don't go together: give one of them")
     where, dtype = choose_place(device, backend, torch_dtype)
     how: dict[str, Any] = {"variant": variant, "prediction_type": prediction_type}
     system = System.load(name, torch_dtype=dtype, **how)
-    compiled = openvino.use(system) if backend == "openvino" else None
-    offload = offload_where_needed(system, where, False if quantization else low_memory)
+    offload = offload_where_needed(system, where, False if quantization or backend != "torch" else low_memory)
     if not offload:
         system.to(where, dtype)
     if quantization is not None:
@@ -88,7 +89,8 @@ def load(
         system,
         where,
         offload,
-        compiled,
+        kinds.use(backend, system),
+        backend,
         (_ROUNDED,) if chosen else (),
         chosen and any(each is not dtype for each in system.precision.values()),
     )

@@ -227,9 +227,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--backend",
-        choices=("torch", "openvino"),
+        choices=("torch", "openvino", "cuda_graphs"),
         default="torch",
-        help="what computes: openvino is for CPUs, see docs/speed.md (default: torch)",
+        help="what computes, see docs/speed.md: openvino on CPUs, cuda_graphs on GPUs (default: torch)",
     )
     add(
         "--quantization",

@@ -1,12 +1,12 @@
 """Where the parts of a system run: Accelerate finds the device, and swaps parts in and out where memory is short."""
 
 import os
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from ldm import processor
-from ldm.backends import Backend, openvino
+from ldm.backends import Backend, kinds
 from ldm.errors import UserError, nearest
 from ldm.models.resting import Resting
 from ldm.system import System
@@ -31,12 +31,9 @@ def choose_place(
     device: torch.device | str | None, backend: Backend, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     """The device and the precision for a system that this backend computes, where they are None. Raises UserError."""
-    if backend not in get_args(Backend):
-        raise UserError(f"the backend {backend!r} is unknown{nearest(str(backend), get_args(Backend))}")
-    where = choose_device("cpu" if device is None and backend != "torch" else device)
+    where = choose_device("cpu" if device is None and backend == "openvino" else device)
     dtype = choose_dtype(where) if dtype is None else dtype
-    if backend != "torch":
-        openvino.check(where, dtype)
+    kinds.check(backend, where, dtype)
     return where, dtype
 
 
@@ -52,8 +49,8 @@ def choose_dtype(device: torch.device) -> torch.dtype:
         if said not in PRECISIONS:
             raise UserError(f"LDM_DTYPE is {said!r}{nearest(said, PRECISIONS)}: give {', '.join(PRECISIONS)}")
         return getattr(torch, said)
-    multiplies = any(processor.has(each) for each in ("avx512_bf16", "amx_bf16"))
-    return torch.bfloat16 if device.type == "cpu" and multiplies else torch.float32
+    by_bfloat16 = device.type == "cpu" and processor.multiplies_bfloat16()
+    return torch.bfloat16 if by_bfloat16 else torch.float32
 
 
 def _present(device: torch.device | str) -> torch.device:

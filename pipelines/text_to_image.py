@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.backends import Backend
 from ldm.conditioning.prompts.weighted import Emphasis, Lora, Syntax
 from ldm.errors import UserError, nearest
+from ldm.models.compiled import compile_blocks
 from ldm.models.quantization import Quantization
 from ldm.sampling import check_channels
 from ldm.system import System
@@ -92,7 +93,8 @@ class TextToImagePipeline(DiffusersNames):
         device: None takes the accelerator that Accelerate finds, else the CPU.
         low_memory: keep each part on the device only while it works; None decides by the device's free memory.
             "sequential" does so with each layer of the network: the least memory, and the slowest way.
-        backend: what computes the network and the autoencoder: "openvino", on the CPU alone, see docs/speed.md.
+        backend: what computes in torch's place: "openvino" the network and the autoencoder on a CPU, "cuda_graphs" the
+            network on a GPU, see docs/speed.md.
         quantization: holds the network's weights in a byte each, which is approximate, see docs/speed.md: "int8" those
             of linear layers (the extra torchao), "fp8" those of convolutions too.
         Raises UserError.
@@ -127,6 +129,19 @@ class TextToImagePipeline(DiffusersNames):
             self.device = where
             self.system.to(self.device, dtype or self.dtype)
             self._loaded.to(self.device)
+        return self
+
+    def compile(self, **options: Any) -> "TextToImagePipeline":
+        """Compile the blocks of the network and of the decoder by torch.compile, each at its first call.
+
+        That takes a minute or so for the first picture of a size; the next process takes what was compiled from the
+        disk. options: of torch.compile.
+        """
+        with self._turn():
+            compile_blocks(self.system.network, **options)
+            compile_blocks(
+                self.system.autoencoder.decoder, kinds=self.system.autoencoder.block_types, **options
+            )
         return self
 
     def _turn(self) -> AbstractContextManager[None]:

@@ -13,14 +13,16 @@ import torch
 import transformers
 from training_runs import TOY, Toy, state
 
+from ldm import processor
 from ldm.checkpoints.files import read_metadata
 from ldm.errors import UserError
 from ldm.models.attention import attend
 from ldm.models.layers import ResnetBlock, recompute_activations
 from ldm.training.distributed import BatchGenerator, rows_of
 from ldm.training.ema import EMA
+from ldm.training.layout import memory_format
 from ldm.training.loop import Trainer
-from ldm.training.loop_config import LoopConfig, accelerator_for
+from ldm.training.loop_config import LoopConfig, accelerator_for, precision_notes
 from ldm.training.optimization import OptimizerConfig, Schedule, learning_rate
 from ldm.training.run import read_run
 from ldm.training.state import newest
@@ -269,6 +271,18 @@ def test_shared_draws_are_those_of_the_whole_batch() -> None:
     )
     for draw in (lambda d: d.uniform(), lambda d: d.normal(3, 2), lambda d: d.integers(1000)):
         assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))
+
+
+def test_a_processor_without_instructions_for_bfloat16_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "has", lambda _: False)
+    cpu, config = torch.device("cpu"), replace(TOY, precision="bf16")
+    assert "loop.precision=no" in precision_notes(config, cpu)[0]
+    assert memory_format(cpu) == torch.contiguous_format
+    assert not precision_notes(replace(TOY, precision="no"), cpu)
+    assert not precision_notes(config, torch.device("cuda"))
+    assert memory_format("cuda") == torch.channels_last
+    monkeypatch.setattr(processor, "has", {"amx_bf16"}.__contains__)
+    assert not precision_notes(config, cpu) and memory_format(cpu) == torch.channels_last
 
 
 def test_runs_of_one_process_may_have_different_precisions(tmp_path: Path) -> None:

@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-Backend = Literal["torch", "openvino"]
+Backend = Literal["torch", "openvino", "cuda_graphs"]

@@ -14,16 +14,17 @@ from ldm.models.layers import blocks_of
 from ldm.models.packed import unpack
 
 
-def compile_blocks(network: nn.Module, **options: Any) -> int:
+def compile_blocks(network: nn.Module, kinds: tuple[type[nn.Module], ...] = (), **options: Any) -> int:
     """Compile the blocks that a network declares, in place, at their next calls; return how many there are.
 
-    options: of torch.compile, such as mode="max-autotune-no-cudagraphs", or fullgraph=True. Compiled layers multiply by
-    plain weights: see `ldm.models.packed`. Names and weights stay as they are.
+    kinds: of blocks, where a part of a network declares none. options: of torch.compile, such as fullgraph=True, or
+    mode="max-autotune-no-cudagraphs". Compiled layers multiply by plain weights: see `ldm.models.packed`. Names and
+    weights stay as they are.
     """
     # torch's own default lies among temporary files, which do not last.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     unpack(network)
-    kinds = blocks_of(network)
+    kinds = kinds or blocks_of(network)
     blocks = [each for each in network.modules() if isinstance(each, kinds)]
     for each in blocks:
         each.compile(**options)

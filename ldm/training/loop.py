@@ -25,7 +25,8 @@ from ldm.training import state
 from ldm.training.distributed import BatchGenerator, launch_notes, rows_of, shard_on_cpu, sharded, whole
 from ldm.training.ema import EMA
 from ldm.training.folders import held, make_folder
-from ldm.training.loop_config import LoopConfig, accelerator_for
+from ldm.training.layout import memory_format
+from ldm.training.loop_config import LoopConfig, accelerator_for, precision_notes
 from ldm.training.objective import Objective
 from ldm.training.optimization import build_optimizer, learning_rate
 from ldm.training.report import Report
@@ -65,7 +66,7 @@ class Trainer:
         self.rows = rows_of(config.batch_size, *place, config.gradient_accumulation_steps)
         self.objective, self.config, self.folder, self.resolved = objective, config, folder, resolved
         self.report = Report(self.accelerator, folder, config.pictures)
-        self.report.tell(launch_notes())
+        self.report.tell([*launch_notes(), *precision_notes(config, self.accelerator.device)])
         if self._lockless:
             self.report.tell([f"{folder} can't be locked: see to it that no other training writes there"])
         objective.prepare(self.accelerator.device, config.batch_size)
@@ -73,7 +74,7 @@ class Trainer:
         model = objective.model.train()
         self.frozen = fingerprint({n: p for n, p in model.named_parameters() if not p.requires_grad})
         # FSDP takes contiguous weights only.
-        layout = torch.contiguous_format if sharded() else torch.channels_last
+        layout = torch.contiguous_format if sharded() else memory_format(self.accelerator.device)
         model = model.to(self.accelerator.device, memory_format=layout)  # type: ignore[call-overload]
         self.ema = EMA(model, config.ema_half_life)
         plugin = self.accelerator.state.fsdp_plugin if self.accelerator.is_fsdp2 else None

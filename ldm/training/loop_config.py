@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from ldm import processor
 from ldm.errors import UserError
 from ldm.training.bounds import refuse_outside
 from ldm.training.distributed import processes, rows_of, sharded
@@ -61,6 +62,16 @@ class LoopConfig:
         if self.diverged:
             refuse_outside("loop", self, ("diverged",), 1)
         warmup_of(self.optimizer, self.pictures)
+
+
+def precision_notes(config: LoopConfig, device: torch.device) -> list[str]:
+    """Return what the user should know of the precision on this device."""
+    if config.precision != "bf16" or device.type != "cpu" or processor.multiplies_bfloat16():
+        return []
+    return [
+        "loop.precision bf16 takes several times as long as no on this processor, which has no instructions for it: "
+        "loop.precision=no is the faster one"
+    ]
 
 
 def accelerator_for(config: LoopConfig, folder: Path) -> "Accelerator":

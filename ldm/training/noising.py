@@ -6,6 +6,7 @@ from torch import Tensor
 from ldm.diffusion.noising import Noised, add_noise, shifted
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.training.distributed import BatchGenerator
+from ldm.training.layout import memory_format
 
 
 def noised_batch(
@@ -32,7 +33,7 @@ def noised_batch(
     seen = noise + input_perturbation * rng.normal(*shape) if input_perturbation else None
 
     def placed(tensor: Tensor) -> Tensor:
-        return tensor.to(device, memory_format=torch.channels_last)
+        return tensor.to(device, memory_format=memory_format(device))
 
     return add_noise(
         placed(latents),

@@ -97,7 +97,7 @@ class Setup:
             "dtype": str(pipe.dtype).removeprefix("torch."),
             **(
                 {}
-                if self.backend == "torch"
+                if self.backend != "openvino"
                 else {"backend": self.backend, self.backend: version(self.backend)}
             ),
             **({} if self.quantization is None else {"quantization": self.quantization}),

@@ -13,6 +13,7 @@ from ldm.data.buckets import Crop, Pixels, frame
 from ldm.data.order import Order
 from ldm.data.pictures import PictureSet
 from ldm.pictures import to_tensor
+from ldm.training.layout import memory_format
 
 _ALL = slice(None)
 
@@ -26,7 +27,7 @@ class Batch:
     start: int
 
     def to(self, device: torch.device) -> "Batch":
-        pictures = self.pictures.to(device, memory_format=torch.channels_last)
+        pictures = self.pictures.to(device, memory_format=memory_format(device))
         return replace(
             self, pictures=pictures, labels=None if self.labels is None else self.labels.to(device)
         )
