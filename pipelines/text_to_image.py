@@ -93,8 +93,8 @@ class TextToImagePipeline(DiffusersNames):
         device: None takes the accelerator that Accelerate finds, else the CPU.
         low_memory: keep each part on the device only while it works; None decides by the device's free memory.
             "sequential" does so with each layer of the network: the least memory, and the slowest way.
-        backend: what computes in torch's place: "openvino" the network and the autoencoder on a CPU, "cuda_graphs" the
-            network on a GPU, see docs/speed.md.
+        backend: what computes the network in torch's place: "openvino" on a CPU, "cuda_graphs" on a GPU, see
+            docs/speed.md.
         quantization: holds the network's weights in a byte each, which is approximate, see docs/speed.md: "int8" those
             of linear layers (the extra torchao), "fp8" those of convolutions too.
         Raises UserError.

@@ -18,7 +18,6 @@ from ldm.backends import openvino as backend
 from ldm.condition import Condition
 from ldm.errors import UserError
 from ldm.models.lora import LoRA
-from ldm.sampling import decode
 from ldm.system import System
 from pipelines import TextToImagePipeline
 from pipelines.cli import main
@@ -109,19 +108,6 @@ def test_bfloat16_is_as_near_as_torch_is(folder: Callable[[Any], Path]) -> None:
     backend.use(system)
     output = system.network(*given)
     assert output.dtype is torch.bfloat16 and apart(output, expected) < 2 * by_torch
-
-
-@torch.no_grad()
-def test_an_autoencoder_at_once_and_in_strips(folder: Callable[[Any], Path]) -> None:
-    system = System.load(folder("sd1"))
-    latents, picture = torch.randn(2, 4, 40, 48), torch.randn(1, 3, 64, 48)
-    expected, encoded = system.autoencoder.decode(latents), system.autoencoder.encode(picture).mean
-    strips = decode(system.autoencoder, latents, tile=64)
-    backend.use(system)
-    for _ in range(2):  # the memory of a call is given back
-        assert apart(system.autoencoder.decode(latents), expected) < CLOSE
-    assert apart(system.autoencoder.encode(picture).mean, encoded) < CLOSE
-    assert torch.equal(decode(system.autoencoder, latents, tile=64), strips)
 
 
 def test_pictures_of_a_pipeline(folder: Callable[[Any], Path], tmp_path: Path) -> None:

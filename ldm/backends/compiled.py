@@ -53,10 +53,6 @@ class Compiled:
             return torch.from_numpy(output.data.view("int16").copy()).view(torch.bfloat16)
         return torch.from_numpy(output.data.copy())
 
-    def release_memory(self) -> None:
-        """Give back what a call took beside the weights, and would else be kept for the next one."""
-        self._model.release_memory()
-
 
 def _cut_waves(model: Any) -> Any:
     """Cut sines and cosines, with what they are computed of, out of a model, and return them as another one.

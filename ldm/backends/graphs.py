@@ -166,7 +166,7 @@ def _key(module: nn.Module, places: list[Slot], adapters: Adapters, form: Form) 
         _sources(sys.modules[type(module).__module__].__file__ or ""),
         type(module).__qualname__,
         getattr(module, "config", None),
-        str(module),  # an encoder has no config of its own
+        str(module),  # what its settings do not say
         [(slot.name, tuple(slot.tensor.shape), str(slot.tensor.dtype)) for slot in places],
         adapters.facts(),
         form,

@@ -1,11 +1,11 @@
-"""OpenVINO in torch's place for the denoising network and the autoencoder of a system, on a CPU.
+"""OpenVINO in torch's place for the denoising network of a system, on a CPU.
 
     use(system)
 
-replaces what these modules do when they are called, and nothing else: their weights, names and hooks stay torch's, so
-that all that loads, saves and changes them works as before. What is not computed by OpenVINO is computed by torch, as
-if nothing had been replaced: a gradient, an adapter that is no plain LoRA and no IP-Adapter, a layer that is called by
-itself as `ldm.models.tiling` does.
+replaces what that module does when it is called, and nothing else: its weights, names and hooks stay torch's, so that
+all that loads, saves and changes them works as before. What is not computed by OpenVINO is computed by torch, as
+if nothing had been replaced: a gradient, an adapter that is no plain LoRA and no IP-Adapter. The autoencoder stays
+torch's, whose packed convolutions are as fast (benchmarks/speed.md).
 
 A call's result depends on the call alone, and not on those before it, or on how long they took: there is one graph for
 all numbers of rows, sizes and lengths of text.
@@ -49,39 +49,13 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def use(system: System) -> "OpenVINO":
-    """Compute a system's network, and the encoder and decoder of its autoencoder, by OpenVINO from now on.
+def use(system: System) -> "Replaced":
+    """Compute a system's network by OpenVINO from now on; it is converted and compiled at its first call.
 
-    They are converted and compiled at their first call. Raises UserError, see `check`.
+    Raises UserError, see `check`.
     """
     check(system.network.device, system.network.dtype)
-    halves = system.autoencoder
-    return OpenVINO(
-        [
-            Replaced(system.network),
-            Replaced(halves.encoder, rarely=True),
-            Replaced(halves.decoder, rarely=True),
-        ]
-    )
-
-
-class OpenVINO:
-    """What `use` has put in place."""
-
-    def __init__(self, replaced: "Sequence[Replaced]"):
-        self._replaced = list(replaced)
-
-    def notes(self) -> list[str]:
-        """Return why torch has computed some of what was asked for since the last time, each reason once."""
-        reasons = dict.fromkeys(reason for each in self._replaced for reason in each.reasons)
-        for each in self._replaced:
-            each.reasons.clear()
-        return [f"drawn by torch, not by OpenVINO: {reason}" for reason in reasons]
-
-    def remove(self) -> None:
-        """Have torch compute everything again."""
-        for each in self._replaced:
-            each.remove()
+    return Replaced(system.network)
 
 
 class _Untold(Exception):
@@ -93,21 +67,21 @@ class _Unable(Exception):
 
 
 class Replaced:
-    """A module's `forward`, by OpenVINO where it can be, else as it was.
+    """A module's `forward`, by OpenVINO where it can be, else as it was."""
 
-    Attributes:
-        reasons: why torch computed calls that one would expect OpenVINO to.
-    """
-
-    def __init__(self, module: nn.Module, rarely: bool = False):
-        """rarely: it is called a few times a picture, and lets go of its memory after each call."""
-        self.module, self.rarely = module, rarely
-        self.reasons: dict[str, None] = {}
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._reasons: dict[str, None] = {}  # why torch computed calls that one would expect OpenVINO to
         self._torch: Callable[..., Any] = module.forward
         self._compiled: OrderedDict[Any, Compiled] = OrderedDict()
         self._weights: tuple[Any, ...] = ()  # that the compiled ones are of
         self._failed: dict[Any, str] = {}
         module.forward = self
+
+    def notes(self) -> list[str]:
+        """Return why torch has computed some of what was asked for since the last time, each reason once."""
+        reasons, self._reasons = self._reasons, {}
+        return [f"drawn by torch, not by OpenVINO: {reason}" for reason in reasons]
 
     def remove(self) -> None:
         """Leave the module as it was."""
@@ -124,7 +98,7 @@ class Replaced:
         except _Untold:
             pass
         except _Unable as error:
-            self.reasons[str(error)] = None
+            self._reasons[str(error)] = None
         return self._torch(*arguments, **named)
 
     def _by_openvino(self, arguments: tuple[Any, ...]) -> Tensor:
@@ -144,10 +118,7 @@ class Replaced:
             raise _Untold
         compiled = self._for(places, adapters, form, inputs)
         scales = [torch.tensor([each.scale for each in adapters.loras])] if adapters.loras else []
-        output = compiled([*scales, *inputs])
-        if self.rarely:
-            compiled.release_memory()
-        return output.to(arguments[0].dtype)
+        return compiled([*scales, *inputs]).to(arguments[0].dtype)
 
     def _for(self, places: list[Slot], adapters: Adapters, form: Form, inputs: Sequence[Tensor]) -> Compiled:
         """The compiled graph for a call, made where there is none of these weights. Raises _Unable."""

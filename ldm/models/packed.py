@@ -24,6 +24,7 @@ class _Packed:
 
     _packed: Tensor | None = None  # the weight in oneDNN's order; the parameter's own data is then a stand-in
     _strides: tuple[int, ...] = ()  # of the plain weight
+    _stand_in: Tensor | None = None
     _parameters: dict[str, nn.Parameter | None]
     _forward_hooks: dict[int, Any]
 
@@ -65,15 +66,20 @@ class _Packed:
         """Return the weight in oneDNN's order; it is packed now if it was not."""
         packed, weight = self._packed, self._parameters["weight"]
         assert weight is not None
-        if packed is not None and weight.stride(0) == 0:
+        if packed is not None and self._stands_in(weight):
             return packed
         # Not packed yet, or somebody gave the parameter other data since.
         with _packing:
             self._strides = weight.stride()
             self._packed = packed = self.reordered(weight.detach(), x)
             # Of its shape, in no memory: whoever reads it past `weight` by mistake finds no numbers.
-            weight.data = weight.new_full((1,) * weight.ndim, float("nan")).expand(weight.shape)
+            self._stand_in = weight.new_full((1,) * weight.ndim, float("nan")).expand(weight.shape)
+            weight.data = self._stand_in
         return packed
+
+    def _stands_in(self, weight: Tensor) -> bool:
+        """Whether a parameter's data are the stand-in, and not what somebody gave it since."""
+        return self._stand_in is not None and weight.data_ptr() == self._stand_in.data_ptr()
 
     def reordered(self, weight: Tensor, x: Tensor) -> Tensor:
         """Return the plain weight in the order that oneDNN wants for x."""
@@ -84,7 +90,7 @@ class _Packed:
         with _packing:
             packed, self._packed = self._packed, None
             weight = self._parameters["weight"]
-            if packed is None or weight is None or weight.stride(0) != 0:
+            if packed is None or weight is None or not self._stands_in(weight):
                 return
             plain = torch.empty_strided(weight.shape, self._strides, dtype=weight.dtype)
             weight.data = plain.copy_(packed.to_dense())

@@ -20,6 +20,7 @@ from ldm.console import out_of_memory
 from ldm.errors import UserError
 from ldm.files import sweep, write_text
 from ldm.models.layers import blocks_of, recompute_activations
+from ldm.models.packed import unpack
 from ldm.system import fingerprint
 from ldm.training import state
 from ldm.training.distributed import BatchGenerator, launch_notes, rows_of, shard_on_cpu, sharded, whole
@@ -72,6 +73,7 @@ class Trainer:
         objective.prepare(self.accelerator.device, config.batch_size)
         self.report.tell(objective.notes())
         model = objective.model.train()
+        unpack(model)  # what has drawn before
         self.frozen = fingerprint({n: p for n, p in model.named_parameters() if not p.requires_grad})
         # FSDP takes contiguous weights only.
         layout = torch.contiguous_format if sharded() else memory_format(self.accelerator.device)
