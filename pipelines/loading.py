@@ -1,5 +1,6 @@
 """How a model comes from the disk to where it draws: its precision, its device, and what computes it there."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Placed:
                 raise UserError(
                     "a quantized network stays in its precision: load it in another, by torch_dtype"
                 )
-            self.check_unrounded(f"in {dtype}")
+            self.check_unrounded(f"to have them in {dtype}")
         kinds.check(self.backend, device, dtype or now)
 
     def check_unrounded(self, wanted: str) -> None:
@@ -51,7 +52,7 @@ class Placed:
         if self.rounded:
             raise UserError(
                 "the weights were rounded to bfloat16 as they were loaded, which this processor is fastest with: "
-                f"load them with torch_dtype=torch.float32, or another precision, {wanted}"
+                f"{wanted}, load them with torch_dtype=torch.float32, or another that you choose"
             )
 
 
@@ -84,7 +85,7 @@ def load(
         system.to(where, dtype)
     if quantization is not None:
         system.quantize(quantization)
-    chosen = torch_dtype is None and dtype is torch.bfloat16
+    chosen = torch_dtype is None and dtype is torch.bfloat16 and not os.environ.get("LDM_DTYPE")
     return Placed(
         system,
         where,
@@ -92,5 +93,5 @@ def load(
         kinds.use(backend, system),
         backend,
         (_ROUNDED,) if chosen else (),
-        chosen and any(each is not dtype for each in system.precision.values()),
+        chosen and any(system.precision.get(part) is not dtype for part in system.modules()),
     )

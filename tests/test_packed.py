@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=KINDS)
 def layer(request: pytest.FixtureRequest) -> Layer:
-    return KINDS[request.param]().requires_grad_(False)
+    return KINDS[request.param]().requires_grad_(False).eval()
 
 
 def given(layer: Layer, rows: int = 2) -> Tensor:
@@ -54,7 +55,7 @@ def plain(layer: Layer, x: Tensor) -> Tensor:
 
 
 def is_packed(layer: Layer) -> bool:
-    return layer._packed is not None
+    return packed._Held.of(layer._parameters["weight"]) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,6 +156,8 @@ def test_what_is_trained_traced_or_autocast_is_torch_s(layer: Layer, monkeypatch
     assert leaf.grad is not None
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+    assert torch.equal(layer.train()(x), expected)
+    layer.eval()
     traced = torch.jit.trace(layer, (x,), check_trace=False)
     assert "mkldnn" not in str(traced.inlined_graph)
     assert layer.double()(x.double()).dtype == torch.float64
@@ -176,7 +179,7 @@ def test_what_is_trained_traced_or_autocast_is_torch_s(layer: Layer, monkeypatch
 
 
 def test_a_merged_adapter_draws_and_comes_out_without_a_trace() -> None:
-    network = nn.Sequential(Linear(24, 24), Conv2d(3, 3, 1)).requires_grad_(False)
+    network = nn.Sequential(Linear(24, 24), Conv2d(3, 3, 1)).requires_grad_(False).eval()
     layer = network[0]
     assert isinstance(layer, Linear)
     x = torch.randn(2, 3, 24)
@@ -191,3 +194,47 @@ def test_a_merged_adapter_draws_and_comes_out_without_a_trace() -> None:
     assert is_packed(layer)
     lora.detach()
     assert torch.equal(layer.weight, before) and torch.equal(layer(x), first)
+
+
+def test_modules_that_share_a_weight_share_what_it_has_while_packed(layer: Layer) -> None:
+    """As those of a network and of the shell in which its average is drawn with."""
+    other, x = copy.copy(layer), given(layer)
+    first = layer(x)
+    other._parameters = {**layer._parameters}
+    for _ in range(2):
+        assert torch.equal(other(x), first) and torch.equal(layer(x), first)
+    before = other.weight.clone()
+    other(x)
+    assert torch.equal(layer.weight, before) and not bool(before.isnan().any())
+    layer(x)
+    instead = {name: torch.ones_like(each) for name, each in layer.state_dict().items()}
+    torch.func.functional_call(layer, instead, (x,))
+    assert torch.equal(layer(x), first)
+
+
+def test_threads_that_begin_at_once_pack_one_weight(layer: Layer) -> None:
+    x = given(layer)
+    expected = layer(x)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            layer.weight.sum()
+            found = list(pool.map(lambda _: layer(x), range(4)))
+            assert all(torch.equal(each, expected) for each in found)
+            weights = list(pool.map(lambda _: bool(layer.weight.isnan().any()), range(4)))
+            assert not any(weights)
+
+
+def test_odd_inputs_and_parametrized_layers_are_torch_s() -> None:
+    conv = Conv2d(24, 40, 3, padding=1).requires_grad_(False).eval()
+    x = torch.randn(24, 9, 10)  # without a batch
+    torch.testing.assert_close(conv(x), conv(x[None])[0], atol=1e-5, rtol=1e-5)
+    normed = nn.utils.parametrizations.weight_norm(Linear(24, 40).eval())
+    assert normed(torch.randn(2, 24)).shape == (2, 40)
+
+
+def test_one_row_rounds_as_it_does_after_many() -> None:
+    one, other = Linear(320, 640).requires_grad_(False).eval(), Linear(320, 640).requires_grad_(False).eval()
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(1, 320)
+    other(torch.randn(64, 320))
+    assert torch.equal(one(x), other(x))

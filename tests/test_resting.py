@@ -6,7 +6,9 @@ from tiny import tiny_unet
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.models import packed
 from ldm.models.compiled import compile_blocks
+from ldm.models.lora import LoRA
 from ldm.models.packed import Conv2d, Linear
 from ldm.models.resting import Resting, rest_in
 from ldm.models.unet import UNet
@@ -72,8 +74,20 @@ def test_compiled_blocks_compute_the_same_under_their_own_names() -> None:
     torch.testing.assert_close(unet(*given), expected, atol=1e-4, rtol=1e-4)
     assert list(unet.state_dict()) == names
     assert not any(
-        each._packed is not None
+        packed._Held.of(each._parameters["weight"]) is not None
         for block in unet.down_blocks
         for each in block.resnets[0].modules()
         if isinstance(each, Conv2d)
     )
+
+
+def test_adapters_that_come_after_compiling_are_not_passed_over() -> None:
+    unet, given = network(), inputs()
+    compile_blocks(unet, backend="eager")
+    expected = unet(*given)
+    lora = LoRA(unet, "attention", rank=2)
+    for layer in lora.layers.values():
+        nn.init.normal_(layer.up.weight)  # type: ignore[union-attr, arg-type]
+    assert not torch.allclose(unet(*given), expected, atol=1e-2)
+    lora.detach()
+    torch.testing.assert_close(unet(*given), expected, atol=1e-4, rtol=1e-4)

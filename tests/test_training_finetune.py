@@ -483,3 +483,20 @@ def test_the_optimizer_in_8_bits_needs_its_package(tmp_path: Path) -> None:
         optimizer = OptimizerConfig(kind="adamw8bit")
         config = LoopConfig(pictures=8, batch_size=8, precision="no", optimizer=optimizer)
         Trainer(built(setup(tmp_path)[0]), config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"kind": "lora", "rank": 2},
+        {"kind": "textual_inversion", "placeholder_token": "<toy>", "initializer_token": "cat"},
+    ],
+    ids=lambda kind: kind["kind"],
+)
+def test_what_is_frozen_survives_the_validations_on_the_way(tmp_path: Path, kind: dict[str, Any]) -> None:
+    """They draw with the same frozen weights, which a CPU packs for drawing."""
+    validation = {"prompts": ["a cat"], "seeds": 1, "steps": 2}
+    loop = {"pictures": 48, "validate_every": 16, "log_every": 16}
+    data = {"captions": ["a <toy>"]} if "placeholder_token" in kind else {}
+    path, _ = setup(tmp_path, loop=loop, train=kind, validation=validation, data=data)
+    train(path)  # it ends with an error where the loss is no number

@@ -40,17 +40,21 @@ class CUDAGraphs:
     def __init__(self, module: nn.Module):
         self._module, self._own = module, module.forward
         self._captured: OrderedDict[Any, Captured] = OrderedDict()
-        self._seen: OrderedDict[Any, None] = OrderedDict()
+        self._seen: set[Any] = set()
         self._weights: tuple[int, ...] = ()  # where those lie that captured calls read
         self._hooked = False
+        self._broken = ""  # why a capture failed
         self._pool: Any = None
         module.forward = self
 
     def notes(self) -> list[str]:
         """Return why calls were launched kernel by kernel since the last time."""
         hooked, self._hooked = self._hooked, False
-        why = "adapters beside the layers; merged into the weights (fuse_lora()) they would do"
-        return [f"drawn without CUDA graphs: {why}"] if hooked else []
+        why = "something is beside the layers, such as a LoRA, which merged into the weights (fuse_lora()) would do"
+        reasons = [why] if hooked else []
+        if self._broken:
+            reasons.append(f"a capture failed ({self._broken})")
+        return [f"drawn without CUDA graphs: {each}" for each in reasons]
 
     def remove(self) -> None:
         """Leave the module as it was."""
@@ -61,7 +65,7 @@ class CUDAGraphs:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Compute what the module's own `forward` does."""
         apart = None if named or torch.is_grad_enabled() else taken_apart(arguments)
-        if apart is None or torch.is_autocast_enabled("cuda"):
+        if apart is None or self._broken or torch.is_autocast_enabled("cuda"):
             return self._own(*arguments, **named)
         form, inputs = apart
         if not all(each.is_cuda for each in inputs) or torch.cuda.is_current_stream_capturing():
@@ -73,22 +77,30 @@ class CUDAGraphs:
         weights = tuple(slot.tensor.data_ptr() for slot in slots(modules))
         if weights != self._weights:  # merged into, moved, or in another precision
             self._captured.clear()
-            self._weights = weights
+            self._pool, self._weights = None, weights
         key = (form, tuple(each.shape for each in inputs))
         found = self._captured.get(key)
         if found is None:
             if key not in self._seen:  # for one call a capture does not pay
-                self._seen[key] = None
+                self._seen.add(key)
                 return self._own(*arguments)
             found = self._capture(key, form, inputs)
+            if found is None:
+                return self._own(*arguments)
         self._captured.move_to_end(key)
         return found(inputs)
 
-    def _capture(self, key: Any, form: Form, inputs: Sequence[Tensor]) -> "Captured":
+    def _capture(self, key: Any, form: Form, inputs: Sequence[Tensor]) -> "Captured | None":
+        """Capture a call; None, and no further try, where that fails."""
         while len(self._captured) >= _KEPT:
             self._captured.popitem(last=False)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        found = self._captured[key] = Captured(self._own, form, inputs, self._pool)
+        with torch.cuda.device(inputs[0].device):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            try:
+                found = self._captured[key] = Captured(self._own, form, inputs, self._pool)
+            except RuntimeError as error:
+                self._broken = str(error).splitlines()[0][:120]
+                return None
         return found
 
 
@@ -105,12 +117,13 @@ class Captured:
                 call(*arguments)
         now.wait_stream(apart)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._output = call(*arguments)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the output for these inputs, in a memory of its own."""
-        for own, each in zip(self._inputs, inputs, strict=True):
-            own.copy_(each)
-        self._graph.replay()
-        return self._output.clone()
+        with torch.cuda.device(self._output.device):
+            for own, each in zip(self._inputs, inputs, strict=True):
+                own.copy_(each)
+            self._graph.replay()
+            return self._output.clone()

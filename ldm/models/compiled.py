@@ -5,6 +5,7 @@ once takes minutes. What was compiled is kept on the disk, and the next process 
 """
 
 import os
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,8 @@ def compile_blocks(network: nn.Module, kinds: tuple[type[nn.Module], ...] = (), 
     """
     # torch's own default lies among temporary files, which do not last.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
+    # Else adapters that come later would be passed over. For the whole process, as blocks are compiled when called.
+    import_module("torch._dynamo").config.skip_nnmodule_hook_guards = False
     unpack(network)
     kinds = kinds or blocks_of(network)
     blocks = [each for each in network.modules() if isinstance(each, kinds)]

@@ -64,7 +64,9 @@ class ChangedLayer(nn.Module):
         strengths scale the difference, as ComfyUI has it.
         """
         part = {name: each.detach().float() for name, each in self.parts.items()}
-        weight = weight.detach().float()
+        # Weights may rest elsewhere than where the adapter is: see `ldm.models.resting`.
+        there = next(iter(part.values())).device
+        weight, bias = weight.detach().float().to(there), None if bias is None else bias.to(there)
         changes: list[Tensor] = []
         product = _product(part, weight.shape)
         if product is not None:
@@ -148,7 +150,7 @@ def _applied(base: Changeable, x: Tensor, weight: Tensor | None, bias: Tensor | 
     """The layer's output with this weight and bias in place of its own; None stands for zeros."""
     if base.weight.dtype.itemsize > 1:  # in 8 bits it only rests
         x = x.to(base.weight.dtype)
-    weight = torch.zeros_like(base.weight) if weight is None else weight
+    weight = torch.zeros_like(base.weight, dtype=x.dtype, device=x.device) if weight is None else weight
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if isinstance(base, nn.Linear):
         return F.linear(x, weight, bias)

@@ -35,12 +35,12 @@ class Resting:
             self._handles.pop().remove()
 
     def _bring(self, layer: nn.Module, inputs: Any) -> None:
-        self._own[layer] = {name: tensor.data for name, tensor in _tensors(layer)}
-        for _, tensor in _tensors(layer):
+        # What an interrupted call left there is still its own.
+        own = self._own.setdefault(layer, {name: tensor.data for name, tensor in _tensors(layer)})
+        for name, tensor in _tensors(layer):
             dtype = self._dtype if tensor.is_floating_point() else None
-            tensor.data = tensor.data.to(
-                self._device or tensor.device, dtype or tensor.dtype, non_blocking=True
-            )
+            kept = own[name]
+            tensor.data = kept.to(self._device or kept.device, dtype or kept.dtype, non_blocking=True)
 
     def _leave(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         own = self._own.pop(layer, {})

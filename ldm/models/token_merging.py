@@ -101,12 +101,14 @@ def _attach(transformer: SpatialTransformer, ratio: float, stack: ExitStack) -> 
     def sized(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         size[:] = [inputs[0].shape[-2:]]
 
-    def merge(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+    def merge(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if min(size[0]) < _WINDOW:  # no window, and none to merge with
+            return inputs
         now[:] = [Merging.of(inputs[0], size[0], ratio)]
         return (now[0].merge(inputs[0]),)
 
     def unmerge(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return now.pop().unmerge(output)
+        return now.pop().unmerge(output) if now else output
 
     handles = [transformer.register_forward_pre_hook(sized)]
     for block in transformer.transformer_blocks:

@@ -10,6 +10,7 @@ from ldm.condition import Condition
 from ldm.conditioning.control import Control
 from ldm.conditioning.text import TextEncoder
 from ldm.models.denoising import DenoisingNetwork
+from ldm.models.packed import unpack
 from ldm.system import System
 
 
@@ -67,6 +68,7 @@ class TrainableModel(nn.Module):
 
 def thaw(module: nn.Module) -> None:
     """Have it trained, in float32 and as copies: training must not write into a mapped file."""
+    unpack(module)  # what has drawn before
     for parameter in module.parameters():
         parameter.data = parameter.data.float().clone()
         parameter.requires_grad_(True)
