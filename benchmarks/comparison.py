@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.contenders import build
 from benchmarks.costs import build_peak, build_profile, flops
 from benchmarks.fresh import Fresh
-from benchmarks.parts import DTYPES, NETWORKS, PARTS, Contender, Job, device, has_backend, has_compile
+from benchmarks.parts import DTYPES, NETWORKS, PARTS, Contender, Job, device, has_backend
 from benchmarks.workers import FailedError, Figures, Runner, Worker, in_turns, reason
 from ldm.console import note
 from ldm.errors import UserError
@@ -63,9 +63,9 @@ def contenders(wanted: Wanted, part: str) -> list[Contender]:
                     found.append(Contender(f"{tuned.name}, compiled", "diffusers", dtype, True, True))
         if openvino and part != "text" and not fresh and dtype != "float16":
             found.append(Contender(f"OpenVINO of diffusers, {dtype}", "openvino", dtype))
-        if not cuda and has_backend():
+        if not cuda and has_backend(dtype):
             ours.append(Contender(f"ours, {dtype}, OpenVINO", "ours", dtype, backend="openvino"))
-        if compiled and not fresh and has_compile():
+        if compiled and not fresh:
             ours.append(Contender(f"ours, {dtype}, compiled", "ours", dtype, compiled=True))
     chosen = [each for each in found + ours if not wanted.only or any(w in each.name for w in wanted.only)]
     if not chosen:

@@ -3,7 +3,6 @@
 `benchmarks.contenders.build` makes one contender's work of one part, in whatever process it is called.
 """
 
-import inspect
 import json
 import time
 import warnings
@@ -311,18 +310,16 @@ def our_pipeline(contender: Contender, model: str) -> Any:
     return pipe
 
 
-def has_backend() -> bool:
-    """Whether our pipeline can compute by OpenVINO."""
-    from pipelines import TextToImagePipeline
+def has_backend(dtype: str) -> bool:
+    """Whether our pipeline can compute by OpenVINO here, in this precision."""
+    from ldm.backends import openvino
+    from ldm.errors import UserError
 
-    return "backend" in inspect.signature(TextToImagePipeline.from_pretrained).parameters
-
-
-def has_compile() -> bool:
-    """Whether our pipeline can compile itself."""
-    from pipelines import TextToImagePipeline
-
-    return hasattr(TextToImagePipeline, "compile")
+    try:
+        openvino.check(torch.device("cpu"), getattr(torch, dtype))
+    except UserError:
+        return False
+    return True
 
 
 def _our_picture(pipe: Any, job: Job, shapes: Shapes) -> Draw:

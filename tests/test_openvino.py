@@ -13,6 +13,7 @@ from random_lora import trained
 from tiny import tiny_pipeline_folder
 from torch import Tensor
 
+from ldm import processor
 from ldm.backends import graphs
 from ldm.backends import openvino as backend
 from ldm.condition import Condition
@@ -23,6 +24,8 @@ from pipelines import TextToImagePipeline
 from pipelines.cli import main
 
 pytest.importorskip("openvino")
+if processor.vendor() and not processor.has("avx512f"):
+    pytest.skip("OpenVINO is for processors with AVX512", allow_module_level=True)
 
 CLOSE = 1e-5  # relative, in float32: a few hundred roundings of 6e-8 in sums of other orders
 DRAW: dict[str, Any] = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"}

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm import processor
 from ldm.backends.arguments import Form, taken_apart
 from ldm.backends.compiled import PRECISIONS, Compiled
 from ldm.backends.graphs import Adapters, Slot, graph, slots
@@ -42,6 +43,11 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
         raise UserError(
             f"the backend openvino computes on the CPU, and the device is {str(device)!r}: give the device cpu, or the "
             "backend torch"
+        )
+    if processor.vendor() and not processor.has("avx512f"):
+        raise UserError(
+            "OpenVINO 2026.4 ends the process at some sizes of pictures on processors without AVX512, as this one is: "
+            "leave out the backend"
         )
     if dtype not in PRECISIONS:
         raise UserError(
