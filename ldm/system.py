@@ -187,7 +187,7 @@ class System:
         return self
 
     def quantize(self, kind: Quantization) -> None:
-        """Hold the network's linear layers in fewer bits from now on; no more can it be saved. Raises UserError."""
+        """Hold the network's weights in fewer bits from now on; no more can it be saved. Raises UserError."""
         quantize(self.network, kind)
         self.quantization = kind
 

@@ -40,9 +40,9 @@ def choose_place(
 def choose_dtype(device: torch.device) -> torch.dtype:
     """The precision to draw in where nobody says: bfloat16 on a CPU that multiplies it, else float32.
 
-    With AVX512-BF16 or AMX a picture takes a half to a fifth of float32's time (benchmarks/speed.md); without, bfloat16
-    would be slower. The environment variable LDM_DTYPE, where it is set, decides instead. Raises UserError for what it
-    can't be.
+    With AVX512-BF16 a picture takes a half to three quarters of float32's time (benchmarks/speed.md); without, and
+    without AMX, bfloat16 would be slower. The environment variable LDM_DTYPE, where it is set, decides instead. Raises
+    UserError for what it can't be.
     """
     said = os.environ.get("LDM_DTYPE")
     if said:

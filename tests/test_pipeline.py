@@ -19,6 +19,7 @@ from ldm.errors import UserError
 from ldm.models.unet import UNet
 from ldm.system import System
 from pipelines import TextToImagePipeline
+from pipelines.placement import LowMemory
 from pipelines.recipe import Recipe, read_recipe, recipes_for
 
 V_ZERO_SNR = {
@@ -361,18 +362,27 @@ def test_long_prompts_are_noted(pipe: TextToImagePipeline) -> None:
     assert any("2 chunks of 75" in note for note in output.notes)
 
 
-def test_offloaded_parts_draw_the_same(folder: Callable[..., Path], pipe: TextToImagePipeline) -> None:
-    offloaded = TextToImagePipeline.from_pretrained(folder("sd1"), device="cpu", low_memory=True)
+@pytest.mark.parametrize("how", [True, "sequential"])
+def test_offloaded_parts_draw_the_same(
+    folder: Callable[..., Path], pipe: TextToImagePipeline, how: LowMemory
+) -> None:
+    offloaded = TextToImagePipeline.from_pretrained(folder("sd1"), device="cpu", low_memory=how)
+    hooked = [each for each in offloaded.system.network.modules() if each._forward_pre_hooks]
+    assert bool(hooked) == (how == "sequential")
     order = (pipe, offloaded, offloaded, offloaded.to("cpu"))
     pictures = [p("cat", seed=0, num_inference_steps=2, output_type="np").images for p in order]
-    for picture in pictures[1:]:
-        np.testing.assert_array_equal(picture, pictures[0])
+    # Layers with hooks don't pack their weights, and round otherwise.
+    error = 0 if how is True else 1e-4
+    for picture in pictures[1:3]:
+        np.testing.assert_allclose(picture, pictures[0], atol=error, rtol=0)
+    np.testing.assert_array_equal(pictures[3], pictures[0])
     assert not any(hasattr(module, "_hf_hook") for module in offloaded.system.modules().values())
+    assert not any(each._forward_pre_hooks for each in offloaded.system.network.modules())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_half_precision_on_cuda(folder: Callable[..., Path], low_memory: bool) -> None:
+@pytest.mark.parametrize("low_memory", [False, True, "sequential"])
+def test_half_precision_on_cuda(folder: Callable[..., Path], low_memory: LowMemory) -> None:
     """Close to the CPU's picture, twice over, and with low memory nothing stays on the device."""
     settings: dict[str, Any] = {
         "seed": 0,

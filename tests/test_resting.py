@@ -10,7 +10,7 @@ from ldm.models import packed
 from ldm.models.compiled import compile_blocks
 from ldm.models.lora import LoRA
 from ldm.models.packed import Conv2d, Linear
-from ldm.models.resting import Resting, rest_in
+from ldm.models.resting import Resting, computed_in, rest_in
 from ldm.models.unet import UNet
 from ldm.models.unet_config import UNetConfig
 
@@ -91,3 +91,7 @@ def test_adapters_that_come_after_compiling_are_not_passed_over() -> None:
     assert not torch.allclose(unet(*given), expected, atol=1e-2)
     lora.detach()
     torch.testing.assert_close(unet(*given), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_without_biases_and_norms_has_a_precision() -> None:
+    assert computed_in(nn.Linear(2, 2, bias=False).bfloat16()) == torch.bfloat16

@@ -136,3 +136,14 @@ def test_the_recipe_goes_through_a_png(pipe: TextToImagePipeline, tmp_path: Path
     recipe = read_recipe(tmp_path / "a.png")
     assert (recipe.token_merging, recipe.feature_reuse) == (0.5, 2)
     assert np.array_equal(np.asarray(pipe.draw([recipe]).images[0]), np.asarray(drawn.images[0]))
+
+
+@torch.no_grad()
+def test_a_map_of_one_row_has_nothing_to_merge(pipe: TextToImagePipeline) -> None:
+    network = pipe.system.network
+    width = network.wants(pipe.system.autoencoder.config.latent_channels)["hidden"]
+    channels = network.config.in_channels
+    given = torch.randn(1, channels, 1, 16), torch.tensor([5.0]), Condition(hidden=torch.randn(1, 7, width))
+    expected = network(*given)
+    with merged_tokens(network, 0.5):
+        assert torch.equal(network(*given), expected)

@@ -73,4 +73,5 @@ def rest_in(module: nn.Module, storage: torch.dtype) -> Resting:
 
 def computed_in(module: nn.Module) -> torch.dtype:
     """Return the precision that a module computes in: of its biases and norms, since weights may rest in another."""
-    return next(each.dtype for each in module.parameters() if each.ndim == 1)
+    own = list(module.parameters())
+    return next((each.dtype for each in own if each.ndim == 1), own[0].dtype)
