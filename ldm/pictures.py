@@ -102,9 +102,6 @@ def scatter(points: Tensor, reach: float = 3.0, side: int = 320) -> "Image":
     """Draw points (B, 2, 1, 1) as dots: a square of `side` pixels that shows [-reach, reach] both ways."""
     from PIL import Image
 
-    counts, _, _ = np.histogram2d(
-        *(-1) ** np.arange(2)[::-1][:, None] * points.flatten(1).double().cpu().numpy().T[::-1],
-        bins=side,
-        range=[[-reach, reach]] * 2,
-    )
+    x, y = points.flatten(1).double().cpu().numpy().T
+    counts, _, _ = np.histogram2d(-y, x, bins=side, range=[[-reach, reach]] * 2)
     return Image.fromarray((255 * 0.4**counts).astype(np.uint8)).convert("RGB")

@@ -28,15 +28,11 @@ class Drawing(Protocol):
         """Return the network, with its condition bound, as a denoiser."""
         ...
 
-    def run(
-        self, denoise: Denoise, noise: NoiseSource, callback: driver.Callback | None = None
-    ) -> Asking:
+    def run(self, denoise: Denoise, noise: NoiseSource, callback: driver.Callback | None = None) -> Asking:
         """Draw from the first of `noise()` (B, C, h, w) to a sample of the data, as a coroutine."""
         ...
 
-    def sample(
-        self, denoise: Denoise, noise: NoiseSource, callback: driver.Callback | None = None
-    ) -> Tensor:
+    def sample(self, denoise: Denoise, noise: NoiseSource, callback: driver.Callback | None = None) -> Tensor:
         """Do the same at once."""
         ...
 
@@ -118,5 +114,7 @@ def read_process(mapping: Mapping[str, Any], where: str = FILE_NAME) -> Process:
     name = mapping.get("_class_name")
     reader = READERS.get(name) if isinstance(name, str) else None
     if reader is None:
-        raise UserError(f"{where}: _class_name {name!r:.60} is no process that is known: {', '.join(READERS)}")
+        raise UserError(
+            f"{where}: _class_name {name!r:.60} is no process that is known: {', '.join(READERS)}"
+        )
     return reader(mapping, where)

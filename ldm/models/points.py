@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from ldm.models.denoising import DenoisingNetwork
 from ldm.models.layers import TimestepEmbedding, sinusoidal_embedding
 
 _CLASS = "PointNetwork"
+_FREQUENCIES = 5  # octaves from 1 on
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,11 @@ class PointConfig:
 
 
 class PointNetwork(DenoisingNetwork):
-    """Layers with residuals, each shifted by the timestep (and class): (B, C, 1, 1) -> (B, out_channels, 1, 1)."""
+    """Layers with residuals, each shifted by the timestep (and class): (B, C, 1, 1) -> (B, out_channels, 1, 1).
+
+    The coordinates come with sines and cosines of them, without which a network of few dimensions learns no detail
+    (Tancik et al. 2020).
+    """
 
     pipelines = ()
     block_types = ()
@@ -64,9 +71,12 @@ class PointNetwork(DenoisingNetwork):
         self.config = config
         first, *_ = widths = config.block_out_channels
         self.time_embedding = TimestepEmbedding(first, first)
-        self.class_embedding = nn.Embedding(config.num_class_embeds, first) if config.num_class_embeds else None
+        self.class_embedding = (
+            nn.Embedding(config.num_class_embeds, first) if config.num_class_embeds else None
+        )
+        features = config.in_channels * (1 + 2 * _FREQUENCIES)
         self.layers = nn.ModuleList(
-            nn.Linear(before, width) for before, width in zip((config.in_channels, *widths), widths, strict=False)
+            nn.Linear(before, width) for before, width in pairwise((features, *widths))
         )
         self.shifts = nn.ModuleList(nn.Linear(first, width) for width in widths)
         self.out = nn.Linear(widths[-1], config.out_channels)
@@ -83,7 +93,9 @@ class PointNetwork(DenoisingNetwork):
     def forward(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """See `DenoisingNetwork`. sample: (B, C, 1, 1)."""
         if self.config.time_embedding_type == "logarithmic":
-            timestep = 250 * timestep.log()  # sigma from 0.01 to 50 over about as many units as timesteps have
+            timestep = (
+                250 * timestep.log()
+            )  # sigma from 0.01 to 50 over about as many units as timesteps have
         features = sinusoidal_embedding(timestep, self.config.block_out_channels[0])
         time = self.time_embedding(features.to(self.dtype))
         if self.class_embedding is not None:
@@ -91,9 +103,9 @@ class PointNetwork(DenoisingNetwork):
             time = time + self.class_embedding(condition.labels)
         time = F.silu(time)
         x = sample.flatten(1)
+        waves = [2.0**octave * x for octave in range(_FREQUENCIES)]
+        x = torch.cat([x, *(each.sin() for each in waves), *(each.cos() for each in waves)], dim=1)
         for layer, shift in zip(self.layers, self.shifts, strict=True):
             new = F.silu(layer(x) + shift(time))
             x = x + new if x.shape == new.shape else new
         return self.out(x)[:, :, None, None]
-
-

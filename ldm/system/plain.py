@@ -180,5 +180,7 @@ def _labels(named: object, path: Path) -> list[str]:
         raise UserError(f"{path}: {_LABELS} in model_index.json must name the classes by their numbers")
     numbered = {str(number): str(name).partition(",")[0] for number, name in named.items()}
     if odd := [number for number in map(str, range(len(numbered))) if number not in numbered]:
-        raise UserError(f"{path}: {_LABELS} in model_index.json has {len(numbered)} names, and none for {odd[0]}")
+        raise UserError(
+            f"{path}: {_LABELS} in model_index.json has {len(numbered)} names, and none for {odd[0]}"
+        )
     return [numbered[str(number)] for number in range(len(numbered))]

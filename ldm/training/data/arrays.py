@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def digits() -> tuple[Tensor, Tensor]:
         raise UserError(
             "the digits are scikit-learn's: pip install 'ldm-text-to-image[lectures]' to have it"
         ) from None
-    found = load_digits()
+    found: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
     pictures = torch.from_numpy(found.images[order]).float()[:, None] / 8 - 1
     return pictures, torch.from_numpy(found.target[order]).long()

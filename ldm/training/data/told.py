@@ -21,6 +21,11 @@ class Nothing:
 
     kind: ClassVar[str] = "nothing"
 
+    @property
+    def left_out(self) -> float:
+        """The share of pictures of which the network is told nothing."""
+        return 0.0
+
     def check(self, where: str, examples: Examples) -> None:
         """Raise UserError for data that it does not go with."""
 
@@ -44,6 +49,10 @@ class Labels(Nothing):
     kind: ClassVar[str] = "labels"
 
     dropout: float = 0.1
+
+    @property
+    def left_out(self) -> float:
+        return self.dropout
 
     def check(self, where: str, examples: Examples) -> None:
         refuse_outside(where, self, ("dropout",), 0, 1)

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.bound import BoundNetwork
 from ldm.diffusion.losses import LossConfig, prediction_loss
 from ldm.diffusion.process import DDPMConfig
 from ldm.errors import UserError
@@ -42,6 +41,9 @@ class UNet2DSettings(UNet2DConfig):
 
     kind: ClassVar[str] = "unet2d"
 
+    def sized(self, channels: int, out_channels: int, side: int) -> "UNet2DSettings":
+        return replace(self, in_channels=channels, out_channels=out_channels, sample_size=side)
+
     def build(self) -> DenoisingNetwork:
         return UNet2D(self)
 
@@ -51,6 +53,9 @@ class PointSettings(PointConfig):
     """Linear layers, for points; see PointConfig."""
 
     kind: ClassVar[str] = "points"
+
+    def sized(self, channels: int, out_channels: int, side: int) -> "PointSettings":
+        return replace(self, in_channels=channels, out_channels=out_channels)
 
     def build(self) -> DenoisingNetwork:
         return PointNetwork(self)
@@ -71,7 +76,7 @@ class Config:
     """The settings.
 
     data: what it learns from, of a kind: digits, toys, pictures (from disk), or one's own.
-    network: of a kind: unet2d, or points. The channels and the side of its input, and its classes, follow from the data.
+    network: of a kind: unet2d, or points. Its channels, its side and its classes are those of the data.
     process: of a kind: ddpm, in discrete steps.
     condition: what it is told, of a kind: nothing, or labels.
     autoencoder: a folder that holds a first stage, for a model of its latents; None for one of pixels.
@@ -123,16 +128,13 @@ class Objective:
         """The network, sized by what is in the data."""
         config, (channels, height, width) = self.config, self._clean(self.examples.whole(0, 1)).shape[1:]
         if height != width:
-            raise UserError(f"diffusion.data gives {width}x{height}, and squares are learned: set diffusion.crop")
+            raise UserError(
+                f"diffusion.data gives {width}x{height}, and squares are learned: set diffusion.crop"
+            )
         side = config.crop or height
         if self.autoencoder is not None and config.crop:
             side = config.crop // self.autoencoder.config.factor
-        sized = replace(
-            config.network,
-            sample_size=side,
-            in_channels=channels,
-            out_channels=channels * (2 if config.loss.variance else 1),
-        ) if isinstance(config.network, UNet2DSettings) else replace(config.network, in_channels=channels, out_channels=channels)
+        sized = config.network.sized(channels, channels * (2 if config.loss.variance else 1), side)
         network = config.condition.sized(sized, self.examples).build()
         if side % network.multiple:
             raise UserError(
@@ -151,8 +153,7 @@ class Objective:
         return self.examples.cuts(start, size, rows)
 
     def loss(self, model: nn.Module, batch: Batch, rng: BatchGenerator) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config
-        dropped = rng.uniform() < getattr(config.condition, "dropout", 0.0)
+        dropped = rng.uniform() < self.config.condition.left_out
         return self._losses(model, batch, rng, dropped).mean(), {}
 
     def _losses(self, model: nn.Module, batch: Batch, rng: BatchGenerator, dropped: Tensor) -> Tensor:
