@@ -221,4 +221,4 @@ def _sheet(drawn: Tensor) -> "Image":
     if side == 1:
         return scatter(drawn)
     larger = to_unit_range(drawn).repeat_interleave(max(1, _SEEN // side), 2)
-    return grid(to_pil(larger.repeat_interleave(max(1, _SEEN // side), 3)), 10)
+    return grid(to_pil(larger.repeat_interleave(max(1, _SEEN // side), 3)), min(10, len(drawn)))
