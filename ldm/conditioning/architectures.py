@@ -1,4 +1,4 @@
-"""The text networks, by the names that config.json has for them: which class, what it reads, what of its output we take.
+"""The text networks by their names in a config.json: which class, what it reads, what of its output we take.
 
 CLIP and BERT are our own networks, with transformers' names. T5 is run through transformers, which takes longer to be
 imported than a small picture to be drawn.

@@ -151,7 +151,7 @@ class FastTokenizer:
         return self._rules.get_vocab_size(with_added_tokens=True)
 
     def add_tokens(self, new_tokens: str | Sequence[str]) -> int:
-        """Add tokens behind the vocabulary where they aren't in it; return how many those are."""
+        """Have these tokens found whole in any text, behind the vocabulary where they aren't in it; return how many."""
         return self._rules.add_tokens([new_tokens] if isinstance(new_tokens, str) else list(new_tokens))
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -140,7 +140,11 @@ def _build_module(
 
 
 def _by_transformers(
-    model: str, architecture: Architecture, settings: dict[str, Any], tensors: Mapping[str, Tensor], where: str
+    model: str,
+    architecture: Architecture,
+    settings: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    where: str,
 ) -> Any:
     from accelerate import init_empty_weights
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from ldm.checkpoints.paths import readable
 from ldm.conditioning.cleaning import clean
-from ldm.conditioning.fast_tokenizer import FastTokenizer
 from ldm.conditioning.text import Window
 from ldm.errors import UserError
 from ldm.foreign import LARGEST_TEXT, foreign, json_object, read_plain
@@ -24,6 +23,7 @@ from ldm.foreign import LARGEST_TEXT, foreign, json_object, read_plain
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES = 48_894  # of the list in the file, the first so many
 _BPE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # OpenAI's, as OpenCLIP ships it
+_T5_CLASS = "T5TokenizerFast"  # a name that transformers 4 and 5 share
 _CLIP_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")  # ours, and transformers' own
 # What holds an architecture's vocabulary where tokenizer.json does not.
 _VOCABULARIES = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ("spiece.model",)}
@@ -54,6 +54,8 @@ def load_tokenizer(folder: str | Path, architecture: str) -> Any:
         if architecture == "t5":
             tokenizer = _by_transformers(path)
         else:
+            from ldm.conditioning.fast_tokenizer import FastTokenizer  # the library waits until it is needed
+
             tokenizer = FastTokenizer.read(path, architecture, files)
         # another architecture's file may be read well, and fail at an unknown word
         tokenizer("a \N{SNOWMAN}")
@@ -62,9 +64,10 @@ def load_tokenizer(folder: str | Path, architecture: str) -> Any:
 
 def _by_transformers(path: Path) -> Any:
     with quiet():
-        from transformers import T5TokenizerFast  # a name that transformers 4 and 5 share
+        import transformers
 
-        return T5TokenizerFast.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        kind: Any = getattr(transformers, _T5_CLASS)
+        return kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
 
 
 def _read_files(path: Path, names: Collection[str]) -> dict[str, Any]:

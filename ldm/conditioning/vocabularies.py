@@ -35,14 +35,13 @@ _SPECIAL = {  # in the order in which they are added where the vocabulary lacks 
         "mask_token": "[MASK]",
     },
 }
-_UNLIMITED = 10**30  # transformers' number for a tokenizer that knows no limit
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_UNLIMITED = int(1e30)  # transformers' number for a tokenizer that knows no limit
 # Radford et al. 2021, `simple_tokenizer.py`: abbreviations, words, single digits, runs of signs.
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def read_rules(
-    folder: Path, architecture: str, files: Mapping[str, Any]
-) -> tuple[Tokenizer, dict[str, Any]]:
+def read_rules(folder: Path, architecture: str, files: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
     """Return the rules of the tokenizer of an architecture, "clip" or "bert", and its settings.
 
     The settings are those of tokenizer_config.json, the special tokens by their text, and always a `model_max_length`.
@@ -55,7 +54,7 @@ def read_rules(
     missing = [each for each in ("unk_token", *AROUND[architecture]) if named[each] is None]
     if missing:
         raise ValueError(f"its settings have no {missing[0]}")
-    texts = {name: None if each is None else str(each) for name, each in named.items()}
+    texts: dict[str, Any] = {name: None if each is None else str(each) for name, each in named.items()}
     rules = _clip(folder, files, texts) if architecture == "clip" else _bert(folder, files, settings, texts)
     _add(rules, added, named, more)
     _put_around(rules, architecture, texts)
@@ -71,15 +70,15 @@ def _added_tokens(settings: dict[str, Any], files: Mapping[str, Any]) -> list[Ad
     """The tokens beside the vocabulary, by their numbers; older folders have special ones in files of their own."""
     if "added_tokens_decoder" in settings:
         told = settings["added_tokens_decoder"]
-        return [AddedToken(**told[number]) for number in sorted(told, key=int)]
+        return [_made(told[number]) for number in sorted(told, key=int)]
     for key, each in files.get("special_tokens_map.json", {}).items():
-        settings[key] = AddedToken(**(each | {"special": True})) if isinstance(each, dict) else each
+        settings[key] = _made(each | {"special": True}) if isinstance(each, dict) else each
     special = {str(each) for key, each in settings.items() if key.endswith("_token") and each}
     found: dict[int, AddedToken] = {}
     for text, number in files.get("added_tokens.json", {}).items():
         found[number] = AddedToken(text, normalized=text not in special, special=text in special)
     for each in files.get("tokenizer.json", {}).get("added_tokens", []):
-        found[each["id"]] = AddedToken(**{key: value for key, value in each.items() if key != "id"})
+        found[each["id"]] = _made(each)
     return [found[number] for number in sorted(found)]
 
 
@@ -105,8 +104,13 @@ def _special_tokens(
 def _token(value: Any) -> Token | None:
     """A token of a settings file, where `value` is one: a text, or all that an AddedToken is made of."""
     if isinstance(value, dict) and value.get("__type") == "AddedToken":
-        return AddedToken(**{key: each for key, each in value.items() if key != "__type"})
+        return _made(value)
     return value if isinstance(value, str | AddedToken) else None
+
+
+def _made(told: Mapping[str, Any]) -> AddedToken:
+    """A token of its text and its flags: the library prints what else it is given."""
+    return AddedToken(told["content"], **{key: told[key] for key in _FLAGS if key in told})
 
 
 def _add(
@@ -123,11 +127,11 @@ def _add(
     rules.add_tokens(list(tokens.values()))
 
 
-def _clip(folder: Path, files: Mapping[str, Any], special: Mapping[str, str | None]) -> Tokenizer:
+def _clip(folder: Path, files: Mapping[str, Any], special: Mapping[str, Any]) -> Tokenizer:
     if "tokenizer.json" in files:
         model = _model(files["tokenizer.json"], "BPE")
-        merges = [tuple(each.split(" ")) if isinstance(each, str) else tuple(each) for each in model["merges"]]
-        vocabulary = model["vocab"]
+        vocabulary, pairs = model["vocab"], model["merges"]
+        merges: Any = [tuple(each.split(" ") if isinstance(each, str) else each) for each in pairs]
     else:
         vocabulary, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     rules = Tokenizer(
@@ -150,7 +154,7 @@ def _clip(folder: Path, files: Mapping[str, Any], special: Mapping[str, str | No
 
 
 def _bert(
-    folder: Path, files: Mapping[str, Any], settings: Mapping[str, Any], special: Mapping[str, str | None]
+    folder: Path, files: Mapping[str, Any], settings: Mapping[str, Any], special: Mapping[str, Any]
 ) -> Tokenizer:
     if "tokenizer.json" in files:
         vocabulary = _model(files["tokenizer.json"], "WordPiece")["vocab"]
@@ -176,9 +180,10 @@ def _model(rules: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     return model
 
 
-def _put_around(rules: Tokenizer, architecture: str, special: Mapping[str, str | None]) -> None:
+def _put_around(rules: Tokenizer, architecture: str, special: Mapping[str, Any]) -> None:
     """Have the rules put the architecture's special tokens around a text, for those who read them from a file."""
-    before, after = ((special[name], rules.token_to_id(special[name])) for name in AROUND[architecture])
+    around: list[Any] = [(special[name], rules.token_to_id(special[name])) for name in AROUND[architecture]]
+    before, after = around
     if architecture == "clip":
         rules.post_processor = processors.RobertaProcessing(
             after, before, trim_offsets=False, add_prefix_space=False

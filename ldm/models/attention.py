@@ -67,8 +67,8 @@ def attend(
     q, k, v = (t.view(batch, -1, heads, width // heads) for t in (query, key, value))  # (B, L, H, d)
     narrow = width // heads <= 256  # what xformers' kernels take
     if mask is not None or causal or dropout:
-        qkv = (each.transpose(1, 2) for each in (q, k, v))
-        out = F.scaled_dot_product_attention(*qkv, mask, dropout, causal).transpose(1, 2)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2)
     elif _backend == "xformers" or (_backend == "auto" and query.is_cuda and narrow and _has_xformers()):
         out = _xformers(q, k, v)
     else:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from ldm.models.attention import attend
 from ldm.models.packed import Linear
-from ldm.models.text import TextConfig, TextNetwork, TextOutput, activation, check_heads, seen
+from ldm.models.text import (
+    TextConfig,
+    TextNetwork,
+    TextOutput,
+    activation,
+    blank_embedding,
+    check_heads,
+    seen,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +85,9 @@ class BertEmbeddings(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         width = config.hidden_size
-        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.word_embeddings = blank_embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = blank_embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = blank_embedding(config.type_vocab_size, width)
         self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from ldm.models.attention import attend
 from ldm.models.packed import Linear
-from ldm.models.text import TextConfig, TextNetwork, TextOutput, activation, check_heads, seen
+from ldm.models.text import (
+    TextConfig,
+    TextNetwork,
+    TextOutput,
+    activation,
+    blank_embedding,
+    check_heads,
+    seen,
+)
 
 _HIGHEST = 2
 
@@ -129,8 +137,8 @@ class CLIPTextEmbeddings(nn.Module):
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = blank_embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = blank_embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed ids (N, S) -> (N, S, D)."""

@@ -71,10 +71,10 @@ class TextNetwork(nn.Module):
         assert isinstance(found, nn.Embedding)
         return found
 
-    def set_input_embeddings(self, table: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Look tokens up in another table."""
         parent, _, name = self.table.rpartition(".")
-        setattr(self.get_submodule(parent), name, table)
+        setattr(self.get_submodule(parent), name, value)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,6 +85,15 @@ class TextNetwork(nn.Module):
     def device(self) -> torch.device:
         """Where its weights are."""
         return next(self.parameters()).device
+
+
+def blank_embedding(count: int, width: int, padding_idx: int | None = None) -> nn.Embedding:
+    """Return an embedding whose values are still to be loaded.
+
+    nn.Embedding draws them, and on the meta device, where networks are built, torch takes a second to import what it
+    draws them with.
+    """
+    return nn.Embedding(count, width, padding_idx, _weight=torch.empty(count, width))
 
 
 def check_heads(width: int, heads: int) -> None:
