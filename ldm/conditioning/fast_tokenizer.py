@@ -9,10 +9,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ldm.conditioning.vocabularies import AROUND, CLASSES, read_rules
+from ldm.conditioning.vocabularies import AROUND, CLASSES, NAMED, read_rules
 from ldm.files import write_text
-
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokens(dict[str, Any]):
@@ -45,7 +43,7 @@ class FastTokenizer:
         """rules, settings: see `read_rules`."""
         self.tokenizer_class = CLASSES[architecture]
         self.model_max_length: Any = settings["model_max_length"]
-        for name in _NAMED:
+        for name in NAMED:
             setattr(self, name, settings.get(name))
         self._rules, self._settings = rules, dict(settings)
         before, after = AROUND[architecture]
@@ -90,7 +88,8 @@ class FastTokenizer:
         most = self.model_max_length if max_length is None else max_length
         cuts = truncation and truncation != "do_not_truncate"
         room = max(most - len(before) - len(after), 0) if cuts else None
-        found = self._rules.encode_batch([text] if single else list(text), add_special_tokens=False)
+        # One by one: the library's threads and a process that is forked later would be in each other's way.
+        found = [self._rules.encode(each, add_special_tokens=False) for each in ([text] if single else text)]
         rows = [[*before, *each.ids[:room], *after] for each in found]
         size = {True: max(map(len, rows), default=0), "max_length": most}.get(
             True if padding == "longest" else padding, 0
@@ -166,7 +165,7 @@ class FastTokenizer:
             self._rules.model.save(str(folder))
         except Exception as error:  # the library has no other
             raise OSError(str(error)) from error
-        named = {name: getattr(self, name) for name in _NAMED if name in self._settings}
+        named = {name: getattr(self, name) for name in NAMED if name in self._settings}
         told = self._settings | named | {"model_max_length": self.model_max_length}
         told["tokenizer_class"] = self.tokenizer_class
         text = json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False)

@@ -59,8 +59,8 @@ def build_text_encoder(
 ) -> WindowedEncoder:
     """Build a text encoder from a config of transformers (or open_clip) and its tensors, by the names of a folder.
 
-    tokenizer: the folder's, from transformers; not used for open_clip, which has CLIP's. The network comes frozen and
-    in evaluation mode. `name` is its component's name, `where` stands in errors. Raises UserError.
+    tokenizer: the folder's, see `load_tokenizer`; not used for open_clip, which has CLIP's. The network comes frozen
+    and in evaluation mode. `name` is its component's name, `where` stands in errors. Raises UserError.
     """
     if is_open_clip(config):
         return build_open_clip(config, tensors, torch_dtype, device, name, penultimate, where)

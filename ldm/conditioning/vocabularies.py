@@ -15,26 +15,22 @@ Token = str | AddedToken
 
 CLASSES = {"clip": "CLIPTokenizer", "bert": "BertTokenizer"}  # in transformers
 AROUND = {"clip": ("bos_token", "eos_token"), "bert": ("cls_token", "sep_token")}  # what stands around a text
-_SPECIAL = {  # in the order in which they are added where the vocabulary lacks them
-    "clip": {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "sep_token": None,
-        "pad_token": "<|endoftext|>",
-        "cls_token": None,
-        "mask_token": None,
-    },
-    "bert": {
-        "bos_token": None,
-        "eos_token": None,
-        "unk_token": "[UNK]",
-        "sep_token": "[SEP]",
-        "pad_token": "[PAD]",
-        "cls_token": "[CLS]",
-        "mask_token": "[MASK]",
-    },
+# The roles of tokens, in the order in which these are added where the vocabulary lacks them.
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CLIP_SPECIAL = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
 }
+_BERT_SPECIAL = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+_SPECIAL = {"clip": _CLIP_SPECIAL, "bert": _BERT_SPECIAL}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _UNLIMITED = int(1e30)  # transformers' number for a tokenizer that knows no limit
 # Radford et al. 2021, `simple_tokenizer.py`: abbreviations, words, single digits, runs of signs.
@@ -86,7 +82,7 @@ def _special_tokens(
     settings: Mapping[str, Any], architecture: str, added: Mapping[str, AddedToken]
 ) -> tuple[dict[str, Token | None], list[Token]]:
     """The tokens that have a role, by its name, and those without one."""
-    named: dict[str, Token | None] = dict(_SPECIAL[architecture])
+    named: dict[str, Token | None] = {name: _SPECIAL[architecture].get(name) for name in NAMED}
     for key, value in settings.items():
         token = _token(value)
         if key in named:
