@@ -18,11 +18,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny_pipeline_folder
+from tiny import tiny_pipeline_folder, tiny_t5_folder
 
 from ldm.checkpoints.files import read_tensors
 from ldm.checkpoints.lora import read_lora
 from ldm.conditioning.inversion import NewWords, read_inversion
+from ldm.conditioning.load import load_text_encoder
 from ldm.config import load_mapping, override
 from ldm.errors import UserError
 from ldm.foreign import parse_json, plain_status
@@ -248,7 +249,15 @@ def test_a_config_names_no_code_of_the_hub(key: str, model: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **asked}))
     loaded = System.load(model)
     config: Any = loaded.text.modules["text_encoder"].config
-    assert config._attn_implementation == "sdpa"
+    assert not set(asked) & set(config.to_dict()) and not any(hasattr(config, each) for each in asked)
+
+
+def test_a_config_for_transformers_names_no_code_of_the_hub(tmp_path: Path) -> None:
+    path = tiny_t5_folder(tmp_path) / "text_encoder/config.json"
+    asked = {"attn_implementation": "evil-org/kernel@main", "auto_map": {"AutoModel": "evil.Evil"}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **asked}))
+    config: Any = load_text_encoder(tmp_path).module.config
+    assert config._attn_implementation in ("sdpa", "eager")
     assert not set(asked) & set(config.to_dict())
 
 

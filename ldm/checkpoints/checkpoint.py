@@ -15,7 +15,7 @@ class Checkpoint:
         configs: each component's config as its own config file has it: "unet", "vae", "text_encoder",
             "text_encoder_2" (SDXL), "scheduler", and whatever else the system has.
         tensors: each network's weights by name (names as in diffusers and transformers; CLIP always with
-            `text_model.`, see `fit_clip`).
+            `text_model.`, see `canonical_clip`).
         options: the entries of model_index.json that are no components.
         notes: what a reader should be told: what was not used, or guessed.
         unused: tensors of a single file that no network uses, under the file's own names.

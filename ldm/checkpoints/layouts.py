@@ -8,7 +8,7 @@ against.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.checkpoints.keymap import CONV_1X1, STACKED, TRANSPOSED, Row, below, row
 from ldm.errors import UserError
@@ -264,22 +264,6 @@ def canonical_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         new = head + attention + _OLD_ATTENTION.get(old, "") + tail.removeprefix(old)
         renamed[new] = tensor.flatten(1) if attention and tensor.ndim > 2 else tensor
     return renamed
-
-
-def fit_clip(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a CLIP text encoder's tensors under the names that this transformers version's module has.
-
-    Build the module under accelerate's `init_empty_weights(include_buffers=False)`: `position_ids` are no
-    longer part of the weights, so they must be real, and are dropped here where a file still has them.
-    """
-    wanted = module.state_dict().keys()
-    fitted: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        short = name.removeprefix("text_model.")
-        fitted[short if short in wanted else name] = tensor
-    return {
-        name: each for name, each in fitted.items() if name in wanted or not name.endswith("position_ids")
-    }
 
 
 def is_clip(names: Iterable[str]) -> bool:

@@ -1,4 +1,8 @@
-"""The text networks we run through transformers: which class, what it reads, what of its output we take."""
+"""The text networks by their names in a config.json: which class, what it reads, what of its output we take.
+
+CLIP and BERT are our own networks, with transformers' names. T5 is run through transformers, which takes longer to be
+imported than a small picture to be drawn.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +12,9 @@ from torch import Tensor, nn
 
 from ldm.conditioning.text import States
 from ldm.errors import UserError, nearest
+from ldm.models.bert import BertModel
+from ldm.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
+from ldm.models.text import TextNetwork
 
 
 @dataclass(frozen=True)
@@ -15,13 +22,14 @@ class Architecture:
     """An architecture of text networks, as transformers names it.
 
     name: the class of its tokenizer, and the architecture's name in messages.
-    model: the transformers class to build; a folder of a larger model gives it only the tensors under `keep`.
+    model: the class to build, or its name in transformers; a folder of a larger model gives it only the tensors under
+        `keep`.
     masks: whether padding is masked where the folder's config does not say (`use_attention_mask`).
     stretches: reads sequences longer than it was trained on.
     """
 
     name: str
-    model: str
+    model: type[TextNetwork] | str
     keep: tuple[str, ...] = ()
     masks: bool = False
     stretches: bool = False
@@ -29,10 +37,10 @@ class Architecture:
 
 _T5_PARTS = ("shared.", "encoder.")
 ARCHITECTURES = {
-    "CLIPTextModel": Architecture("clip", "CLIPTextModel"),
-    "CLIPTextModelWithProjection": Architecture("clip", "CLIPTextModelWithProjection"),
-    "CLIPModel": Architecture("clip", "CLIPTextModel", keep=("text_model.",)),
-    "BertModel": Architecture("bert", "BertModel"),
+    "CLIPTextModel": Architecture("clip", CLIPTextModel),
+    "CLIPTextModelWithProjection": Architecture("clip", CLIPTextModelWithProjection),
+    "CLIPModel": Architecture("clip", CLIPTextModel, keep=("text_model.",)),
+    "BertModel": Architecture("bert", BertModel),
     "T5EncoderModel": Architecture("t5", "T5EncoderModel", masks=True, stretches=True),
     "T5ForConditionalGeneration": Architecture(
         "t5", "T5EncoderModel", keep=_T5_PARTS, masks=True, stretches=True
@@ -67,7 +75,7 @@ def states_of(architecture: Architecture, penultimate: bool) -> States:
     if architecture.name == "clip":
         return lambda module, ids, mask, skip: _clip(module, ids, mask, skip, penultimate)
     if penultimate:
-        raise UserError(f"SDXL's conditioning takes CLIP text encoders, not {architecture.model}")
+        raise UserError(f"SDXL's conditioning takes CLIP text encoders, not {architecture.name}'s")
     return _plain
 
 
@@ -79,9 +87,7 @@ def _clip(
     check_skip(skip, len(layers) - 1 - penultimate)
     hidden = layers[-1 - penultimate - skip]
     if not penultimate:
-        # In transformers 5 CLIPTextModel is itself the text tower; in 4 it wraps it.
-        tower = getattr(module, "text_model", module)
-        hidden = tower.final_layer_norm(hidden) if skip else output.last_hidden_state
+        hidden = module.text_model.final_layer_norm(hidden) if skip else output.last_hidden_state
     return hidden, getattr(output, "text_embeds", None)
 
 

@@ -182,7 +182,7 @@ class NewWords:
 
 
 def _module(encoder: WindowedEncoder) -> Any:
-    """The encoder's network as the transformers model that it is."""
+    """The encoder's network, with the methods that all but open_clip's have."""
     return encoder.module
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.files import load_strict
 from ldm.checkpoints.folder import read_component
-from ldm.checkpoints.layouts import canonical_clip, fit_clip, is_clip
+from ldm.checkpoints.layouts import canonical_clip, is_clip
 from ldm.conditioning.architectures import Architecture, architecture_of, states_of
 from ldm.conditioning.inversion import ExtendedEmbedding
 from ldm.conditioning.network_settings import network_settings
@@ -19,6 +19,7 @@ from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.conditioning.tokenizer import check_vocabulary, load_tokenizer, quiet, text_ids, window_of
 from ldm.errors import UserError
 from ldm.foreign import foreign
+from ldm.models.text import TextNetwork
 
 _T5_WINDOW = 512  # the length T5 was trained on (Raffel et al. 2020), where the tokenizer knows none
 
@@ -58,8 +59,8 @@ def build_text_encoder(
 ) -> WindowedEncoder:
     """Build a text encoder from a config of transformers (or open_clip) and its tensors, by the names of a folder.
 
-    tokenizer: the folder's, from transformers; not used for open_clip, which has CLIP's. The network comes frozen and
-    in evaluation mode. `name` is its component's name, `where` stands in errors. Raises UserError.
+    tokenizer: the folder's, see `load_tokenizer`; not used for open_clip, which has CLIP's. The network comes frozen
+    and in evaluation mode. `name` is its component's name, `where` stands in errors. Raises UserError.
     """
     if is_open_clip(config):
         return build_open_clip(config, tensors, torch_dtype, device, name, penultimate, where)
@@ -67,15 +68,13 @@ def build_text_encoder(
     module = _build_module(architecture, config, tensors, where).to(device=device, dtype=torch_dtype)
     check_vocabulary(tokenizer, module.get_input_embeddings().num_embeddings, where)
     limit = getattr(module.config, "max_position_embeddings", _T5_WINDOW)
-    masked = bool(config.get("use_attention_mask", architecture.masks))
-    module.config.use_attention_mask = masked  # so that a saved folder says what was done
     return WindowedEncoder(
         module=module.eval().requires_grad_(False),
         tokenize=lambda text: text_ids(tokenizer, text),
         window=window_of(tokenizer, limit),
         states=states_of(architecture, penultimate),
         name=name,
-        masked=masked,
+        masked=module.config.use_attention_mask,
         stretches=architecture.stretches,
         tokenizer=tokenizer,
     )
@@ -106,7 +105,10 @@ def tokenizer_name(component: str) -> str:
 
 
 def _config_of(module: nn.Module) -> dict[str, Any]:
-    config = json.loads(module.config.to_json_string())  # type: ignore[union-attr, operator]
+    if isinstance(module, TextNetwork):
+        config = module.config.to_dict()
+    else:
+        config = json.loads(module.config.to_json_string())  # type: ignore[union-attr, operator]
     return config | {"architectures": [type(module).__name__]}
 
 
@@ -125,13 +127,31 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 def _build_module(
     architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
 ) -> Any:
+    settings = network_settings(_settings_in(config, where), architecture.name, len(tensors), where)
+    # So that a saved folder says what was done.
+    settings["use_attention_mask"] = bool(config.get("use_attention_mask", architecture.masks))
+    kind = architecture.model
+    if isinstance(kind, str):
+        return _by_transformers(kind, architecture, settings, tensors, where)
+    with foreign(f"{where}:", "the text encoder refuses the config"), torch.device("meta"):
+        module = kind(kind.config_type.read(settings))
+    load_strict(module, _names_of(module, architecture, tensors), where)
+    return module
+
+
+def _by_transformers(
+    model: str,
+    architecture: Architecture,
+    settings: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    where: str,
+) -> Any:
     from accelerate import init_empty_weights
 
     with quiet():
         import transformers
 
-        kind = getattr(transformers, architecture.model)
-        settings = network_settings(_settings_in(config, where), architecture.name, len(tensors), where)
+        kind = getattr(transformers, model)
         # transformers checks settings in many ways, none of them its own error
         with (
             foreign(f"{where}:", "transformers refuses the config"),
@@ -156,10 +176,11 @@ def _settings_in(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 def _names_of(
     module: nn.Module, architecture: Architecture, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors that the module wants, by the names it has in this version of transformers."""
+    """The tensors that the module wants. Older folders hold `position_ids` (0, 1, 2, ...) too, which are no weights."""
     kept = {name: each for name, each in tensors.items() if name.startswith(architecture.keep or "")}
+    if is_clip(kept):
+        kept = canonical_clip(kept)
     if "shared.weight" in kept:
         kept.setdefault("encoder.embed_tokens.weight", kept["shared.weight"])
-    return fit_clip(
-        module, kept
-    )  # for every architecture: it also drops the position_ids that older folders hold
+    wanted = module.state_dict().keys()
+    return {name: each for name, each in kept.items() if name in wanted or not name.endswith("position_ids")}

@@ -23,12 +23,8 @@ from ldm.foreign import LARGEST_TEXT, foreign, json_object, read_plain
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES = 48_894  # of the list in the file, the first so many
 _BPE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # OpenAI's, as OpenCLIP ships it
-# Names that transformers 4 and 5 share.
-_CLASSES = {"clip": "CLIPTokenizerFast", "bert": "BertTokenizerFast", "t5": "T5TokenizerFast"}
-_CLIP_CLASSES = (
-    "CLIPTokenizer",
-    "CLIPTokenizerFast",
-)  # the latter is an alias of the former in transformers 5
+_T5_CLASS = "T5TokenizerFast"  # a name that transformers 4 and 5 share
+_CLIP_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")  # ours, and transformers' own
 # What holds an architecture's vocabulary where tokenizer.json does not.
 _VOCABULARIES = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "t5": ("spiece.model",)}
 _SETTINGS = "tokenizer_config.json"
@@ -36,7 +32,7 @@ _NO_LIMIT = 100_000  # transformers writes 1e30 where a tokenizer knows no limit
 
 
 def load_tokenizer(folder: str | Path, architecture: str) -> Any:
-    """Return the transformers tokenizer of the architecture ("clip", "bert" or "t5") from its folder.
+    """Return the tokenizer of the architecture from its folder: of "clip" and "bert" ours, of "t5" transformers'.
 
     Raises UserError for missing and damaged files, and for another architecture's. transformers itself would go on
     without: an empty vocabulary reads every prompt alike, and without the settings the window has another size.
@@ -53,30 +49,43 @@ def load_tokenizer(folder: str | Path, architecture: str) -> Any:
         )
     if _SETTINGS not in there:
         raise UserError(f"{path} holds no {_SETTINGS}, which says how long a prompt may be: get it again")
-    _check_files(path, there)
-    import transformers
+    files = _read_files(path, there)
+    with foreign(f"cannot read the {architecture} tokenizer", f"in {path}"):
+        if architecture == "t5":
+            tokenizer = _by_transformers(path)
+        else:
+            from ldm.conditioning.fast_tokenizer import FastTokenizer  # the library waits until it is needed
 
-    with foreign(f"cannot read the {architecture} tokenizer", f"in {path}"), quiet():
-        kind = getattr(transformers, _CLASSES[architecture])
-        tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        tokenizer(
-            "a \N{SNOWMAN}"
-        )  # another architecture's file may be read well, and fail at an unknown word
+            tokenizer = FastTokenizer.read(path, architecture, files)
+        # another architecture's file may be read well, and fail at an unknown word
+        tokenizer("a \N{SNOWMAN}")
     return tokenizer
 
 
-def _check_files(path: Path, names: Collection[str]) -> None:
-    """Raise UserError for files that transformers would stumble over, or wait for, or spend all time in."""
+def _by_transformers(path: Path) -> Any:
+    with quiet():
+        import transformers
+
+        kind: Any = getattr(transformers, _T5_CLASS)
+        return kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+
+
+def _read_files(path: Path, names: Collection[str]) -> dict[str, Any]:
+    """Return what the JSON files hold, by their names.
+
+    Raises UserError for files that a reader would stumble over, or wait for, or spend all time in.
+    """
+    found: dict[str, Any] = {}
     for name in sorted(names):
         file = path / name
         if name.endswith((".json", ".txt", ".model", ".jinja")):
             with foreign(file):
                 content = read_plain(file, LARGEST_TEXT)
-            if not name.endswith(".json"):
-                continue
-            found = json_object(content, file)
-            if name == "tokenizer.json":
-                _check_patterns(found, file)
+            if name.endswith(".json"):
+                found[name] = json_object(content, file)
+    if "tokenizer.json" in found:
+        _check_patterns(found["tokenizer.json"], path / "tokenizer.json")
+    return found
 
 
 def _check_patterns(rules: Any, file: Path) -> None:
@@ -121,7 +130,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
     For CLIP it is cleaned first, as CLIP's own tokenizer does (see `clean`).
     """
-    if type(tokenizer).__name__ in _CLIP_CLASSES:
+    if getattr(tokenizer, "tokenizer_class", type(tokenizer).__name__) in _CLIP_CLASSES:
         own = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
         text = clean(text, kept=tokenizer.get_added_vocab().keys() - own)
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids

@@ -48,15 +48,28 @@ def _has_xformers() -> bool:
     return True
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
     """Compute softmax(Q K^T / sqrt(d)) V over `heads` heads (Vaswani et al. 2017, eq. 1).
 
-    query: (B, L, H*d); key, value: (B, S, H*d). Returns (B, L, H*d) in the dtype of `query`.
+    query: (B, L, H*d); key, value: (B, S, H*d). mask: (B, 1, L, S), True where a query sees a key. causal: in place of
+    a mask, no query sees a later key. dropout: of the softmax. What text encoders ask for by these three, which is
+    little work, SDPA does under any backend. Returns (B, L, H*d) in the dtype of `query`.
     """
     batch, length, width = query.shape
     q, k, v = (t.view(batch, -1, heads, width // heads) for t in (query, key, value))  # (B, L, H, d)
     narrow = width // heads <= 256  # what xformers' kernels take
-    if _backend == "xformers" or (_backend == "auto" and query.is_cuda and narrow and _has_xformers()):
+    if mask is not None or causal or dropout:
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2)
+    elif _backend == "xformers" or (_backend == "auto" and query.is_cuda and narrow and _has_xformers()):
         out = _xformers(q, k, v)
     else:
         on_cpu = _backend == "auto" and query.device.type == "cpu" and not plain_only()

@@ -23,7 +23,7 @@ Base = nn.Linear | nn.Conv2d
 # By its path in its network: down (r, in[, kh, kw]), up (out, r[, 1, 1]), alpha; or the parts of another kind.
 Weights = Mapping[str, tuple[Tensor, Tensor, float] | Mapping[str, Tensor]]
 
-# The projections of an attention: of our networks, of transformers' CLIP, BERT and T5.
+# The projections of an attention: of U-Nets and autoencoders, of CLIP, BERT and T5.
 _ATTENTION = re.compile(
     r"(.+\.)?(to_[qkv]|to_out\.0|[qkv]_proj|out_proj|attention\.self\.(query|key|value)"
     r"|attention\.output\.dense|SelfAttention\.[qkvo])"
