@@ -1,5 +1,6 @@
 """CLIP score (Hessel et al. 2021): how well pictures go with their captions, by any network that knows both."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -76,7 +77,8 @@ def clip_score(
             done += len(some)
             progress.update(len(some))
     found = torch.cat(scores).double()
-    return CLIPScore(float(found.mean()), float(found.std() / len(found) ** 0.5), len(found))
+    error = float(found.std() / len(found) ** 0.5) if len(found) > 1 else math.nan
+    return CLIPScore(float(found.mean()), error, len(found))
 
 
 def _seen(encoder: ImageTextEncoder, pictures: list[np.ndarray]) -> Tensor:

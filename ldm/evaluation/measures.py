@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ldm.errors import UserError, nearest
-from ldm.evaluation.frechet import gaussian_distance
+from ldm.evaluation.frechet import frechet_distance, gaussian_distance
 from ldm.evaluation.inception_score import inception_score
 from ldm.evaluation.kernel_distance import SUBSET, kernel_distance
 from ldm.evaluation.precision_recall import precision_recall
@@ -140,8 +140,7 @@ def _measured(
     name: MeasureName, network: Network, real: FeatureStatistics, other: FeatureStatistics, notes: list[str]
 ) -> list[Measure]:
     if name == "fid":
-        value = gaussian_distance(real.mean, real.covariance, other.mean, other.covariance)
-        return [_measure("fid", network, value)]
+        return [_measure("fid", network, _frechet(real, other))]
     if name == "is" and other.logits is not None:
         splits = min(_SPLITS, len(other.logits) // 2)
         return [_measure("is", network, *inception_score(other.logits, splits))]
@@ -157,6 +156,13 @@ def _measured(
         values = zip(("precision", "recall"), precision_recall(real.features, other.features), strict=True)
         return [_measure(key, network, value) for key, value in values]
     return []
+
+
+def _frechet(real: FeatureStatistics, other: FeatureStatistics) -> float:
+    one, two = real.features, other.features
+    if one is not None and two is not None and min(len(one), len(two)) < one.shape[1]:
+        return frechet_distance(one, two)  # the same, sooner than by a covariance of mostly zeros
+    return gaussian_distance(real.mean, real.covariance, other.mean, other.covariance)
 
 
 def _measure(key: str, network: Network, value: float, spread: float | None = None) -> Measure:
