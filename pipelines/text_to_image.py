@@ -35,7 +35,6 @@ from pipelines.loading import Placed, load
 from pipelines.originals import Originals, latents_of
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import LowMemory, choose_device
-from pipelines.preview import LatentPreview
 from pipelines.progress import Progress, StepCallback, counted
 from pipelines.recipe import PER_IMAGE, Recipe
 from pipelines.turns import Turns
@@ -65,7 +64,6 @@ class TextToImagePipeline(DiffusersNames):
         self.notes = self._placed.notes
         self._offload = self._placed.offload
         self._identity: dict[str, Any] = identity or {}
-        self._preview: LatentPreview | None = None
         self._turns = Turns()
         self._loaded = Loaded(system, self.device, self._turns)
         self.adapters = self._loaded.adapters
@@ -430,7 +428,12 @@ class TextToImagePipeline(DiffusersNames):
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Any:
-        """Small PIL pictures, one pixel a latent position, of latents (B, C, h, w) by a linear map: no decode."""
-        if self._preview is None:
-            self._preview = LatentPreview(self.system.autoencoder)
-        return self._preview(latents)
+        """PIL pictures of latents (B, C, h, w), nearly as decoded, by the tiny autoencoder that the model's folder has.
+
+        Where it has none, and `load_preview` brought none, they are of one pixel a latent position, by a linear map.
+        """
+        return self._loaded.previews(latents)
+
+    def load_preview(self, name: str | Path) -> None:
+        """Preview by a tiny autoencoder from now on, such as TAESD for Stable Diffusion 1.x: see `Previews.load`."""
+        self._loaded.previews.load(name)

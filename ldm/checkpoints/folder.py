@@ -26,6 +26,7 @@ from ldm.files import replaced_folder, write_text, writing
 from ldm.foreign import json_object
 
 MODEL_INDEX = "model_index.json"
+PREVIEW = "vae_preview"  # a tiny autoencoder of the same latents; no model_index.json names it
 OPEN_CLIP = "open_clip_config.json"
 # diffusers', transformers', its old pickles', open_clip's
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
