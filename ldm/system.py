@@ -257,10 +257,10 @@ class System:
 
     def save(self, folder: str | Path) -> None:
         """Write a diffusers folder, whole or not at all."""
-        write_folder(folder, self.checkpoint(), self._write_beside)
+        write_folder(folder, self.checkpoint(), self.write_beside)
 
-    def _write_beside(self, folder: Path) -> None:
-        """Write what a Checkpoint does not hold."""
+    def write_beside(self, folder: Path) -> None:
+        """Write what a Checkpoint does not hold into a new folder of this system: tokenizers, what is for previews."""
         write_tokenizers(self.text, folder)
         if self.preview is not None:
             write_component(folder, PREVIEW, *read_component(self.preview.parent, self.preview.name))

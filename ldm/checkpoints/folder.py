@@ -283,7 +283,9 @@ def _keep_the_rest(old: Path, new: Path, network: str) -> None:
     if network:
         named = {"config.json", *(each.name for each in old.glob(f"{_STEMS[0]}*"))}
     else:
-        named = {*components(read_index(old)), MODEL_INDEX} if (old / MODEL_INDEX).is_file() else set()
+        named = (
+            {*components(read_index(old)), MODEL_INDEX, PREVIEW} if (old / MODEL_INDEX).is_file() else set()
+        )
     for each in old.iterdir():
         if each.name not in named and not (new / each.name).exists():
             copy = shutil.copytree if each.is_dir() else shutil.copy2

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,14 @@ class Config:
 
     data: see `Config` of the first stage's objective, as of crop, packages, pixel, perceptual, validation_pictures.
     base: a folder that holds the `vae` to learn from, or "bundled".
+    teaching: the precision in which that computes, while training; validation is in float32.
     model: the tiny network's settings.
     latent: weight of the encoder's squared error in the latents, which are of about unit variance.
     """
 
     data: Data
     base: str = BUNDLED
+    teaching: Literal["float32", "bfloat16"] = "float32"
     model: TinyConfig = field(default_factory=TinyConfig)
     packages: str = str(PACKAGES_FOLDER)
     crop: int | None = 64
@@ -66,7 +69,7 @@ class Objective:
         config.check()
         self.config = config
         self.examples = config.data.examples("preview.data", config.crop, config.validation_pictures)
-        self.teacher = _teacher(config.base)
+        self.teacher = _teacher(config.base).to(getattr(torch, config.teaching))
         self.tiny = AutoencoderTiny(config.model)
         _check_fits(config.model, self.teacher)
         check_sides("preview", config.data, config.crop, self.examples.side, config.model.factor)
@@ -87,18 +90,12 @@ class Objective:
 
     def loss(self, model: nn.Module, batch: Batch, rng: BatchGenerator) -> tuple[Tensor, dict[str, Tensor]]:
         batch = batch.to(next(model.parameters()).device)
-        latents, target = self._taught(batch.pictures)
+        latents, target = _taught(self.teacher, batch.pictures)
         decoded, encoded = model(batch.pictures, latents)
         how = (self.config.pixel, self.config.perceptual, self.distance)
         total, logs = reconstruction_loss(decoded.float(), target, *how)
         latent = (encoded.float() - latents).square().mean()
         return total + self.config.latent * latent, logs | {"latent": latent}
-
-    @torch.no_grad()
-    def _taught(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """The latents (B, C, h, w) of pictures, as a U-Net sees them, and what the frozen decoder makes of them."""
-        latents = self.teacher.encode(pictures).mean
-        return self.teacher.scale(latents), self.teacher.decode(latents)
 
     @torch.no_grad()
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
@@ -107,8 +104,9 @@ class Objective:
         ratios: list[float] = []
         errors: list[float] = []
         device = next(model.parameters()).device
+        exact = _teacher(self.config.base).to(device)
         for batch in whole_pictures(self.examples, self.examples.held_out, device):
-            latents, target = self._taught(batch.pictures)
+            latents, target = _taught(exact, batch.pictures)
             decoded, encoded = model(batch.pictures, latents)
             decoded, target = decoded.clamp(-1, 1), target.clamp(-1, 1)
             if not ratios:
@@ -137,6 +135,13 @@ def _teacher(base: str) -> AutoencoderKL:
             f"preview.base: the vae of {base} is conditioned on labels, which a preview has none of"
         )
     return teacher
+
+
+@torch.no_grad()
+def _taught(teacher: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents (B, C, h, w) of pictures, as a U-Net sees them, and what the frozen decoder makes of them."""
+    latents = teacher.encode(pictures.to(next(teacher.parameters()).dtype)).mean
+    return teacher.scale(latents).float(), teacher.decode(latents).float()
 
 
 def _check_fits(config: TinyConfig, teacher: AutoencoderKL) -> None:
