@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.backends import Backend
 from ldm.conditioning.prompts.weighted import Emphasis, Lora, Syntax
+from ldm.diffusion.driver import Step
 from ldm.errors import UserError, nearest
 from ldm.models.compiled import compile_blocks
 from ldm.models.quantization import Quantization
@@ -369,18 +370,26 @@ class TextToImagePipeline(DiffusersNames):
         together: int = 8,
         progress: bool = False,
         waves: bool = False,
+        callback: Callable[[int, Tensor], object] | None = None,
     ) -> Iterator[Drawn]:
         """Draw any recipes, or what `complete` made of them; yield each picture as soon as it is done, in no order.
 
         Unlike ones share the network's calls step by step (see `ldm.sampling.engine`), `together` of them at a time;
         each comes out as alone. waves: each `together` of them are drawn to their end before the next begin; then not
-        even their last bits depend on how long others took. What can't be drawn is yielded with its error. The pipeline
-        is busy until the last one
-        came, or the iterator was closed. Raises UserError.
+        even their last bits depend on how long others took. callback: called after each prediction, with a picture's
+        place among the recipes and the estimate of its latents (1, C, h, w), for `preview`. What can't be drawn is
+        yielded with its error. The pipeline is busy until the last one came, or the iterator was closed. Raises
+        UserError.
         """
         if together < 1:
             raise UserError(f"together is {together}: give 1 or more")
-        with self._turn(), counted(recipes, progress) as stepped:
+        with self._turn(), counted(recipes, progress) as count:
+
+            def stepped(place: int, step: Step) -> None:
+                count()
+                if callback is not None:
+                    callback(place, step.x0)
+
             crowd = Crowd(self.system, self._loaded, self.device, together, waves)
             try:
                 complete = partial(self._completed, given=Given(), like=None)

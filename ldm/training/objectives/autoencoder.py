@@ -1,7 +1,7 @@
 """The first stage: an autoencoder, with KL regularisation, a codebook or neither."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -204,8 +204,7 @@ class Objective:
         ratios: list[float] = []
         distances: list[float] = []
         counts: list[Tensor] = []
-        device = next(model.parameters()).device
-        for batch in whole_pictures(self.examples, self.examples.held_out, device):
+        for batch in self._whole(model, self.examples.held_out):
             originals = batch.pictures
             decoded, latent = model.reconstruct(originals, batch.labels)
             decoded = decoded.clamp(-1, 1)
@@ -222,6 +221,9 @@ class Objective:
             figures["perceptual_distance"] = sum(distances) / len(distances)
         return figures | {name: each.item() for name, each in use.items()}
 
+    def _whole(self, model: nn.Module, count: int) -> Iterator[Batch]:
+        return whole_pictures(self.examples, count, next(model.parameters()).device)
+
     def notes(self) -> list[str]:
         return [*self.examples.notes(), *self._without]
 
@@ -235,8 +237,7 @@ class Objective:
         assert isinstance(model, FirstStage)
         network = model.autoencoder
         if self.config.train == "all":
-            device = next(model.parameters()).device
-            some = whole_pictures(self.examples, min(_STATISTICS, self.examples.count), device)
+            some = self._whole(model, min(_STATISTICS, self.examples.count))
             latents = torch.cat([model.encode(x.pictures, x.labels).double().cpu() for x in some])
             network = scaled(network, latents, certain=self.config.quantizer == "none")
         part = component(self.config.quantizer)
