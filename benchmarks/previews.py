@@ -1,6 +1,6 @@
 """Previews of the bundled model: what the tiny decoder and the linear map lose against the decoder, and what they cost.
 
-    python benchmarks/previews.py [FOLDER]      benchmarks/previews.jpg, and tables; FOLDER holds another vae_preview
+    python -m benchmarks.previews [FOLDER]      benchmarks/previews.jpg, and tables; FOLDER holds another vae_preview
 
 It needs the sprites of scripts/prepare_data.py. Pictures are compositions that nothing was trained on, and the
 estimates of the steps of a few drawings. Costs are of the process's own time, the best of rounds that take turns.
