@@ -59,10 +59,16 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise UserError(f"{shown(total)} pictures are more than the {MOST:,} of one run")
     out = arguments.out or Path("outputs")
     check_target(out, total)
-    if arguments.grid:
-        check_target(arguments.grid, 1, folder=False)
-        if arguments.grid.resolve() == out.resolve():
-            raise UserError(f"{out} can't be both the picture and the grid: give --grid another name")
+    taken = {out.resolve(): "the picture"}
+    for name in ("grid", "preview"):
+        if (path := getattr(arguments, name)) is None:
+            continue
+        check_target(path, 1, folder=False)
+        if path.resolve() in taken:
+            raise UserError(
+                f"{path} can't be both {taken[path.resolve()]} and the {name}: give --{name} another name"
+            )
+        taken[path.resolve()] = f"the {name}"
 
     pipe = _load(arguments)
     if expected and expected != pipe.system.fingerprint:
@@ -83,6 +89,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         lambda path: line(str(path)),
         arguments.num_images,
         arguments.infotext,
+        arguments.preview,
     )
     for each in dict.fromkeys([*pipe.notes, *notes]):
         note(each)

@@ -27,6 +27,8 @@ from pipelines.requests import request_for
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Called after every prediction, with the place of the picture that it is for.
+Stepped = Callable[[int, Step], object]
 _DECODED = 8  # pictures at a time
 
 
@@ -150,11 +152,11 @@ class Crowd:
         self,
         recipes: Iterable[Recipe | Drawing],
         complete: Callable[[Recipe | Drawing], Drawing],
-        stepped: Callable[[], object],
+        stepped: Stepped,
     ) -> Iterator[Drawn]:
         """Yield every picture as soon as it is done, in no order, and for what can't be drawn its error.
 
-        complete: makes a drawing of a recipe; may raise UserError. stepped: called after every prediction.
+        complete: makes a drawing of a recipe; may raise UserError.
         """
         coming = self._ordered(recipes, complete)
         upcoming = next(coming, None)
@@ -200,12 +202,12 @@ class Crowd:
         """How many pictures are being drawn."""
         return len(self._guests)
 
-    def admit(self, place: int, drawing: Drawing, stepped: Callable[[], object] = lambda: None) -> None:
+    def admit(self, place: int, drawing: Drawing, stepped: Stepped = lambda place, step: None) -> None:
         """Begin a picture, which shares the network's calls from the next tick on."""
         guest = _Guest(place, drawing, list(picture_notes([drawing])))
 
         def callback(step: Step) -> None:
-            stepped()
+            stepped(place, step)
 
         how = (self.loaded, self.device, guest.notes, callback, callback)
         self._guests[self.engine.add(asking(self.system, [drawing], *how), setting_of(drawing))] = guest

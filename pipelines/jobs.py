@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from ldm.checkpoints.files import write_bytes
 from ldm.config import to_dict
 from ldm.errors import UserError
@@ -85,13 +87,15 @@ def run(
     saved: Callable[[Path], None] = lambda path: None,
     count: int = 1,
     infotext: bool = False,
+    preview: Path | None = None,
 ) -> list[str]:
     """Draw `count` pictures of each job into `out`, each batch as soon as it is done, then a grid of all of them.
 
     Returns the notes.
 
     Every recipe is checked before the first is drawn, so that a mistake in the last row costs nothing. `saved` is
-    called with every file that is written. infotext: see `save_picture`. Raises UserError.
+    called with every file that is written. infotext: see `save_picture`. preview: a `.png` that is written
+    over after each prediction, as the picture comes to be. Raises UserError.
     """
     ready: list[Drawing] = []
     for job in jobs:
@@ -115,10 +119,14 @@ def run(
         if grid_path:
             pictures.append(done.image)
 
+    def show(place: int, latents: Tensor) -> None:
+        if preview is not None:
+            write_bytes(preview, png(pipe.preview(latents)[0]))
+
     drawings = list(several(ready, count))
     early: dict[int, Drawn] = {}  # done before one in front of them: files are numbered as rows are
     try:
-        for each in pipe.draw_each(drawings, batch_size, progress):
+        for each in pipe.draw_each(drawings, batch_size, progress, callback=show):
             if each.error is not None:
                 raise each.error
             notes |= dict.fromkeys(each.notes)

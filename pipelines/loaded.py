@@ -15,19 +15,21 @@ from pipelines.enlarging import Upscalers
 from pipelines.image_prompts import ImageAdapters
 from pipelines.limits import check_texts
 from pipelines.named_files import loras_in
+from pipelines.preview import Previews
 from pipelines.recipe import Recipe
 from pipelines.turns import Turns
 from pipelines.uses import LoRAUse
 
 
 class Loaded:
-    """LoRAs and new words, ControlNets, IP-Adapters and upscaling networks of one pipeline."""
+    """LoRAs and new words, ControlNets, IP-Adapters, upscaling networks and previews of one pipeline."""
 
     def __init__(self, system: System, device: torch.device, turns: Turns):
         self.adapters = Adapters(system, device, turns)
         self.controlnets = ControlNets(system, device, turns)
         self.image_adapters = ImageAdapters(system, device, turns)
         self.upscalers = Upscalers(device)
+        self.previews = Previews(system, device, turns)
 
     def to(self, device: torch.device) -> None:
         """Follow the system to a device and into its precision, within a turn."""
@@ -35,6 +37,7 @@ class Loaded:
         self.controlnets.to(device)
         self.image_adapters.to(device)
         self.upscalers.to(device)
+        self.previews.to(device)
 
     def load_for(self, recipes: Sequence[Recipe], lora_folders: Sequence[Path] = ()) -> list[str]:
         """Load what recipes name, and isn't loaded: ControlNets, IP-Adapters, upscalers, LoRAs that prompts ask for.

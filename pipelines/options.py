@@ -192,6 +192,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=1, metavar="N", help="pictures drawn at once (default 1)")
     add("--out", type=Path, metavar="PATH", help="a .png for one picture, else a folder (outputs)")
     add("--grid", type=Path, metavar="PNG", help="also put all pictures on one sheet")
+    add(
+        "--preview",
+        type=Path,
+        metavar="PNG",
+        help="a picture that shows how the drawing gets on, written over after each step",
+    )
     add("--columns", type=int, metavar="N", help="of the grid (default: --num-images, or squarest)")
 
 

@@ -1,18 +1,98 @@
-"""A preview that costs no decode: a linear map from latents to colours."""
+"""Previews, which cost little: by a tiny decoder, or where there is none by a linear map from latents to colours."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.checkpoints.files import load_strict
+from ldm.checkpoints.folder import read_component
+from ldm.checkpoints.hub import resolve
+from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.autoencoder_tiny import AutoencoderTiny, TinyConfig
+from ldm.models.diffusers_config import check_layers
 from ldm.pictures import to_pil, to_unit_range
+from ldm.system import System
+from pipelines.turns import Turns
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CELLS, _PICTURES = 8, 16
+
+
+class Preview(Protocol):
+    """What makes pictures of latents (B, C, h, w) as the U-Net has them."""
+
+    def __call__(self, latents: Tensor) -> "list[Image]": ...
+
+
+class Previews:
+    """The previews of one pipeline: by the tiny autoencoder of its system, read at the first one, else linear."""
+
+    def __init__(self, system: System, device: torch.device, turns: Turns):
+        self.system, self.device, self._turns = system, device, turns
+        self._preview: Preview | None = None
+
+    def load(self, name: str | Path) -> None:
+        """Preview by another tiny autoencoder from now on, which is then saved with the system.
+
+        name: a folder of diffusers' AutoencoderTiny, or a hub id. Raises UserError, also for one of other latents.
+        """
+        folder = resolve(name).resolve()
+        with self._turns.turn(self.device):
+            self._preview = self._tiny(folder)
+            self.system.preview = folder
+
+    def to(self, device: torch.device) -> None:
+        """Follow the system to a device and into its precision."""
+        self.device = device
+        if isinstance(self._preview, TinyPreview):
+            self._preview.network.to(device, self.system.network.dtype)
+
+    def __call__(self, latents: Tensor) -> "list[Image]":
+        """latents: (B, C, h, w) as the U-Net has them. Raises UserError for a tiny autoencoder that can't be read."""
+        if self._preview is None:
+            folder, autoencoder = self.system.preview, self.system.autoencoder
+            self._preview = LatentPreview(autoencoder) if folder is None else self._tiny(folder)
+        return self._preview(latents)
+
+    def _tiny(self, folder: Path) -> "TinyPreview":
+        network = load_tiny(folder, self.system.autoencoder.config)
+        return TinyPreview(network.to(self.device, self.system.network.dtype))
+
+
+class TinyPreview:
+    """Decodes by a tiny autoencoder: pictures of their full size."""
+
+    def __init__(self, network: AutoencoderTiny):
+        self.network = network
+
+    def __call__(self, latents: Tensor) -> "list[Image]":
+        """latents: (B, C, h, w) as the U-Net has them. They are decoded one by one, in little memory."""
+        weight = next(self.network.decoder.parameters())
+        unscaled = self.network.unscale(latents).to(weight)
+        return to_pil(to_unit_range(torch.cat([self.network.decode(each) for each in unscaled.split(1)])))
+
+
+def load_tiny(folder: Path, config: AutoencoderConfig) -> AutoencoderTiny:
+    """Load the tiny autoencoder in a folder, for the latents of a model whose autoencoder has this config.
+
+    Raises UserError, also for one of other latents.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give that of a tiny autoencoder, with its config.json")
+    found, tensors = read_component(folder.parent, folder.name)
+    tiny = TinyConfig.from_diffusers(found, f"{folder}/config.json")
+    tiny.check_fits(config.latent_channels, config.factor, f"{folder}")
+    check_layers(tiny.layers, f"{folder}", len(tensors))
+    with torch.device("meta"):
+        network = AutoencoderTiny(tiny)
+    load_strict(network, tensors, folder)
+    return network.eval().requires_grad_(False)
 
 
 class LatentPreview:

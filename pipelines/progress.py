@@ -16,7 +16,7 @@ from pipelines.drawing import Drawing
 
 
 class Previewing(Protocol):
-    """What a pipeline can do here: small pictures of latents (B, C, h, w)."""
+    """What a pipeline can do here: cheap pictures of latents (B, C, h, w)."""
 
     def preview(self, latents: Tensor) -> Any: ...
 
@@ -30,9 +30,9 @@ class Progress:
     """Watches the batches of one call, one after the other; shows a bar where standard error is a terminal.
 
     The callback's state: "latents" (B, C, h, w), of unit variance, that the network was just asked about; "denoised",
-    its estimate of their end; "preview", a function that gives small PIL pictures of that estimate without a decode;
-    "images", which of the call's images these are. It may return the state, as diffusers' callbacks do, but it can't
-    put other latents into it.
+    its estimate of their end; "preview", a function that gives cheap PIL pictures of that estimate (the
+    pipeline's `preview`); "images", which of the call's images these are. It may return the state, as diffusers'
+    callbacks do, but it can't put other latents into it.
 
     stopped: whether the callback has ended the call; the estimate of that moment is then the result.
     """

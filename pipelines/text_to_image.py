@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.backends import Backend
 from ldm.conditioning.prompts.weighted import Emphasis, Lora, Syntax
+from ldm.diffusion.driver import Step
 from ldm.errors import UserError, nearest
 from ldm.models.compiled import compile_blocks
 from ldm.models.quantization import Quantization
@@ -35,7 +36,6 @@ from pipelines.loading import Placed, load
 from pipelines.originals import Originals, latents_of
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import LowMemory, choose_device
-from pipelines.preview import LatentPreview
 from pipelines.progress import Progress, StepCallback, counted
 from pipelines.recipe import PER_IMAGE, Recipe
 from pipelines.turns import Turns
@@ -65,7 +65,6 @@ class TextToImagePipeline(DiffusersNames):
         self.notes = self._placed.notes
         self._offload = self._placed.offload
         self._identity: dict[str, Any] = identity or {}
-        self._preview: LatentPreview | None = None
         self._turns = Turns()
         self._loaded = Loaded(system, self.device, self._turns)
         self.adapters = self._loaded.adapters
@@ -371,18 +370,26 @@ class TextToImagePipeline(DiffusersNames):
         together: int = 8,
         progress: bool = False,
         waves: bool = False,
+        callback: Callable[[int, Tensor], object] | None = None,
     ) -> Iterator[Drawn]:
         """Draw any recipes, or what `complete` made of them; yield each picture as soon as it is done, in no order.
 
         Unlike ones share the network's calls step by step (see `ldm.sampling.engine`), `together` of them at a time;
         each comes out as alone. waves: each `together` of them are drawn to their end before the next begin; then not
-        even their last bits depend on how long others took. What can't be drawn is yielded with its error. The pipeline
-        is busy until the last one
-        came, or the iterator was closed. Raises UserError.
+        even their last bits depend on how long others took. callback: called after each prediction, with a picture's
+        place among the recipes and the estimate of its latents (1, C, h, w), for `preview`. What can't be drawn is
+        yielded with its error. The pipeline is busy until the last one came, or the iterator was closed. Raises
+        UserError.
         """
         if together < 1:
             raise UserError(f"together is {together}: give 1 or more")
-        with self._turn(), counted(recipes, progress) as stepped:
+        with self._turn(), counted(recipes, progress) as count:
+
+            def stepped(place: int, step: Step) -> None:
+                count()
+                if callback is not None:
+                    callback(place, step.x0)
+
             crowd = Crowd(self.system, self._loaded, self.device, together, waves)
             try:
                 complete = partial(self._completed, given=Given(), like=None)
@@ -430,7 +437,12 @@ class TextToImagePipeline(DiffusersNames):
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Any:
-        """Small PIL pictures, one pixel a latent position, of latents (B, C, h, w) by a linear map: no decode."""
-        if self._preview is None:
-            self._preview = LatentPreview(self.system.autoencoder)
-        return self._preview(latents)
+        """PIL pictures of latents (B, C, h, w), nearly as decoded, by the tiny autoencoder that the model's folder has.
+
+        Where it has none, and `load_preview` brought none, they are of one pixel a latent position, by a linear map.
+        """
+        return self._loaded.previews(latents)
+
+    def load_preview(self, name: str | Path) -> None:
+        """Preview by a tiny autoencoder from now on, such as TAESD for Stable Diffusion 1.x: see `Previews.load`."""
+        self._loaded.previews.load(name)

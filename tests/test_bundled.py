@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ldm.checkpoints.folder import PREVIEW
 from ldm.emoji import heldout
+from ldm.sampling import decode
 from ldm.system import bundled_model
 from pipelines import TextToImagePipeline
 
@@ -39,6 +41,17 @@ def test_diffusers_draws_the_same_picture() -> None:
     expected = theirs("a raccoon astronaut", generator=noise, **CALL).images
     assert 10 * np.log10(1 / np.square(drawn - expected).mean()) > 60
     assert drawn.shape == (1, 128, 128, 3) and drawn.std() > 0.1  # a picture, no blank
+
+
+def test_its_previews_are_nearly_the_picture() -> None:
+    pipe = TextToImagePipeline.from_pretrained(device="cpu")
+    drawn = pipe("a raccoon astronaut", seed=5, num_inference_steps=4, output_type="latent").images
+    with torch.no_grad():
+        decoded = decode(pipe.system.autoencoder, drawn)[0].permute(1, 2, 0).numpy()
+    shown = np.asarray(pipe.preview(drawn)[0]) / 255
+    assert shown.shape == decoded.shape == (128, 128, 3)
+    assert 10 * np.log10(1 / np.square(shown - decoded).mean()) > 22  # another picture is below 12
+    assert (bundled_model() / PREVIEW / "diffusion_pytorch_model.safetensors").stat().st_size < 3e6
 
 
 def test_its_defaults_need_no_arguments() -> None:

@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline_folder
 
+from ldm.checkpoints.files import write_bytes
 from ldm.errors import UserError
+from pipelines import jobs
 from pipelines.cli import main
 from pipelines.files import save_picture
 from pipelines.recipe import KEYWORD, Recipe, read_recipe
@@ -55,6 +57,24 @@ def test_prompts_from_arguments_and_a_grid(
     assert (sheet[32:, :32] == pixels(tmp_path / names[2])).all()
     assert main(["a cat", "--model", str(model), "--out", str(tmp_path), *FAST]) == 0
     assert (tmp_path / "0004-a-cat.png").exists()  # the next number: nothing is overwritten
+
+
+def test_a_preview_is_written_over_after_each_step(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = list[np.ndarray]()
+    monkeypatch.setattr(
+        jobs, "write_bytes", lambda path, data: (write_bytes(path, data), written.append(pixels(path)))
+    )
+    shown = tmp_path / "shown.png"
+    ways: tuple[list[str], ...] = ([], ["--preview", str(shown)])
+    for k, more in enumerate(ways):
+        out = tmp_path / f"{k}.png"
+        assert main(["a cat", "--model", str(model), "--seed", "5", "--out", str(out), *FAST, *more]) == 0
+        assert len(written) == 2 * k
+    assert (pixels(tmp_path / "0.png") == pixels(tmp_path / "1.png")).all()
+    assert [each.shape for each in written] == [(16, 16, 3)] * 2 and (written[0] != written[1]).any()
+    assert (pixels(shown) == written[1]).all()
 
 
 def test_a_file_of_rows_with_settings(model: Path, tmp_path: Path) -> None:
@@ -178,6 +198,8 @@ def test_a_model_that_cannot_be_used(
             ["cat", "--out", "one.png", "--grid", "./one.png"],
             "one.png can't be both the picture and the grid",
         ),
+        (["cat", "--out", "one.png", "--preview", "one.png"], "both the picture and the preview"),
+        (["cat", "--preview", "one.jpg"], "one.jpg: pictures are saved as PNG"),
         (["cat", "--out", "n" * 300 + ".png"], "can't write"),
         (["cat", "--out", "a\0b.png"], "can't be a file's name"),
         (["--file", "a\0b.txt"], "can't be read"),

@@ -8,6 +8,7 @@ from test_training_finetune import pictures
 import ldm.emoji.pools  # noqa: F401 (the kind of data that some of them name)
 from ldm.errors import UserError
 from ldm.models.perceptual import EfficientNetLite0
+from ldm.training import reconstruction
 from ldm.training.objectives import autoencoder, text_to_image
 from ldm.training.run import read_run
 
@@ -42,7 +43,7 @@ def test_a_first_stage_on_pictures_of_ones_own_as_the_config_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its comment's words; and the second stage's config takes what comes out."""
-    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(reconstruction, "load_efficientnet", lambda packages: EfficientNetLite0())
     by_name = {path.stem: path for path in FILES}
     text = by_name["autoencoder-kl"].read_text()
     (line,) = (line for line in text.splitlines() if "autoencoder.data.path" in line)
@@ -65,7 +66,7 @@ def test_without_the_perceptual_networks_package_the_error_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And without a weight in the loss training goes on without it, which is noted."""
-    monkeypatch.setattr(autoencoder, "load_efficientnet", no_network)
+    monkeypatch.setattr(reconstruction, "load_efficientnet", no_network)
     own = [
         "autoencoder.data.kind=pictures",
         f"autoencoder.data.path={pictures(tmp_path / 'pictures', 4)}",

@@ -14,6 +14,7 @@ from ldm.checkpoints.folder import read_component, write_component
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.perceptual import EfficientNetLite0, PerceptualDistance
+from ldm.training import reconstruction
 from ldm.training.first_stage import normalise
 from ldm.training.loop import LoopConfig, Trainer
 from ldm.training.objectives import autoencoder
@@ -22,7 +23,7 @@ from ldm.training.start import load_autoencoder
 
 
 def test_the_first_stage_learns(tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(reconstruction, "load_efficientnet", lambda packages: EfficientNetLite0())
     monkeypatch.setattr(autoencoder, "_STATISTICS", 256)
     scaled = replace(AutoencoderConfig.from_diffusers(TINY_VAE), scaling_factor=0.5, shift_factor=0.1)
     trainer = Trainer(
@@ -52,7 +53,7 @@ def test_the_first_stage_learns(tmp_path: Path, sprites: str, monkeypatch: pytes
 def test_any_number_of_validation_pictures(
     tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch, pictures: int
 ) -> None:
-    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(reconstruction, "load_efficientnet", lambda packages: EfficientNetLite0())
     model = AutoencoderConfig.from_diffusers(TINY_VAE)
     objective = autoencoder.Objective(first_stage_config(sprites, model=model, validation_pictures=pictures))
     assert objective.validate(objective.model.eval(), tmp_path, 7).keys() == {"psnr", "perceptual_distance"}
@@ -63,7 +64,7 @@ def test_a_decoder_learns_and_its_encoder_keeps_its_bits(
     tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Started from a half-precision file, whose latents have a scale of their own, which stays too."""
-    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(reconstruction, "load_efficientnet", lambda packages: EfficientNetLite0())
     start = AutoencoderKL(replace(AutoencoderConfig.from_diffusers(TINY_VAE), scaling_factor=0.7))
     stored = {name: each.half() for name, each in start.state_dict().items()}
     write_component(tmp_path, "vae", start.config.to_diffusers(), stored)

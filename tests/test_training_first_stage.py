@@ -18,6 +18,7 @@ from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.perceptual import EfficientNetLite0
 from ldm.models.vq import VQConfig, VQModel
+from ldm.training import reconstruction
 from ldm.training.adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
 from ldm.training.distributed import BatchGenerator
 from ldm.training.loop import LoopConfig, Trainer
@@ -35,7 +36,7 @@ MODELS = {"model": AutoencoderConfig.from_diffusers(TINY_VAE), "vq_model": VQCon
 
 @pytest.fixture(autouse=True)
 def perceptual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(reconstruction, "load_efficientnet", lambda packages: EfficientNetLite0())
 
 
 def objective(sprites: str, quantizer: str = "kl", **changes: Any) -> autoencoder.Objective:
@@ -305,8 +306,9 @@ HEAD = """
     import ldm.emoji.pools
     from ldm.models.perceptual import EfficientNetLite0
     from ldm.training import run
+    from ldm.training import reconstruction
     from ldm.training.objectives import autoencoder
-    autoencoder.load_efficientnet = lambda packages: EfficientNetLite0()
+    reconstruction.load_efficientnet = lambda packages: EfficientNetLite0()
     autoencoder._STATISTICS = 64
 """
 

@@ -19,7 +19,7 @@ from ldm.data.masks import random_mask
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.perceptual import EfficientNetLite0
-from ldm.training import cli
+from ldm.training import cli, reconstruction
 from ldm.training.data.conditions import Conditions
 from ldm.training.distributed import BatchGenerator
 from ldm.training.objectives import autoencoder
@@ -326,7 +326,7 @@ def test_the_helpers_are_what_is_frozen_beside_the_model(
 
 @pytest.fixture
 def perceptual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(reconstruction, "load_efficientnet", lambda packages: EfficientNetLite0())
 
 
 def first_stage(folder: Path, sprites: str, **changes: Any) -> autoencoder.Objective:

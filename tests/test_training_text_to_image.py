@@ -13,6 +13,7 @@ from ldm.emoji import prepare as preparation
 from ldm.emoji.minilm import LAYERS
 from ldm.errors import UserError
 from ldm.models.perceptual import EfficientNetLite0
+from ldm.training import reconstruction
 from ldm.training.loop import LoopConfig, Trainer
 from ldm.training.objectives import autoencoder, text_to_image
 from ldm.training.run import read_run, train
@@ -185,7 +186,7 @@ def test_a_damaged_package_is_named(tmp_path: Path, content: bytes | None) -> No
 
 
 def test_all_that_is_frozen_moves(tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(reconstruction, "load_efficientnet", lambda packages: EfficientNetLite0())
     objective = text_to_image.Objective(read_run(config(tmp_path, sprites)).settings)
     objective.prepare(torch.device("meta"), 8)
     frozen = [objective.system.autoencoder, *objective.system.text.modules.values()]
@@ -196,7 +197,7 @@ def test_all_that_is_frozen_moves(tmp_path: Path, sprites: str, monkeypatch: pyt
 
 @pytest.mark.gpu
 def test_both_stages_train_on_a_gpu(tmp_path: Path, sprites: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, "load_efficientnet", lambda packages: EfficientNetLite0())
+    monkeypatch.setattr(reconstruction, "load_efficientnet", lambda packages: EfficientNetLite0())
     path = config(tmp_path, sprites)
     assert not train(path, ["loop.max_seconds=0"])
     assert train(path)

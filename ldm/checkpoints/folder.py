@@ -26,6 +26,7 @@ from ldm.files import replaced_folder, write_text, writing
 from ldm.foreign import json_object
 
 MODEL_INDEX = "model_index.json"
+PREVIEW = "vae_preview"  # a tiny autoencoder of the same latents; no model_index.json names it
 OPEN_CLIP = "open_clip_config.json"
 # diffusers', transformers', its old pickles', open_clip's
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
@@ -282,7 +283,9 @@ def _keep_the_rest(old: Path, new: Path, network: str) -> None:
     if network:
         named = {"config.json", *(each.name for each in old.glob(f"{_STEMS[0]}*"))}
     else:
-        named = {*components(read_index(old)), MODEL_INDEX} if (old / MODEL_INDEX).is_file() else set()
+        named = (
+            {*components(read_index(old)), MODEL_INDEX, PREVIEW} if (old / MODEL_INDEX).is_file() else set()
+        )
     for each in old.iterdir():
         if each.name not in named and not (new / each.name).exists():
             copy = shutil.copytree if each.is_dir() else shutil.copy2

@@ -14,7 +14,7 @@ import ldm
 from ldm.checkpoints import read_checkpoint
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.files import load_strict
-from ldm.checkpoints.folder import write_folder
+from ldm.checkpoints.folder import PREVIEW, read_component, write_component, write_folder
 from ldm.checkpoints.hub import resolve
 from ldm.checkpoints.single_file import write_single_file
 from ldm.condition import AESTHETIC_SCORES, Condition
@@ -64,6 +64,8 @@ class System:
         notes: what the reader of the files should be told.
         precision: of each part's weights as they lie on disk, where all of a part's have one.
         quantization: of the network's weights, see `quantize`.
+        preview: the folder of a tiny autoencoder (AutoencoderTiny) of the same latents, if there is one. It is not read
+            before it is used, and it goes along where the system is saved.
     """
 
     network: DenoisingNetwork
@@ -76,6 +78,7 @@ class System:
     notes: list[str] = field(default_factory=list)
     precision: dict[str, torch.dtype] = field(default_factory=dict)
     quantization: Quantization | None = None
+    preview: Path | None = None
 
     @classmethod
     def load(
@@ -121,6 +124,7 @@ class System:
             fingerprint=_identity(checkpoint, scheduler),
             notes=checkpoint.notes,
             precision=_precisions(checkpoint.tensors),
+            preview=path / PREVIEW if (path / PREVIEW).is_dir() else None,
         )
         system.check(path)
         return system.to(device, torch_dtype)
@@ -253,7 +257,13 @@ class System:
 
     def save(self, folder: str | Path) -> None:
         """Write a diffusers folder, whole or not at all."""
-        write_folder(folder, self.checkpoint(), lambda new: write_tokenizers(self.text, new))
+        write_folder(folder, self.checkpoint(), self.write_beside)
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what a Checkpoint does not hold into a new folder of this system: tokenizers, what is for previews."""
+        write_tokenizers(self.text, folder)
+        if self.preview is not None:
+            write_component(folder, PREVIEW, *read_component(self.preview.parent, self.preview.name))
 
     def save_single_file(self, path: str | Path) -> None:
         """Write one `.safetensors` in the LDM layout (SD 1.x, 2.x, XL, its refiner), whole or not at all."""

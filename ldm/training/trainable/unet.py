@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from ldm.checkpoints.folder import write_folder
-from ldm.conditioning.load import write_tokenizers
 from ldm.errors import UserError
 from ldm.system import System
 from ldm.training.start import half
@@ -40,4 +39,4 @@ class TrainUNet(Trainable):
         self, model: TrainableModel, system: System, folder: Path, metadata: Mapping[str, str]
     ) -> None:
         whole = model.within(system)
-        write_folder(folder, half(whole.checkpoint()), lambda new: write_tokenizers(whole.text, new))
+        write_folder(folder, half(whole.checkpoint()), whole.write_beside)
