@@ -6,7 +6,7 @@ class of no class, and zeros in place of all else.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -96,17 +96,17 @@ class SemanticMap(_Told):
     """The network is told what lies where (Rombach et al. 2022, sec. 4.3.2).
 
     by: "channels" joins one-hot maps to its input, a channel a region. "cross_attention" gives it a token a position,
-    one-hot, with the position's sinusoidal features: for a network of kind unet.
+    one-hot, with the position's sinusoidal features: for a network of kind unet. tokens: along a side, then.
     """
 
     kind: ClassVar[str] = "semantic_map"
 
-    by: str = "channels"
+    by: Literal["channels", "cross_attention"] = "channels"
+    tokens: int = 16
 
     def check(self, where: str, examples: Examples) -> None:
         super().check(where, examples)
-        if self.by not in ("channels", "cross_attention"):
-            raise UserError(f"{where}.by is {self.by!r}: make it channels or cross_attention")
+        refuse_outside(where, self, ("tokens",), 1, 64)
         if not examples.regions:
             raise UserError(
                 f"{where}: these data don't say what lies where: take another kind, or compositions"
@@ -125,6 +125,7 @@ class SemanticMap(_Told):
     def condition(self, batch: Batch, dropped: Tensor, examples: Examples, side: int) -> Condition:
         if batch.maps is None:
             raise UserError("what lies where is known of whole pictures only: set crop to null")
+        side = side if self.by == "channels" else self.tokens
         maps = F.interpolate(batch.maps[:, None].float(), size=(side, side), mode="nearest").long()[:, 0]
         hot = F.one_hot(maps, len(examples.regions)).float()  # (B, side, side, K)
         if self.by == "channels":
