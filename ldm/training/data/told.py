@@ -195,7 +195,8 @@ def resized(pictures: Tensor, side: int) -> Tensor:
 def blurred(pictures: Tensor, blur: float) -> Tensor:
     """Convolve pictures (B, C, H, W) with a Gaussian; beyond their edges they go on as they end."""
     reach = min(math.ceil(3 * blur), min(pictures.shape[2:]) * 2)
-    kernel = torch.exp(-(torch.arange(-reach, reach + 1, device=pictures.device) ** 2) / (2 * blur**2))
+    places = torch.arange(-reach, reach + 1, device=pictures.device, dtype=pictures.dtype)
+    kernel = torch.exp(-(places**2) / (2 * blur**2))
     kernel = kernel / kernel.sum()
     channels = pictures.shape[1]
     wide = F.pad(pictures, (reach,) * 4, mode="replicate")
