@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.diffusion import parameterization
 from ldm.diffusion.noising import Noised
 from ldm.diffusion.parameterization import per_image
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, Schedule
 from ldm.errors import UserError
 
 Weighting = Literal["unit", "snr", "min_snr", "p2", "vlb"]
@@ -49,7 +49,7 @@ class LossConfig:
 def prediction_loss(
     output: Tensor,
     noised: Noised,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction_type: str = "epsilon",
     config: LossConfig | None = None,
 ) -> Tensor:
@@ -69,13 +69,12 @@ def prediction_loss(
     if fraction is None:
         return losses
     found = parameterization.x0_from(prediction_type, output.detach(), noised.seen, sigma)
-    bound = schedule.num_train_timesteps * variational_bound(found - x0, fraction, timestep, schedule)
+    table = of_betas(schedule)
+    bound = table.num_train_timesteps * variational_bound(found - x0, fraction, timestep, table)
     return losses + config.bound_weight * bound  # one timestep stands for all the terms of the bound
 
 
-def loss_weight(
-    timestep: Tensor, schedule: NoiseSchedule, prediction_type: str, config: LossConfig
-) -> Tensor:
+def loss_weight(timestep: Tensor, schedule: Schedule, prediction_type: str, config: LossConfig) -> Tensor:
     """Weight of the squared error of the network's output at timesteps (B,), in the schedule's precision.
 
     unit: 1. The others weigh the error of x0, by the signal-to-noise ratio SNR = 1 / sigma^2:
@@ -97,12 +96,21 @@ def loss_weight(
     elif config.weighting == "p2":
         weight = snr / (config.p2_k + snr) ** config.p2_gamma
     elif config.weighting == "vlb":
-        posterior = Posterior.at(timestep, schedule)
+        posterior = Posterior.at(timestep, of_betas(schedule))
         weight = posterior.x0_scale**2 / (2 * posterior.log_variance.exp())
     else:
         known = "unit, snr, min_snr, p2, vlb"
         raise UserError(f"weighting {config.weighting!r} is unknown: use one of {known}")
     return c_out**2 * weight
+
+
+def of_betas(schedule: Schedule) -> NoiseSchedule:
+    """Return a schedule that has steps, for whoever needs them. Raises UserError for one of continuous time."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise UserError(
+            "a variational bound, and a variance that is learned by it, are of a process in steps: take kind: ddpm"
+        )
+    return schedule
 
 
 @dataclass(frozen=True)
