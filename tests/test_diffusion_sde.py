@@ -7,8 +7,9 @@ import torch
 
 from ldm.diffusion import parameterization
 from ldm.diffusion.denoiser import Denoiser, answered
+from ldm.diffusion.noise_rates import LinearBeta, TableBeta
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.diffusion.sde import VP, LinearBeta, SubVP, TableBeta
+from ldm.diffusion.sde import VP, SubVP
 from ldm.diffusion.variance_exploding import VE, Ladder
 from ldm.errors import UserError
 

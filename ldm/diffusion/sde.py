@@ -11,14 +11,14 @@ an SDE is in `sde_samplers`, its probability-flow ODE in `ode`.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.noise_rates import Beta, LinearBeta, TableBeta
 from ldm.diffusion.parameterization import per_image
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.errors import UserError
 
 Embedding = Literal["fourier", "positional"]
 
@@ -71,9 +71,9 @@ class SDE:
         """Return what a network is told at noise levels of any shape."""
         return self.time(sigma) * self.scale
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Return the timesteps (B,) of uniform numbers `u` (B,) in [0, 1): t is uniform between `end` and 1."""
-        return (self.end + (1 - self.end) * u) * self.scale
+    def draw(self, share: Tensor) -> Tensor:
+        """Return the timesteps (B,) of uniform shares (B,) in [0, 1): t is uniform between `end` and 1."""
+        return (self.end + (1 - self.end) * share) * self.scale
 
     def to(self, device: torch.device | str) -> "SDE":
         """Return the same SDE on `device`."""
@@ -91,75 +91,25 @@ class SDE:
         """Return the noise levels of `steps` steps that are even in t from 1 to `end`, then 0; `steps` + 1 of them."""
         return [*self._ratio(torch.linspace(1, self.end, steps, dtype=torch.float64)).tolist(), 0.0]
 
+    @property
+    def first_std(self) -> float:
+        """The standard deviation of x where drawing begins: the prior's, x = y(1) / alpha(1)."""
+        return self.prior_std / self.alpha(torch.ones((), dtype=torch.float64)).item()
+
+    def growth(self, sigma: Tensor) -> Tensor:
+        """Return d sigma^2 / dt = g^2 / alpha^2 at noise levels of any shape."""
+        t = self.time(sigma)
+        return (self.diffusion(t) / self.alpha(t)) ** 2
+
     def log_prior(self, x: Tensor) -> Tensor:
-        """Return the log density, nats, of states x (B, ...) at sigma_max under the prior; x = y(1) / alpha(1)."""
-        std = self.prior_std / self.alpha(torch.ones((), dtype=torch.float64)).item()
+        """Return the log density, nats, of states x (B, ...) at sigma_max under the prior."""
+        std = self.first_std
         return -((x / std).square().flatten(1).sum(1) / 2) - x[0].numel() * math.log(
             std * math.sqrt(math.tau)
         )
 
     def _ratio(self, t: Tensor) -> Tensor:
         return self.std(t) / self.alpha(t)
-
-
-class Beta(Protocol):
-    """A rate beta(t) of noise, and its integral B(t) from the clean picture to t, with B's inverse."""
-
-    def rate(self, t: Tensor) -> Tensor: ...
-    def integral(self, t: Tensor) -> Tensor: ...
-    def inverse(self, integral: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class LinearBeta:
-    """beta(t) = low + (high - low) t, the paper's (app. C); 0.1 and 20 are DDPM's 0.0001 and 0.02, times 1000."""
-
-    low: float = 0.1
-    high: float = 20.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.low < self.high:
-            raise UserError(
-                f"beta_min and beta_max of an SDE: 0 < beta_min < beta_max, not {self.low}, {self.high}"
-            )
-
-    def rate(self, t: Tensor) -> Tensor:
-        """Return beta(t)."""
-        return self.low + (self.high - self.low) * t
-
-    def integral(self, t: Tensor) -> Tensor:
-        """Return B(t) = low t + (high - low) t^2 / 2."""
-        return t * (self.low + (self.high - self.low) * t / 2)
-
-    def inverse(self, integral: Tensor) -> Tensor:
-        """Return t of B(t): the root of the quadratic, in the form that loses no digits at small t."""
-        return 2 * integral / (self.low + (self.low**2 + 2 * (self.high - self.low) * integral).sqrt())
-
-
-@dataclass(frozen=True)
-class TableBeta:
-    """The rate that runs through a table of discrete noise levels, whose timesteps 0 to T - 1 are t from 0 to 1.
-
-    B = log(1 + sigma^2), and log sigma is linear between two timesteps, as `NoiseSchedule.sigma` has it.
-    """
-
-    schedule: NoiseSchedule
-
-    def rate(self, t: Tensor) -> Tensor:
-        """Return beta(t) = dB/dt = 2 sigma^2 / (1 + sigma^2) dlog(sigma)/dt."""
-        last = self.schedule.num_train_timesteps - 1
-        below = (t * last).long().clamp(0, last - 1)
-        slope = (self.schedule.log_sigmas[below + 1] - self.schedule.log_sigmas[below]) * last
-        variance = self.schedule.sigma(t * last) ** 2
-        return 2 * variance / (1 + variance) * slope
-
-    def integral(self, t: Tensor) -> Tensor:
-        """Return B(t); above 0 at t = 0, where the first timestep's noise lies."""
-        return (self.schedule.sigma(t * (self.schedule.num_train_timesteps - 1)) ** 2).log1p()
-
-    def inverse(self, integral: Tensor) -> Tensor:
-        """Return t of B(t), in [0, 1]."""
-        return self.schedule.timestep(integral.expm1().sqrt()) / (self.schedule.num_train_timesteps - 1)
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,9 @@ class VE(SDE):
         """Return what a network is told at noise levels of any shape."""
         return sigma if self.embedding == "fourier" else self.time(sigma) * self.scale
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Return the timesteps (B,) of uniform numbers `u` (B,): log sigma is uniform."""
-        return self.timestep(self.std(self.end + (1 - self.end) * u))
+    def draw(self, share: Tensor) -> Tensor:
+        """Return the timesteps (B,) of uniform shares (B,) in [0, 1): log sigma is uniform."""
+        return self.timestep(self.std(self.end + (1 - self.end) * share))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +115,16 @@ class Ladder:
     def sigma_max(self) -> float:
         return self.high
 
+    @property
+    def first_std(self) -> float:
+        """The standard deviation of x where drawing begins."""
+        return self.high
+
     def sigmas(self, steps: int | None = None) -> list[float]:
-        """Return the noise levels from the highest down, then 0; all of them, or `steps`, even in log sigma."""
-        count = self.count if steps is None else steps
-        if count == self.count:
-            return [*self.levels.flip(0).tolist(), 0.0]
-        even = torch.linspace(math.log(self.high), math.log(self.low), count, dtype=torch.float64)
-        return [*even.exp().tolist(), 0.0]
+        """Return the noise levels from the highest down, then 0: all of them, or `steps` that are spread over them."""
+        count = self.count if steps is None else min(steps, self.count)
+        places = torch.linspace(self.count - 1, 0, count).round().long()
+        return [*self.levels[places].tolist(), 0.0]
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Return the noise levels of what a network is told: of sigma, or of the level's number from 0, the lowest."""
@@ -131,10 +134,10 @@ class Ladder:
         """Return what a network is told at noise levels of any shape."""
         return sigma if self.embedding == "fourier" else (sigma / self.low).log() / math.log(self.ratio)
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Return the timesteps (B,) of uniform numbers `u` (B,) in [0, 1): every level as often as any other."""
-        number = (u * self.count).long().clamp(max=self.count - 1)
-        return self.timestep(self.levels.to(u.device, u.dtype)[number])
+    def draw(self, share: Tensor) -> Tensor:
+        """Return the timesteps (B,) of uniform shares (B,) in [0, 1): every level as often as any other."""
+        number = (share * self.count).long().clamp(max=self.count - 1)
+        return self.timestep(self.levels.to(share.device, share.dtype)[number])
 
     def to(self, device: torch.device | str) -> "Ladder":
         """Return the same ladder on `device`."""

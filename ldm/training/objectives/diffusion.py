@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.losses import LossConfig, prediction_loss
 from ldm.diffusion.process import DDPMConfig
+from ldm.diffusion.score_processes import NCSNConfig, SubVPConfig, VEConfig, VPConfig
 from ldm.errors import UserError
 from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
@@ -77,7 +78,7 @@ class Config:
 
     data: what it learns from, of a kind: digits, toys, pictures (from disk), or one's own.
     network: of a kind: unet2d, or points. Its channels, its side and its classes are those of the data.
-    process: of a kind: ddpm, in discrete steps.
+    process: of a kind: ddpm, in discrete steps; vp, subvp and ve, in continuous time; ncsn, on a ladder of levels.
     condition: what it is told, of a kind: nothing, or labels.
     autoencoder: a folder that holds a first stage, for a model of its latents; None for one of pixels.
     crop: training sees squares of so many pixels, at random; None for whole pictures.
@@ -86,7 +87,7 @@ class Config:
 
     data: Data
     network: UNet2DSettings | PointSettings = field(default_factory=UNet2DSettings)
-    process: DDPMConfig = field(default_factory=DDPMConfig)
+    process: DDPMConfig | VPConfig | SubVPConfig | VEConfig | NCSNConfig = field(default_factory=DDPMConfig)
     condition: Nothing | Labels = field(default_factory=Nothing)
     autoencoder: str | None = None
     loss: LossConfig = field(default_factory=LossConfig)
