@@ -13,21 +13,67 @@ from pipelines.options import LOADING, parser, settings_of
 
 if TYPE_CHECKING:
     from pipelines.recipe import Recipe
+    from pipelines.uses import EmbeddingUse, LoRAUse
 
 
 @command(memory="draw smaller pictures, or fewer at once (--batch-size), or --low-memory")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 2 with one line on standard error, or 130 where Ctrl-C stopped it."""
-    _generate(parser().parse_args(argv))
+    arguments = parser().parse_args(argv)
+    if arguments.interpolate is not None:
+        _interpolate(arguments)
+    else:
+        _generate(arguments)
     return 0
+
+
+def _interpolate(arguments: argparse.Namespace) -> None:
+    from pipelines.interpolation import check_path, save
+
+    for name in ("file", "from_image", "grid", "columns", "seed"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} does not go with --interpolate: leave it out")
+    if len(arguments.prompts) != 1:
+        raise UserError("--interpolate goes between pictures of one prompt: give one")
+    ends = [each.strip() for each in arguments.interpolate.split(",")]
+    seeds = [int(each) for each in ends if each.isdecimal()]
+    if seeds and len(seeds) < len(ends):
+        raise UserError(
+            f"--interpolate {arguments.interpolate}: give seeds, or pictures, separated by commas"
+        )
+    out = arguments.out or Path("outputs/interpolation.png")
+    check_path(out)
+    settings, (loras, embeddings) = settings_of(arguments), _named(arguments)
+    pipe = _load(arguments)
+    for each in pipe.adapters.load_again(loras, embeddings):
+        note(each)
+    drawn = pipe.interpolate(
+        arguments.prompts[0],
+        seeds=seeds,
+        images=None if seeds else ends,
+        frames=arguments.frames,
+        method=arguments.interpolation,
+        progress=not arguments.quiet,
+        **settings,
+    )
+    line(str(save(drawn.images, out)))
+    for each in dict.fromkeys([*pipe.notes, *drawn.notes]):
+        note(each)
+
+
+def _named(arguments: argparse.Namespace) -> "tuple[tuple[LoRAUse, ...], tuple[EmbeddingUse, ...]]":
+    """The LoRAs and the new words of the options. Raises UserError."""
+    from pipelines.named_files import weighed
+    from pipelines.uses import EmbeddingUse, LoRAUse
+
+    loras = tuple(LoRAUse(*weighed(each)) for each in arguments.lora or ())
+    return loras, tuple(EmbeddingUse(each) for each in arguments.embedding or ())
 
 
 def _generate(arguments: argparse.Namespace) -> None:
     from pipelines import jobs
     from pipelines.files import check_target
-    from pipelines.named_files import weighed
     from pipelines.recipe import MOST, Recipe, shown
-    from pipelines.uses import EmbeddingUse, LoRAUse
 
     for name in ("num_images", "batch_size", "columns"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
@@ -41,8 +87,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.file:
         wanted += jobs.read_prompts(arguments.file, settings)
     expected = None
-    loras = tuple(LoRAUse(*weighed(each)) for each in arguments.lora or ())
-    embeddings = tuple(EmbeddingUse(each) for each in arguments.embedding or ())
+    loras, embeddings = _named(arguments)
     if arguments.trust and not arguments.from_image:
         raise UserError("--trust is of what a picture names: give it with --from-image")
     if arguments.from_image:

@@ -20,6 +20,7 @@ examples:
   %(prog)s "a fox with a hat" --image fox.png --mask hat.png             white is drawn anew
   %(prog)s "a castle" --model sd15.safetensors --control edges.png:controlnet-canny:0.8
   %(prog)s "a (red:1.3) castle, [day:night:0.5]" --prompt-syntax a1111
+  %(prog)s "a fox" --interpolate 1,2 --out fox.gif       on the way from seed 1's picture to seed 2's
   %(prog)s --from-image outputs/0003-a-fox.png         draws that picture again
 """
 # What is said of how a model is loaded, beside its name, precision and device: of `from_pretrained`, by its names.
@@ -197,6 +198,25 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PNG",
         help="a picture that shows how the drawing gets on, written over after each step",
+    )
+    add(
+        "--interpolate",
+        metavar="A,B[,...]",
+        help="pictures on the way from seed A to seed B, or between two picture files: --out is a strip (.png) or an "
+        "animation (.gif, .webp)",
+    )
+    add(
+        "--frames",
+        type=int,
+        default=8,
+        metavar="N",
+        help="of --interpolate, from each to the next (default 8)",
+    )
+    add(
+        "--interpolation",
+        choices=("slerp", "lerp"),
+        default="slerp",
+        help="the way between two noises: on the sphere (default), or straight",
     )
     add("--columns", type=int, metavar="N", help="of the grid (default: --num-images, or squarest)")
 

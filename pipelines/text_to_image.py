@@ -31,13 +31,14 @@ from pipelines.drawing import Drawing
 from pipelines.enlarging import stack_latents
 from pipelines.files import whole_path
 from pipelines.given import Given
+from pipelines.interpolation import Method, asked_between, interpolated, noises_of
 from pipelines.loaded import Loaded
 from pipelines.loading import Placed, load
-from pipelines.originals import Originals, latents_of
+from pipelines.originals import Original, Originals, latents_of
 from pipelines.output import OutputType, TextToImageOutput, pictures
 from pipelines.placement import LowMemory, choose_device
 from pipelines.progress import Progress, StepCallback, counted
-from pipelines.recipe import PER_IMAGE, Recipe
+from pipelines.recipe import PER_IMAGE, Recipe, recipes_for
 from pipelines.turns import Turns
 from pipelines.uses import Preprocessor
 
@@ -362,6 +363,30 @@ class TextToImagePipeline(DiffusersNames):
             return None
         upscaler = self._loaded.upscalers.get(recipe.upscaler)
         return partial(upscaler, outscale=recipe.upscale)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        prompt: str,
+        *,
+        seeds: Sequence[int] = (0, 1),
+        images: "Sequence[Original] | None" = None,
+        frames: int = 8,
+        method: Method = "slerp",
+        negative_prompt: str | None = None,
+        progress: bool = True,
+        **settings: Any,
+    ) -> TextToImageOutput:
+        """Draw `frames` pictures from each seed's picture to the next, or from each of `images`, both included.
+
+        images: pictures, unguided, each led up to the noise that it comes from. method: the way between two noises,
+        slerp or, which loses contrast, lerp. settings: as of a call. See `pipelines.interpolation`. Raises UserError.
+        """
+        (recipe,) = recipes_for(prompt, negative_prompt, [*seeds, 0][0], 1, settings)
+        with self._turn():
+            drawing = self._completed(asked_between(recipe, images), Given(), None)
+            noises = noises_of(self.system, drawing, seeds, images, self._loaded, self.device)
+        return interpolated(self.draw, drawing.recipe, noises, frames, method, progress)
 
     @torch.no_grad()
     def draw_each(

@@ -11,9 +11,10 @@ from ldm.diffusion import parameterization
 from ldm.diffusion.noising import Noised
 from ldm.diffusion.parameterization import per_image
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
+from ldm.diffusion.sde import SDE
 from ldm.errors import UserError
 
-Weighting = Literal["unit", "snr", "min_snr", "p2", "vlb"]
+Weighting = Literal["unit", "snr", "min_snr", "p2", "vlb", "likelihood"]
 PAPER_WEIGHT = 0.001 / math.log(2)  # of the hybrid loss: lambda of Nichol & Dhariwal 2021, whose unit is bits
 
 
@@ -82,6 +83,9 @@ def loss_weight(timestep: Tensor, schedule: Schedule, prediction_type: str, conf
         min_snr: min(SNR, gamma) (Hang et al. 2023)
         p2: SNR / (k + SNR)^gamma (Choi et al. 2022, eq. 8)
         vlb: the variational bound's own weights (Ho et al. 2020, eq. 12), (SNR(t-1) - SNR(t)) / 2
+        likelihood: the same in continuous time, of an SDE (Song et al. 2021b, arXiv:2101.09258, eq. 7): g^2 / 2 on the
+            score's error, which is -dSNR/dt / 2 on that of x0
+    On the score's error `snr` is sigma^2, the weight of denoising score matching (Song & Ermon 2019, eq. 6).
     An error of the output is c_out times smaller than the error of x0 it makes, so the weight carries c_out^2.
     """
     sigma = schedule.sigma(timestep)
@@ -98,8 +102,12 @@ def loss_weight(timestep: Tensor, schedule: Schedule, prediction_type: str, conf
     elif config.weighting == "vlb":
         posterior = Posterior.at(timestep, of_betas(schedule))
         weight = posterior.x0_scale**2 / (2 * posterior.log_variance.exp())
+    elif config.weighting == "likelihood":
+        if not isinstance(schedule, SDE):
+            raise UserError("weighting likelihood is of a process in continuous time: of steps it is vlb")
+        weight = schedule.growth(sigma) / (2 * sigma**4)
     else:
-        known = "unit, snr, min_snr, p2, vlb"
+        known = "unit, snr, min_snr, p2, vlb, likelihood"
         raise UserError(f"weighting {config.weighting!r} is unknown: use one of {known}")
     return c_out**2 * weight
 

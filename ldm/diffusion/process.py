@@ -1,8 +1,8 @@
 """Diffusion processes: the noise levels that a network was trained at, what it predicts, and how it is drawn with.
 
 A process is written as diffusers' scheduler_config.json and read from it. That in discrete steps (DDPM, Ho et al. 2020)
-is here. A process of another kind is a class with the same members and a line in READERS, and settings with its `kind`
-that training takes.
+is here; those of continuous noise are in `score_processes`. A process of another kind is a class with the same members
+and a line in READERS, and settings with its `kind` that training takes.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ from ldm.diffusion.plan import plan
 from ldm.diffusion.samplers import NoiseSource
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
 from ldm.diffusion.scheduler_config import CLASSES, COMPATIBLE, FILE_NAME, SchedulerConfig
+from ldm.diffusion.score_processes import SCORE_PROCESSES
 from ldm.errors import UserError
 
 
@@ -104,8 +105,10 @@ class DDPMConfig:
 
 
 READERS: dict[str, Callable[[Mapping[str, Any], str], Process]] = {
-    name: lambda mapping, where: Discrete(SchedulerConfig.from_dict(mapping, where))
-    for name in (*CLASSES, *COMPATIBLE)
+    **dict.fromkeys(
+        (*CLASSES, *COMPATIBLE), lambda mapping, where: Discrete(SchedulerConfig.from_dict(mapping, where))
+    ),
+    **{each.class_name: each.read for each in SCORE_PROCESSES},
 }
 
 

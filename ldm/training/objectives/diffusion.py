@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.condition import Condition
 from ldm.diffusion.losses import LossConfig, prediction_loss
 from ldm.diffusion.process import DDPMConfig
+from ldm.diffusion.score_processes import NCSNConfig, SubVPConfig, VEConfig, VPConfig
 from ldm.errors import UserError
 from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
@@ -98,7 +99,7 @@ class Config:
     data: what it learns from, of a kind: digits, toys, pictures (from disk), or one's own.
     network: of a kind: unet2d, unet (with cross-attention), or points. Its channels, its side and its classes are
         those of the data.
-    process: of a kind: ddpm, in discrete steps.
+    process: of a kind: ddpm, in discrete steps; vp, subvp and ve, in continuous time; ncsn, on a ladder of levels.
     condition: what it is told, of a kind: nothing, labels, semantic_map, low_resolution, or blurred.
     autoencoder: a folder that holds a first stage, for a model of its latents; None for one of pixels.
     crop: training sees squares of so many pixels, at random; None for whole pictures.
@@ -107,7 +108,7 @@ class Config:
 
     data: Data
     network: UNet2DSettings | UNetSettings | PointSettings = field(default_factory=UNet2DSettings)
-    process: DDPMConfig = field(default_factory=DDPMConfig)
+    process: DDPMConfig | VPConfig | SubVPConfig | VEConfig | NCSNConfig = field(default_factory=DDPMConfig)
     condition: Nothing | Labels | SemanticMap | SmallPicture | BlurredPicture = field(default_factory=Nothing)
     autoencoder: str | None = None
     loss: LossConfig = field(default_factory=LossConfig)
