@@ -58,6 +58,10 @@ def request_for(system: System, drawings: Sequence[Drawing], loaded: Loaded, dev
         token_merging=shared.token_merging,
         feature_reuse=shared.feature_reuse,
     )
+    if shared.clip_guidance_scale:
+        texts = [each.prompts.prompt.at(0) for each in drawings]
+        guide = loaded.clips.guide(shared.clip_model, texts, shared.clip_guidance_scale)
+        request = replace(request, guides=(guide,))
     if shared.controls:
         shown = [_control_pictures(each, size) for each in drawings]
         uses = [recipe.controls for recipe in recipes]
