@@ -1,7 +1,6 @@
 """The CLIPs that guide a pipeline's pictures, each loaded when it is first used."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,8 +9,8 @@ from ldm.checkpoints.files import file_hash
 from ldm.conditioning.clip import LatentCLIP
 from ldm.conditioning.clip_models import PictureCLIP, load_clip
 from ldm.conditioning.prompts.weighted import Text
-from ldm.diffusion.gradient_guidance import Guide
 from ldm.errors import UserError
+from ldm.sampling.clip_guidance import CLIPGuidance
 from ldm.system import System, bundled
 from pipelines.files import whole_path
 from pipelines.registry import changed
@@ -39,10 +38,9 @@ class CLIPs:
         """Load CLIPs that recipes name; returns notes on what has changed since. Raises UserError."""
         return changed((use, self.stated(use)) for use in uses)
 
-    def guide(self, use: CLIPUse | None, prompts: Sequence[Text], scale: float) -> Guide:
+    def guide(self, use: CLIPUse | None, prompts: Sequence[Text], scale: float) -> CLIPGuidance:
         """Return what guides towards prompts, one an image; None is the CLIP that ships with the package."""
-        clip = self._known(_path(use))[0]
-        return partial(clip.around, texts=clip.text_features(prompts), scale=scale)
+        return CLIPGuidance.towards(self._known(_path(use))[0], prompts, scale)
 
     def _known(self, path: str) -> tuple[LatentCLIP | PictureCLIP, str | None]:
         if path not in self._loaded:

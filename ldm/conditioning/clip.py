@@ -12,14 +12,14 @@ from ldm.checkpoints.files import load_strict
 from ldm.checkpoints.folder import read_component
 from ldm.conditioning.prompts.weighted import Text
 from ldm.conditioning.text import TextEncoder
+from ldm.diffusion.classifier_guidance import by_score
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.gradient_guidance import Interval, gradient_guided
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.clip import CLASS, CLIP, CLIPConfig
 
 # From pure noise nothing can be read, and what a trained network makes of it would be multiplied by sigma^2.
-INTERVAL: Interval = (0.0, 10.0)
+INTERVAL = (0.0, 10.0)
 _FEATURES = 8  # of a probe
 _APART = 0.1  # how far, as a share, a probe may be from that of training: bfloat16 moves it by about 0.02
 
@@ -41,7 +41,7 @@ class LatentCLIP:
         return float(self.network.scale.detach())
 
     def image_features(self, pictures: Tensor) -> Tensor:
-        """Return (B, D), unnormalised, of pictures (B, 3, H, W) in [0, 1]: of the clean latents that they are encoded to.
+        """Return (B, D), unnormalised, of pictures (B, 3, H, W) in [0, 1]: those of their clean latents.
 
         H, W: multiples of the autoencoder's factor.
         """
@@ -67,7 +67,7 @@ class LatentCLIP:
         return self.network.text_features(hidden.to(self.network.logit_scale)).float()
 
     def around(self, denoise: Denoise, texts: Tensor, scale: float | Tensor) -> Denoise:
-        """Return the denoiser guided towards texts, by their features (B, D) or (1, D): see `gradient_guided`.
+        """Return the denoiser guided towards texts, by their features (B, D) or (1, D): see `by_score`.
 
         log p(text | x) is the logit, as in GLIDE: the cosine times `logit_scale`.
         """
@@ -77,7 +77,7 @@ class LatentCLIP:
             seen = F.normalize(self.noised_features(x, sigma), dim=-1)
             return self.logit_scale * (seen * wanted).sum(-1)
 
-        return gradient_guided(denoise, log_likelihood, scale, self.interval)
+        return by_score(denoise, log_likelihood, scale, self.interval)
 
 
 def load_latent_clip(

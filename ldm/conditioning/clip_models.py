@@ -1,5 +1,6 @@
 """CLIP models of transformers and open_clip, from their folders, behind the interface of our own."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from ldm.conditioning.open_clip import is_open_clip
 from ldm.conditioning.prompts.weighted import Text
 from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.conditioning.tokenizer import load_tokenizer
+from ldm.diffusion.clip_guidance import by_estimate
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.gradient_guidance import EVERYWHERE, Interval, clean_guided
 from ldm.errors import UserError
 from ldm.foreign import foreign
 from ldm.models.autoencoder import AutoencoderKL
@@ -35,7 +36,7 @@ class PictureCLIP:
     it is to score pictures only. interval: the noise levels in which it guides.
     """
 
-    interval: Interval = EVERYWHERE
+    interval = (0.0, math.inf)
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class PictureCLIP:
         return pooled.float()
 
     def around(self, denoise: Denoise, texts: Tensor, scale: float | Tensor) -> Denoise:
-        """Return the denoiser guided towards texts, by their features (B, D) or (1, D): see `clean_guided`.
+        """Return the denoiser guided towards texts, by their features (B, D) or (1, D): see `by_estimate`.
 
         The gradient goes through this CLIP and the decoder, and not through the denoiser.
         """
@@ -75,10 +76,14 @@ class PictureCLIP:
         def log_likelihood(x0: Tensor) -> Tensor:
             weight = next(autoencoder.decoder.parameters())
             pictures = autoencoder.decode(autoencoder.unscale(x0).to(weight)).float() / 2 + 0.5
+            if not pictures.requires_grad:
+                raise UserError(
+                    "the decoder gives no gradient here, by which this CLIP guides: load the model with backend torch"
+                )
             seen = F.normalize(self.image_features(pictures), dim=-1)
             return self.logit_scale * (seen * wanted).sum(-1)
 
-        return clean_guided(denoise, log_likelihood, scale, self.interval)
+        return by_estimate(denoise, log_likelihood, scale, self.interval)
 
 
 def load_clip(

@@ -2,7 +2,7 @@
 
 clip = load_clip("weights/emoji-128-clip", system.autoencoder, system.text)
 guide = CLIPGuidance.towards(clip, ["a red fox"], scale=1.0)
-request = replace(prepare(system, plan, ["a fox"], [0], guidance=Guidance(1.0)), guides=(guide,))
+request = guided(prepare(system, plan, ["a fox"], [0], guidance=Guidance(1.0)), [guide])
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class CLIPGuidance:
         return cls(clip, clip.text_features(prompts), scale)
 
     def check(self, plan: Plan, shape: tuple[int, ...], rows: int) -> None:
-        """Raise UserError where it can't guide `rows` pictures of latents of this shape (C, h, w)."""
+        """See `Guide` of `likelihood_guidance`."""
         scale = torch.as_tensor(self.scale)
         if len(self.texts) not in (1, rows) or scale.ndim > 1 or scale.numel() not in (1, rows):
             raise UserError(
