@@ -1,6 +1,6 @@
 """Guidance of a request by a CLIP: its pictures are pulled towards texts (GLIDE, Nichol et al. 2022, sec. 2.4).
 
-clip = load_clip("weights/emoji-128-clip", system.autoencoder, system.text)
+clip = load_clip("runs/clip/run/export/clip", system.autoencoder, system.text)
 guide = CLIPGuidance.towards(clip, ["a red fox"], scale=1.0)
 request = guided(prepare(system, plan, ["a fox"], [0], guidance=Guidance(1.0)), [guide])
 """
