@@ -15,7 +15,7 @@ from ldm.conditioning.clip import LatentCLIP, is_latent_clip, load_latent_clip
 from ldm.conditioning.image_encoder import CLIP_MEAN, CLIP_STD, clip_pixels_of, load_image_encoder
 from ldm.conditioning.load import build_text_encoder
 from ldm.conditioning.network_settings import check_size
-from ldm.conditioning.open_clip import is_open_clip
+from ldm.conditioning.open_clip import is_open_clip, open_clip_package
 from ldm.conditioning.prompts.weighted import Text
 from ldm.conditioning.text import TextEncoder, WindowedEncoder
 from ldm.conditioning.tokenizer import load_tokenizer
@@ -172,7 +172,8 @@ def _open_clip_vision(
 ) -> tuple[Any, int]:
     """The tower for pictures of an open_clip model, and the side that it sees. Raises UserError."""
     from accelerate import init_empty_weights
-    from open_clip import model as models  # the text tower was built by it before
+
+    models = open_clip_package(where).model
 
     vision = config.get("vision_cfg")
     if not isinstance(vision, Mapping) or not isinstance(vision.get("image_size", 224), int):

@@ -6,6 +6,7 @@ The model lends its autoencoder, its text encoder and its noise schedule, all of
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class Objective:
         self.held_out = None
         if config.validation:
             self.held_out = config.validation.data.latents("clip.validation.data", system, False)
-        sizes = {
+        sizes: dict[str, Any] = {
             "in_channels": system.autoencoder.config.latent_channels,
             "sample_size": (self.source.resolution or system.default_size)
             // system.autoencoder.config.factor,
