@@ -91,12 +91,16 @@ def with_loaded(drawing: Drawing, loaded: Loaded) -> Drawing:
 
 
 def _check_loaded(system: System, recipe: Recipe, given: Given, loaded: Loaded) -> Recipe:
-    """The recipe with the hashes of the upscaling networks. Raises UserError for what is not loaded, or can't be."""
+    """The recipe with its networks' hashes. Raises UserError for what is not loaded, or can't be."""
     assert recipe.height and recipe.width
     loaded.controlnets.check(recipe.controls, (recipe.height, recipe.width))
     loaded.image_adapters.check(recipe.image_prompts)
     shown_controls(recipe, given)
     shown_images(recipe, given)
+    if recipe.clip_guidance_scale:
+        if given.prompt_embeds is not None:
+            raise UserError("clip_guidance_scale guides by words: give prompt, and not prompt_embeds")
+        recipe = replace(recipe, clip_model=loaded.clips.stated(recipe.clip_model))
     if recipe.hires_scale is not None:
         size = second_size(recipe, system.autoencoder.config.factor)
         if max(size) > LARGEST:

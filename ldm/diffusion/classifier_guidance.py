@@ -41,7 +41,7 @@ def by_score(
 
     def guided(x: Tensor, sigma: Tensor) -> Asking:
         estimate = yield from awaited(denoise(x, sigma))
-        strength = _inside(scale, sigma, interval) * sigma**2
+        strength = inside(scale, sigma, interval) * sigma**2
         if not bool(strength.any()):
             return estimate
         shift = per_image(strength, x) * gradient(log_likelihood, x, sigma)
@@ -78,7 +78,7 @@ def by_mean(
         here = sigma.double()
         step = (here[:, None] <= levels.to(here.device)).sum(1).clamp(min=1) - 1
         after = ends.to(here.device)[step + 1]
-        strength = _inside(scale, sigma, interval) * (after > 0)
+        strength = inside(scale, sigma, interval) * (after > 0)
         if not bool(strength.any()):
             return estimate
         after = torch.where(after > 0, after, here / 2)  # of no weight, but for divisions by zero
@@ -95,7 +95,7 @@ def by_mean(
     return guided
 
 
-def _inside(scale: float | Tensor, sigma: Tensor, interval: tuple[float, float]) -> Tensor:
+def inside(scale: float | Tensor, sigma: Tensor, interval: tuple[float, float]) -> Tensor:
     """The scale of each image, (B,), 0 outside of the interval."""
     low, high = interval
     strength = torch.as_tensor(scale).to(sigma).expand(len(sigma))
