@@ -12,11 +12,11 @@ that divided by `LN2`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.decoder import Decoder, log_likelihood
 from ldm.diffusion.denoiser import Denoise, answered, awaited
 from ldm.diffusion.driver import Noise
 from ldm.diffusion.parameterization import per_image
@@ -25,12 +25,6 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
 LN2 = math.log(2)
-# L_0 of "gaussian" is a density, of latents or points; "discretized" is a probability, of pixels in [-1, 1] with 256
-# levels (Ho et al. 2020, eq. 13); "discretized_tanh" is the same by the approximation of the normal distribution
-# function that its authors' code and guided-diffusion count with, for figures to compare with theirs.
-Decoder = Literal["gaussian", "discretized", "discretized_tanh"]
-_HALF_LEVEL = 1 / 255  # of 256 levels between -1 and 1
-_LEAST = 1e-12  # probability that the approximation tells from none, as in guided-diffusion
 
 
 @dataclass(frozen=True)
@@ -91,11 +85,12 @@ def bound_terms(
     variance: Variance = "fixed_small",
     fraction: Tensor | None = None,
     decoder: Decoder = "gaussian",
+    levels: int = 256,
 ) -> Tensor:
     """Return L_{t-1}, or L_0 where the timestep is 0, nats an element, (B,).
 
     found: the network's estimate of x0, which is (B, ...). timestep: (B,), integers. fraction: what the network says of
-    a learned variance, shaped like x0; see `Posterior.learned_log_variance`. Raises UserError.
+    a learned variance, shaped like x0; see `Posterior.learned_log_variance`. levels: see `Decoder`. Raises UserError.
     """
     posterior = Posterior.at(timestep, schedule.to(found.device))
     x0_scale, low = (
@@ -105,7 +100,7 @@ def bound_terms(
     error = x0_scale * (found - x0)  # of the mean
     divergence = gaussian_kl(error, low, log_variance)
     # At timestep 0 the posterior's mean is x0 itself, and the model's is its estimate.
-    likelihood = log_likelihood(x0, found, log_variance, decoder)
+    likelihood = log_likelihood(x0, found, log_variance, decoder, levels)
     return torch.where(per_image(timestep == 0, x0), -likelihood, divergence).flatten(1).mean(1)
 
 
@@ -123,41 +118,6 @@ def gaussian_kl(difference: Tensor, log_variance: Tensor, other_log_variance: Te
     """Return KL(N(a, exp log_variance) || N(b, exp other_log_variance)), nats, where difference = a - b."""
     apart = log_variance - other_log_variance
     return 0.5 * (difference.square() * (-other_log_variance).exp() + apart.exp() - 1 - apart)
-
-
-def log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor, decoder: Decoder = "gaussian") -> Tensor:
-    """Return log p(x0), nats, of every element under N(mean, exp log_variance) and a decoder: see `Decoder`."""
-    if decoder == "gaussian":
-        squared = (x0 - mean).square() * (-log_variance).exp()
-        return -0.5 * (math.log(2 * math.pi) + log_variance + squared)
-    if decoder == "discretized":
-        return _log_interval(x0, mean, log_variance)
-    scale = (-0.5 * log_variance).exp()
-
-    def cdf(z: Tensor) -> Tensor:
-        return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh())
-
-    below, above = (cdf(scale * (x0 - mean + side)) for side in (-_HALF_LEVEL, _HALF_LEVEL))
-    above, below = torch.where(x0 > 0.999, 1.0, above), torch.where(x0 < -0.999, 0.0, below)
-    return (above - below).clamp(min=_LEAST).log()
-
-
-def _log_interval(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """The log-probability of the level that x0 lies in; the first and the last level reach to infinity.
-
-    In float64 where there is one: a level may lie hundreds of deviations from the mean, or be a thousandth of one wide.
-    """
-    dtype = x0.dtype if x0.device.type == "mps" else torch.float64
-    scale, distance = (-0.5 * log_variance.to(dtype)).exp(), x0.to(dtype) - mean.to(dtype)
-    # Mirrored to the left of the mean, where the distribution function is small and its logarithm exact.
-    near, far = (-distance.abs() + side for side in (_HALF_LEVEL, -_HALF_LEVEL))
-    near, far = (torch.special.log_ndtr(scale * each) for each in (near, far))
-    least = torch.finfo(dtype).eps
-    inside = near + (-torch.expm1((far - near).clamp(max=-least))).log()
-    # Towards infinity: the tail that begins at the level's inner border, seen from the side that x0 is on.
-    outward = torch.where(x0 > 0, -distance, distance)
-    tail = torch.special.log_ndtr(scale * (outward + _HALF_LEVEL))
-    return torch.where(x0.abs() > 0.999, tail, inside).to(x0.dtype)
 
 
 @dataclass(frozen=True)
@@ -215,6 +175,7 @@ def variational_bound(
     decoder: Decoder = "gaussian",
     every: int = 1,
     together: int = 1,
+    levels: int = 256,
 ) -> Bound:
     """Return the bound of x0 (B, C, h, w); the result is float64, on the CPU.
 
@@ -226,6 +187,7 @@ def variational_bound(
     every: 1 asks for all terms. Above it, L_0 is still asked for, and of every so many timesteps after it one, drawn
         for each row by itself: a sum over them is right on average, and the rows' spread tells its error.
     together: how many timesteps a call of the network takes, B rows each: timestep by timestep in the batch.
+    decoder, levels: see `Decoder`. Raises UserError where a learned variance is asked for and there is none.
     """
     steps, shape = schedule.num_train_timesteps, x0.shape[1:]
     first = torch.tensor([0, *range(1, steps, every)])
@@ -244,7 +206,7 @@ def variational_bound(
         estimate = answered(awaited(denoise(clean + per_image(sigma, clean) * drawn, sigma)))
         x0_found, fraction = estimate[:, : shape[0]], estimate[:, shape[0] :]
         learned = fraction if fraction.shape[1] else None
-        terms = bound_terms(x0_found, clean, timestep.flatten(), schedule, variance, learned, decoder)
+        terms = bound_terms(x0_found, clean, timestep.flatten(), schedule, variance, learned, decoder, levels)
         x0_mse = (x0_found - clean).square().flatten(1).mean(1)
         figures = torch.stack([terms.double(), x0_mse.double(), x0_mse.double() / level.double() ** 2])
         found.append(figures.view(3, len(timestep), len(x0)).cpu())

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import parameterization
-from ldm.diffusion.bound import LN2, Decoder, Posterior, bound_terms
+from ldm.diffusion.bound import LN2, Posterior, bound_terms
+from ldm.diffusion.decoder import Decoder
 from ldm.diffusion.noising import Noised
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
@@ -28,8 +29,8 @@ class LossConfig:
     variance: true for a network that learns its variance too, and so gives twice the channels: the hybrid loss of
         Nichol & Dhariwal 2021, eq. 16, with the paper's weight of the variational bound. A number is that weight, for
         a bound in nats. The paper's 0.001 is of a bound in bits, as guided-diffusion counts: 0.001 / ln 2 here.
-    decoder: of the bound's last term, L_0: see `bound.Decoder`. Latents have the density of a Gaussian, as no latent is
-        a whole number; pixels of 256 levels the probability of a level.
+    decoder: of the bound's last term, L_0: see `decoder.Decoder`. Latents have the density of a Gaussian, as no latent is
+        a whole number; pixels of so many `levels`, 256 where they have 8 bits, the probability of one.
     """
 
     weighting: Weighting = "unit"
@@ -41,6 +42,7 @@ class LossConfig:
     timestep_shift: float = 1.0
     variance: bool | float = False
     decoder: Decoder = "gaussian"
+    levels: int = 256
 
     @property
     def bound_weight(self) -> float:
@@ -71,7 +73,9 @@ def prediction_loss(
     if fraction is None:
         return losses
     found = parameterization.x0_from(prediction_type, output.detach(), noised.seen, sigma)
-    terms = bound_terms(found, x0, timestep, schedule, "learned_range", fraction, config.decoder)
+    terms = bound_terms(
+        found, x0, timestep, schedule, "learned_range", fraction, config.decoder, config.levels
+    )
     # One timestep stands for all the terms of the bound.
     return losses + config.bound_weight * schedule.num_train_timesteps * terms
 
