@@ -378,11 +378,9 @@ def test_a_part_of_the_terms_estimates_their_sum_with_an_honest_error():
     schedule, rows = schedule_of(60), 600
     denoise, x0 = gaussian_denoise(schedule), drawn(rows)
     expected = expected_terms(schedule, "fixed_small")
-    found = variational_bound(denoise, x0, schedule, Noise(range(rows), (4, 4, 4)), every=7, together=4)
-    assert found.counts.tolist() == [1, 7, 7, 7, 7, 7, 7, 7, 7, 3] and found.terms.shape == (rows, 10)
-    assert bool((found.timesteps[:, 0] == 0).all()) and found.timesteps[:, 1].unique().tolist() == list(
-        range(1, 8)
-    )
+    found = variational_bound(denoise, x0, schedule, Noise(range(rows), (4, 4, 4)), evaluations=9, together=4)
+    assert found.counts.sum() == 60 and found.counts[0] == found.counts[1] == 1 and len(found.counts) <= 9
+    assert bool((found.timesteps[:, 0] == 0).all()) and found.terms.shape == (rows, len(found.counts))
     assert within(found.steps, expected[1:].sum().item())
     # Honest: of 60 runs over ten pictures, about 95 % have the true sum within two errors (t of 9 degrees: 2.26).
     inside = [within(found.steps[k : k + 10], expected[1:].sum().item(), 2.26) for k in range(0, rows, 10)]
@@ -395,9 +393,9 @@ def test_a_part_of_the_terms_estimates_their_sum_with_an_honest_error():
 def test_a_row_has_the_same_bound_in_any_batch():
     schedule, network = schedule_of(), Network(3)
     denoise, x0 = Denoiser(network, schedule), pictures()
-    whole = variational_bound(denoise, x0, schedule, Noise([1, 2, 3], (3, 6, 6)), every=4, together=3)
+    whole = variational_bound(denoise, x0, schedule, Noise([1, 2, 3], (3, 6, 6)), evaluations=7, together=3)
     alone = [
-        variational_bound(denoise, x0[k : k + 1], schedule, Noise([k + 1], (3, 6, 6)), every=4)
+        variational_bound(denoise, x0[k : k + 1], schedule, Noise([k + 1], (3, 6, 6)), evaluations=7)
         for k in range(3)
     ]
     joined = Bound.joined(alone)

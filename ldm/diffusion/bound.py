@@ -173,7 +173,7 @@ def variational_bound(
     noise: Noise,
     variance: Variance = "fixed_small",
     decoder: Decoder = "gaussian",
-    every: int = 1,
+    evaluations: int | None = None,
     together: int = 1,
     levels: int = 256,
 ) -> Bound:
@@ -184,13 +184,17 @@ def variational_bound(
     schedule: the steps of the model's chain; a part of those it was trained on where it draws in fewer, see
         `NoiseSchedule.respaced`.
     noise: of B rows; one draw a term, from which the same row gets the same bound in any batch.
-    every: 1 asks for all terms. Above it, L_0 is still asked for, and of every so many timesteps after it one, drawn
-        for each row by itself: a sum over them is right on average, and the rows' spread tells its error.
+    evaluations: how many terms are asked for at most; None is all. L_0 always is. The others are of one timestep drawn
+        from each of so many ranges, for each row by itself: their sum is right on average, and the rows' spread tells
+        its error. The ranges grow in proportion to the timestep, as the terms fall about with its inverse.
     together: how many timesteps a call of the network takes, B rows each: timestep by timestep in the batch.
     decoder, levels: see `Decoder`. Raises UserError where a learned variance is asked for and there is none.
     """
     steps, shape = schedule.num_train_timesteps, x0.shape[1:]
-    first = torch.tensor([0, *range(1, steps, every)])
+    first = torch.arange(steps)
+    if evaluations is not None and evaluations < steps:
+        edges = torch.logspace(0, math.log10(steps), evaluations, dtype=torch.float64)[:-1]
+        first = torch.cat([torch.zeros(1), edges.floor()]).unique().long()
     counts = torch.diff(first, append=torch.tensor([steps]))
     share = torch.stack(
         [torch.rand(len(first), generator=each, device=each.device) for each in noise.generators]

@@ -1,4 +1,4 @@
-"""The decoder of a reverse process: the likelihood of data under its last step's Gaussian (Ho et al. 2020, sec. 3.3)."""
+"""The decoder of a reverse process: data's likelihood under its last step's Gaussian (Ho et al. 2020, sec. 3.3)."""
 
 import math
 from typing import Literal
@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# "gaussian" is a density, of latents or points. "discretized" is a probability, of pixels in [-1, 1] with so many levels
-# (Ho et al. 2020, eq. 13), 256 where they have 8 bits. "discretized_tanh" is the same by the approximation of the normal
-# distribution function that the paper's own code and guided-diffusion count with, for figures to compare with theirs.
+# "gaussian" is a density, of latents or points. "discretized" is a probability, of pixels in [-1, 1] with so many
+# levels (Ho et al. 2020, eq. 13), 256 where they have 8 bits. "discretized_tanh" is the same by the approximation of
+# the normal distribution function that the paper's own code and guided-diffusion count with, for figures to compare
+# with theirs.
 Decoder = Literal["gaussian", "discretized", "discretized_tanh"]
 _LEAST = 1e-12  # probability that the approximation tells from none, as in guided-diffusion
 

@@ -29,8 +29,8 @@ class LossConfig:
     variance: true for a network that learns its variance too, and so gives twice the channels: the hybrid loss of
         Nichol & Dhariwal 2021, eq. 16, with the paper's weight of the variational bound. A number is that weight, for
         a bound in nats. The paper's 0.001 is of a bound in bits, as guided-diffusion counts: 0.001 / ln 2 here.
-    decoder: of the bound's last term, L_0: see `decoder.Decoder`. Latents have the density of a Gaussian, as no latent is
-        a whole number; pixels of so many `levels`, 256 where they have 8 bits, the probability of one.
+    decoder: of the bound's last term, L_0: see `decoder.Decoder`. Latents have the density of a Gaussian, as no latent
+        is a whole number; pixels of so many `levels`, 256 where they have 8 bits, the probability of one.
     """
 
     weighting: Weighting = "unit"
