@@ -96,3 +96,12 @@ def grid(pictures: "Sequence[Image]", columns: int) -> "Image":
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     return sheet
+
+
+def scatter(points: Tensor, reach: float = 3.0, side: int = 320) -> "Image":
+    """Draw points (B, 2, 1, 1) as dots: a square of `side` pixels that shows [-reach, reach] both ways."""
+    from PIL import Image
+
+    x, y = points.flatten(1).double().cpu().numpy().T
+    counts, _, _ = np.histogram2d(-y, x, bins=side, range=[[-reach, reach]] * 2)
+    return Image.fromarray((255 * 0.4**counts).astype(np.uint8)).convert("RGB")

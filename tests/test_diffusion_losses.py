@@ -226,10 +226,12 @@ def test_perturbed_input_has_an_unperturbed_target():
 
 
 def test_shifted_timesteps_have_the_distribution_of_the_formula():
-    every = torch.arange(1000)
-    assert torch.equal(shifted(every, 1.0, 1000), every)
+    shares = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    assert torch.allclose(shifted(shares, 1.0), shares, rtol=0, atol=1e-15)
+    schedule = NoiseSchedule.build()
+    assert torch.equal(schedule.draw(shares), torch.arange(1000))
     for shift in (0.5, 3.0):
-        moved = shifted(every, shift, 1000)
+        moved = schedule.draw(shifted(shares, shift))
         assert moved.min() >= 0 and moved.max() <= 999
         for share in (0.25, 0.5, 0.9):
             wanted = share / (shift - (shift - 1) * share)

@@ -113,7 +113,7 @@ def test_loss_and_gradients_are_those_of_diffusers_scripts(
     pipe: Any = diffusers.DiffusionPipeline.from_pretrained(base)
     draws = BatchGenerator(5, 8, slice(0, 8))
     draws.uniform()
-    noise, timesteps = draws.normal(4, 16, 16), draws.integers(1000)
+    noise, timesteps = draws.normal(4, 16, 16), (draws.uniform() * 1000).long()
     if shift := loss.get("offset_noise"):
         noise = noise + shift * draws.normal(4, 1, 1)
     seen = noise + 0.1 * draws.normal(4, 16, 16) if loss.get("input_perturbation") else noise

@@ -45,7 +45,7 @@ def test_the_inpainting_loss_is_that_of_diffusers_scripts(tmp_path: Path) -> Non
     pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(base, safety_checker=None)
     draws = BatchGenerator(5, 8, WHOLE)
     draws.uniform()
-    noise, timesteps = draws.normal(4, 16, 16), draws.integers(1000)
+    noise, timesteps = draws.normal(4, 16, 16), (draws.uniform() * 1000).long()
     seeds = (draws.uniform() * 2**24).long().tolist()
     masks = torch.from_numpy(np.stack([random_mask(32, 32, np.random.default_rng(s)) for s in seeds]))
     masks = masks[:, None].float()

@@ -21,10 +21,19 @@ from ldm.diffusion.denoiser import Denoise, answered, awaited
 from ldm.diffusion.driver import Noise
 from ldm.diffusion.parameterization import per_image
 from ldm.diffusion.samplers import Variance
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, Schedule
 from ldm.errors import UserError
 
 LN2 = math.log(2)
+
+
+def of_betas(schedule: Schedule) -> NoiseSchedule:
+    """Return a schedule that has steps, for whoever needs them. Raises UserError for one of continuous time."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise UserError(
+            "a variational bound, and a variance that is learned by it, are of a process in steps: take kind: ddpm"
+        )
+    return schedule
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.diffusion import parameterization
 from ldm.diffusion.parameterization import per_image
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 
 # (x * c_in (B, C, h, w), timestep (B,) float32) -> output (B, C, h, w). The condition is bound.
@@ -58,7 +58,7 @@ _ROUNDING: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Denoiser:
-    """A `Denoise` made of a variance-preserving network; the state keeps its precision (float32).
+    """A `Denoise` made of a network; the state keeps its precision (float32).
 
     Guidance works between the two halves: `output`, the network's own prediction, and `x0_from`.
     rounding: what becomes of timesteps that fall between two integers: "round", "floor", or "none", which hands them
@@ -71,7 +71,7 @@ class Denoiser:
     def __init__(
         self,
         network: Network,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         prediction_type: str = "epsilon",
         rounding: Rounding | Sequence[Rounding] = "none",
         learned_variance: bool = False,

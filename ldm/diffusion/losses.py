@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import parameterization
-from ldm.diffusion.bound import LN2, Posterior, bound_terms
+from ldm.diffusion.bound import LN2, Posterior, bound_terms, of_betas
 from ldm.diffusion.decoder import Decoder
 from ldm.diffusion.noising import Noised
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 
 Weighting = Literal["unit", "snr", "min_snr", "p2", "vlb"]
@@ -53,7 +53,7 @@ class LossConfig:
 def prediction_loss(
     output: Tensor,
     noised: Noised,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction_type: str = "epsilon",
     config: LossConfig | None = None,
 ) -> Tensor:
@@ -73,16 +73,13 @@ def prediction_loss(
     if fraction is None:
         return losses
     found = parameterization.x0_from(prediction_type, output.detach(), noised.seen, sigma)
-    terms = bound_terms(
-        found, x0, timestep, schedule, "learned_range", fraction, config.decoder, config.levels
-    )
+    table = of_betas(schedule)
+    terms = bound_terms(found, x0, timestep, table, "learned_range", fraction, config.decoder, config.levels)
     # One timestep stands for all the terms of the bound.
-    return losses + config.bound_weight * schedule.num_train_timesteps * terms
+    return losses + config.bound_weight * table.num_train_timesteps * terms
 
 
-def loss_weight(
-    timestep: Tensor, schedule: NoiseSchedule, prediction_type: str, config: LossConfig
-) -> Tensor:
+def loss_weight(timestep: Tensor, schedule: Schedule, prediction_type: str, config: LossConfig) -> Tensor:
     """Weight of the squared error of the network's output at timesteps (B,), in the schedule's precision.
 
     unit: 1. The others weigh the error of x0, by the signal-to-noise ratio SNR = 1 / sigma^2:
@@ -104,7 +101,7 @@ def loss_weight(
     elif config.weighting == "p2":
         weight = snr / (config.p2_k + snr) ** config.p2_gamma
     elif config.weighting == "vlb":
-        posterior = Posterior.at(timestep, schedule)
+        posterior = Posterior.at(timestep, of_betas(schedule))
         weight = posterior.x0_scale**2 / (2 * posterior.log_variance.exp())
     else:
         known = "unit, snr, min_snr, p2, vlb"

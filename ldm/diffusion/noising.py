@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ldm.diffusion import parameterization
 from ldm.diffusion.parameterization import per_image
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Noised:
 
 
 def add_noise(
-    x0: Tensor, noise: Tensor, timestep: Tensor, schedule: NoiseSchedule, seen_noise: Tensor | None = None
+    x0: Tensor, noise: Tensor, timestep: Tensor, schedule: Schedule, seen_noise: Tensor | None = None
 ) -> Noised:
     """Put noise on clean pictures.
 
     Args:
         x0, noise: (B, C, h, w).
-        timestep: (B,) integers in [0, T-1], or numbers between them.
+        timestep: (B,), as the schedule counts them: of T steps integers in [0, T-1], or numbers between them.
         seen_noise: (B, C, h, w), what the network sees in place of the noise (Ning et al. 2023).
     """
     schedule, x0, noise = schedule.to(x0.device), x0.float(), noise.float()
@@ -45,12 +45,10 @@ def add_noise(
     return Noised(x0, x, x if seen_noise is None else x0 + level * seen_noise.float(), sigma, timestep)
 
 
-def shifted(timestep: Tensor, shift: float, num_train_timesteps: int) -> Tensor:
-    """Move uniform timesteps (B,), integers, towards noise: u to s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
+def shifted(share: Tensor, shift: float) -> Tensor:
+    """Move uniform shares (B,) of the way to noise: u to s u / (1 + (s - 1) u) (Esser et al. 2024, eq. 23).
 
-    Half of them lie above s / (1 + s) of the whole: above 0.75 for a shift of 3. Where text decides, at high noise, a
-    network so learns it from more pictures.
+    Half of them lie above s / (1 + s): above 0.75 for a shift of 3. Where text decides, at high noise, a network so
+    learns it from more pictures.
     """
-    share = (timestep.double() + 0.5) / num_train_timesteps
-    moved = shift * share / (1 + (shift - 1) * share)
-    return (moved * num_train_timesteps).long().clamp(0, num_train_timesteps - 1)
+    return shift * share / (1 + (shift - 1) * share)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError, nearest
 
 
@@ -62,7 +62,7 @@ def target(prediction_type: str, x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor
     return (x0 - c_skip * x) / c_out
 
 
-def check(prediction_type: str, schedule: NoiseSchedule) -> None:
+def check(prediction_type: str, schedule: Schedule) -> None:
     """Raise UserError for an unknown prediction type, or one that a zero-terminal-SNR schedule undoes.
 
     At the last timestep of such a schedule x is noise and nothing else: the noise says nothing of x0.

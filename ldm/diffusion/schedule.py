@@ -1,9 +1,13 @@
-"""Noise schedules: how much noise a variance-preserving model sees at each of its training timesteps."""
+"""Noise schedules: how much noise a model sees at each of its training timesteps.
+
+`Schedule` is what the rest knows of one; `NoiseSchedule` is that of a table of betas.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +18,40 @@ from ldm.errors import UserError, nearest
 # of float16), which puts sigma_max at about 4096.
 TERMINAL_ALPHA_BAR = 2.0**-24
 MOST_TIMESTEPS = 100_000
+
+
+class Schedule(Protocol):
+    """The noise levels of a model, and what it is told of them, its timesteps.
+
+    zero_terminal_snr: at the last timestep there is noise and nothing else.
+    """
+
+    @property
+    def zero_terminal_snr(self) -> bool: ...
+
+    @property
+    def sigma_min(self) -> float:
+        """The least noise level, of x0 + sigma * noise, that the model was trained at."""
+        ...
+
+    @property
+    def sigma_max(self) -> float: ...
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Return the noise level of timesteps (B,)."""
+        ...
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Return the timesteps (B,) that a network is told at noise levels (B,)."""
+        ...
+
+    def draw(self, share: Tensor) -> Tensor:
+        """Return timesteps (B,) to train at: of uniform shares in [0, 1), such as training draws, rising with them."""
+        ...
+
+    def to(self, device: torch.device | str) -> "Schedule":
+        """Return the same schedule with its tables on `device`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +188,10 @@ class NoiseSchedule:
         timestep = above - 1 + ((log_sigma - low) / (high - low)).clamp(0, 1)
         whole = timestep.round()
         return torch.where((timestep - whole).abs() < 1e-3, whole, timestep)
+
+    def draw(self, share: Tensor) -> Tensor:
+        """Return timesteps, integers in [0, T-1], of uniform shares in [0, 1)."""
+        return (share * self.num_train_timesteps).long()
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
         """Return the same schedule with its table on `device` (float32 on MPS, which has no float64); made once."""

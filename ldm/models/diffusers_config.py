@@ -92,6 +92,13 @@ def check_finite(config: Any, where: str, *names: str) -> None:
             raise UserError(f"{where}: {name} is {value!r:.60}, where a finite number is needed")
 
 
+def check_choice(config: Any, where: str, name: str, known: Collection[str]) -> None:
+    """Raise UserError for a setting that is none of those that are known."""
+    value = getattr(config, name)
+    if value not in known:
+        raise UserError(f"{where}: {name} {value!r:.60} is not supported (supported: {', '.join(known)})")
+
+
 def check_layers(layers: int, where: str, tensors: int | None = None) -> None:
     """Raise UserError for a network of more layers than are built, or than a file of so many `tensors` can fill."""
     most = MOST_LAYERS if tensors is None else min(tensors, MOST_LAYERS)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.noising import Noised, add_noise, shifted
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import Schedule
 from ldm.training.distributed import BatchGenerator
 from ldm.training.layout import memory_format
 
@@ -12,7 +12,7 @@ from ldm.training.layout import memory_format
 def noised_batch(
     latents: Tensor,
     rng: BatchGenerator,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     device: torch.device,
     *,
     timestep_shift: float = 1.0,
@@ -26,8 +26,7 @@ def noised_batch(
     """
     shape = latents.shape[1:]
     noise = rng.normal(*shape)
-    steps = schedule.num_train_timesteps
-    timestep = shifted(rng.integers(steps), timestep_shift, steps)
+    timestep = schedule.draw(shifted(rng.uniform(), timestep_shift))
     if offset_noise:
         noise = noise + offset_noise * rng.normal(shape[0], 1, 1)
     seen = noise + input_perturbation * rng.normal(*shape) if input_perturbation else None

@@ -108,9 +108,9 @@ class System:
         except UserError as error:
             raise UserError(f"{path}: scheduler: {error}") from error
         config = kind.read_config(checkpoint.configs[kind.component], f"{path}: {kind.component}")
-        network = _filled(kind, config, checkpoint, kind.component, path)
+        network = filled(kind, config, checkpoint, kind.component, path)
         vae_config = AutoencoderConfig.from_diffusers(checkpoint.configs["vae"], f"{path}: vae")
-        autoencoder = _filled(AutoencoderKL, vae_config, checkpoint, "vae", path)
+        autoencoder = filled(AutoencoderKL, vae_config, checkpoint, "vae", path)
         system = cls(
             network=network,
             autoencoder=autoencoder,
@@ -340,8 +340,8 @@ def _check_options(options: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _filled(kind: type[M], config: Any, checkpoint: Checkpoint, part: str, path: Path) -> M:
-    """The network of a component, on the checkpoint's own tensors."""
+def filled(kind: type[M], config: Any, checkpoint: Checkpoint, part: str, path: Path) -> M:
+    """Return the network of a component, frozen, on the checkpoint's own tensors. Raises UserError."""
     check_layers(config.layers, f"{path}: {part}", len(checkpoint.tensors[part]))
     with torch.device("meta"):
         module = kind(config)

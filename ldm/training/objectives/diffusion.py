@@ -1,0 +1,213 @@
+"""A diffusion model without text (Ho et al. 2020): of pixels, points or latents, of classes or of none."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.losses import LossConfig, prediction_loss
+from ldm.diffusion.process import DDPMConfig
+from ldm.errors import UserError
+from ldm.files import write_bytes
+from ldm.models.denoising import DenoisingNetwork
+from ldm.models.points import PointConfig, PointNetwork
+from ldm.models.unet2d import UNet2D
+from ldm.models.unet2d_config import UNet2DConfig
+from ldm.pictures import grid, png, scatter, to_pil, to_unit_range
+from ldm.sampling import Guidance
+from ldm.sampling.plain import draw, prepare
+from ldm.system.plain import PlainSystem
+from ldm.training.bounds import refuse_outside
+from ldm.training.data.arrays import DigitsConfig, ToysConfig
+from ldm.training.data.examples import Batch
+from ldm.training.data.kinds import Data
+from ldm.training.data.latents import encode
+from ldm.training.data.on_disk import PicturesConfig
+from ldm.training.data.told import Labels, Nothing
+from ldm.training.distributed import BatchGenerator
+from ldm.training.noising import noised_batch
+from ldm.training.start import load_autoencoder
+
+BROUGHT = (DigitsConfig, ToysConfig, PicturesConfig)  # the kinds of data that come with this objective
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class UNet2DSettings(UNet2DConfig):
+    """A U-Net without text; see UNet2DConfig."""
+
+    kind: ClassVar[str] = "unet2d"
+
+    def sized(self, channels: int, out_channels: int, side: int) -> "UNet2DSettings":
+        return replace(self, in_channels=channels, out_channels=out_channels, sample_size=side)
+
+    def build(self) -> DenoisingNetwork:
+        return UNet2D(self)
+
+
+@dataclass(frozen=True)
+class PointSettings(PointConfig):
+    """Linear layers, for points; see PointConfig."""
+
+    kind: ClassVar[str] = "points"
+
+    def sized(self, channels: int, out_channels: int, side: int) -> "PointSettings":
+        return replace(self, in_channels=channels, out_channels=out_channels)
+
+    def build(self) -> DenoisingNetwork:
+        return PointNetwork(self)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What is drawn at every validation: so many `pictures` in `steps`, with seeds 0, 1, ..., of each class in turn."""
+
+    pictures: int = 64
+    steps: int = 50
+    guidance: float = 1.0
+    sampler: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings.
+
+    data: what it learns from, of a kind: digits, toys, pictures (from disk), or one's own.
+    network: of a kind: unet2d, or points. Its channels, its side and its classes are those of the data.
+    process: of a kind: ddpm, in discrete steps.
+    condition: what it is told, of a kind: nothing, or labels.
+    autoencoder: a folder that holds a first stage, for a model of its latents; None for one of pixels.
+    crop: training sees squares of so many pixels, at random; None for whole pictures.
+    validation_pictures: of the data, held out; the loss on them is a figure of validation.
+    """
+
+    data: Data
+    network: UNet2DSettings | PointSettings = field(default_factory=UNet2DSettings)
+    process: DDPMConfig = field(default_factory=DDPMConfig)
+    condition: Nothing | Labels = field(default_factory=Nothing)
+    autoencoder: str | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    crop: int | None = None
+    validation_pictures: int = 256
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def check(self) -> None:
+        """Raises UserError for settings that do not go together."""
+        refuse_outside("diffusion", self, ("validation_pictures", "crop"), 1)
+        refuse_outside("diffusion.validation", self.validation, ("pictures", "steps"), 1)
+        self.data.check("diffusion.data")
+        self.process.process()
+
+
+class Objective:
+    """Weighted mean squared error of the prediction, at noise levels drawn as the process's schedule has them."""
+
+    def __init__(self, config: Config):
+        config.check()
+        self.config = config
+        self.examples = config.data.examples("diffusion.data", config.crop, config.validation_pictures)
+        config.condition.check("diffusion.condition", self.examples)
+        folder = config.autoencoder
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"diffusion.autoencoder: there is no folder {folder}: give one that holds a vae")
+        self.autoencoder = load_autoencoder(Path(folder)) if folder else None
+        process = config.process.process()
+        self.schedule = process.schedule
+        self.system = PlainSystem(
+            self._network(), process, self.autoencoder, config.condition.names(self.examples)
+        )
+        self.system.check("diffusion")
+        self.drawing = process.plan(config.validation.steps, config.validation.sampler)
+        self.model: nn.Module = self.system.network
+        self.watched = "loss"
+
+    def _network(self) -> DenoisingNetwork:
+        """The network, sized by what is in the data."""
+        config, (channels, height, width) = self.config, self._clean(self.examples.whole(0, 1)).shape[1:]
+        if height != width:
+            raise UserError(
+                f"diffusion.data gives {width}x{height}, and squares are learned: set diffusion.crop"
+            )
+        side = config.crop or height
+        if self.autoencoder is not None and config.crop:
+            side = config.crop // self.autoencoder.config.factor
+        sized = config.network.sized(channels, channels * (2 if config.loss.variance else 1), side)
+        network = config.condition.sized(sized, self.examples).build()
+        if side % network.multiple:
+            raise UserError(
+                f"diffusion.network halves the sides to an {network.multiple}th, and they are {side}: take fewer levels"
+            )
+        return network
+
+    def prepare(self, device: torch.device, batch_size: int) -> None:
+        for module in (self.model, *self.helpers().values()):
+            module.to(device)
+
+    def helpers(self) -> Mapping[str, nn.Module]:
+        return {} if self.autoencoder is None else {"vae": self.autoencoder}
+
+    def batch(self, start: int, size: int, rows: slice) -> Batch:
+        return self.examples.cuts(start, size, rows)
+
+    def loss(self, model: nn.Module, batch: Batch, rng: BatchGenerator) -> tuple[Tensor, dict[str, Tensor]]:
+        dropped = rng.uniform() < self.config.condition.left_out
+        return self._losses(model, batch, rng, dropped).mean(), {}
+
+    def _losses(self, model: nn.Module, batch: Batch, rng: BatchGenerator, dropped: Tensor) -> Tensor:
+        """The loss of each picture, (B,)."""
+        device, loss, process = next(model.parameters()).device, self.config.loss, self.system.process
+        batch = batch.to(device)
+        noised = noised_batch(
+            self._clean(batch),
+            rng,
+            self.schedule,
+            device,
+            timestep_shift=loss.timestep_shift,
+            offset_noise=loss.offset_noise,
+            input_perturbation=loss.input_perturbation,
+        )
+        told = self.config.condition.condition(batch, dropped, self.examples)
+        output = model(noised.sample(process.prediction_type), noised.timestep.float(), told)
+        return prediction_loss(output, noised, self.schedule, process.prediction_type, loss)
+
+    def _clean(self, batch: Batch) -> Tensor:
+        """What is denoised: the pictures (B, C, h, w), or their latents."""
+        if self.autoencoder is None:
+            return batch.pictures
+        return encode(self.autoencoder, batch.pictures, torch.float32).mean
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
+        """Return the loss on pictures never trained on, at the same noise each time; draw some."""
+        assert isinstance(model, DenoisingNetwork)
+        system, shown = replace(self.system, network=model), self.config.validation
+        losses = []
+        for start in range(0, self.examples.held_out, _AT_ONCE):
+            size = min(_AT_ONCE, self.examples.held_out - start)
+            rng = BatchGenerator(start, size, slice(None))
+            batch, dropped = self.examples.whole(start, size), torch.zeros(size, dtype=torch.bool)
+            losses.append(self._losses(model, batch, rng, dropped))
+        batch = self.examples.whole(0, shown.pictures)
+        if batch.labels is not None and self.system.labels:
+            turns = torch.arange(shown.pictures) % len(self.system.labels)
+            batch = replace(batch, labels=turns)
+        told = self.config.condition.condition(
+            batch, torch.zeros(len(batch.pictures), dtype=torch.bool), self.examples
+        )
+        guidance = Guidance(shown.guidance)
+        request = prepare(system, self.drawing, told, range(len(batch.pictures)), guidance)
+        drawn = draw(system, request)
+        sheet = scatter(drawn) if drawn.shape[2:] == (1, 1) else grid(to_pil(to_unit_range(drawn)), 10)
+        write_bytes(folder / f"drawn-{seen:08d}.png", png(sheet))
+        return {"held_out_loss": float(torch.cat(losses).mean())} if losses else {}
+
+    def notes(self) -> list[str]:
+        return self.examples.notes()
+
+    def export(self, model: nn.Module, folder: Path, config: str) -> None:
+        """Write a folder that `PlainSystem.load` reads: unet, scheduler, the classes' names, and the vae if any."""
+        assert isinstance(model, DenoisingNetwork)
+        replace(self.system, network=model).save(folder)
