@@ -1,8 +1,9 @@
 """Measure how likely pictures are under a model: the variational bound term by term, and the first stage's own bound.
 
 likelihood.py PICTURES [--model FOLDER] [--output FOLDER]
-PICTURES: a folder with captions, webdataset shards or a saved dataset, as fine-tuning reads them. The output folder
-gets bound.md, bound.json and bound.png.
+PICTURES: a folder with captions, webdataset shards or a saved dataset, as fine-tuning reads them; or the .yaml of a
+training without text (`diffusion:`), for the pictures that it held out. The output folder gets bound.md, bound.json and
+bound.png.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def main() -> int:
         "--batch", type=int, default=16, help="rows a network call takes (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--levels", type=int, default=256, help="of a pixel; 0 for a density (default: 256)")
     parser.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
     parser.add_argument("--no-captions", action="store_true", help="under the empty prompt")
     parser.add_argument(
@@ -37,8 +39,13 @@ def main() -> int:
     parser.add_argument("--scale", type=float, help="of the observation noise (default: the likeliest)")
     chosen = parser.parse_args()
 
+    from ldm.data.pictures import open_pictures
+    from ldm.errors import UserError
     from ldm.evaluation.likelihood import Settings
     from ldm.evaluation.likelihood_report import evaluate
+    from ldm.evaluation.subjects import HeldOut, OnDisk, open_subject
+    from ldm.training.objectives import diffusion
+    from ldm.training.run import read_run
 
     settings = Settings(
         chosen.variance,
@@ -47,15 +54,24 @@ def main() -> int:
         chosen.draws,
         chosen.batch,
         chosen.seed,
-        not chosen.no_captions,
+        chosen.levels or None,
         chosen.sample_posterior,
         chosen.observation,
         chosen.scale,
     )
-    text, notes = evaluate(chosen.model, chosen.pictures, chosen.output, settings, chosen.resolution)
-    for each in notes:
-        note(each)
-    print(text)
+    settings.check()
+    subject = open_subject(chosen.model)
+    if chosen.pictures.suffix == ".yaml":
+        trained = read_run(chosen.pictures).settings
+        if not isinstance(trained, diffusion.Config):
+            raise UserError(f"{chosen.pictures} trains a model with text: give a folder of pictures")
+        pictures = HeldOut(trained.data.examples("diffusion.data", trained.crop, trained.validation_pictures))
+    else:
+        found = open_pictures(chosen.pictures, caption_column="" if chosen.no_captions else "text")
+        for each in found.report():
+            note(each)
+        pictures = OnDisk(found, chosen.resolution or subject.side)
+    print(evaluate(subject, pictures, chosen.output, settings))
     return 0
 
 

@@ -7,26 +7,23 @@ the density of pixels (the ELBO of Kingma & Welling 2013, eq. 3), and both toget
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ldm.condition import Condition, concatenate
-from ldm.data.buckets import frame
-from ldm.data.pictures import PictureSet
+from ldm.condition import concatenate
 from ldm.diffusion.bound import Bound, variational_bound
+from ldm.diffusion.decoder import Decoder
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.driver import Noise
 from ldm.diffusion.samplers import Variance
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.evaluation.subjects import Pictures, Shown, Subject
 from ldm.models import large
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.pictures import to_tensor
-from ldm.system import System
 
 Observation = Literal["gaussian", "laplace"]
 PIXEL_LEVEL = math.log(
@@ -41,7 +38,7 @@ class Settings:
     variance: of the model's steps; None is what its scheduler says, fixed_small where that says nothing.
     steps: of the model's chain; None is all that it was trained on. evaluations: see `variational_bound`.
     draws: how often each picture is put under new noise. batch: rows a call of the network takes.
-    captions: the pictures' captions are the condition; else the empty one.
+    levels: of a pixel, whose probability L_0 of a model of pixels is; None for a density. Latents have none.
     sample_posterior: the latents are drawn from the first stage's posterior, as the bound of the whole has them; else
         they are its mean.
     observation: the noise of pixels around a decoding. scale: its standard deviation, or the Laplace's own scale, of
@@ -54,7 +51,7 @@ class Settings:
     draws: int = 1
     batch: int = 16
     seed: int = 0
-    captions: bool = True
+    levels: int | None = 256
     sample_posterior: bool = False
     observation: Observation = "gaussian"
     scale: float | None = None
@@ -65,6 +62,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}: give it {least} or more")
+        if self.levels is not None and self.levels < 2:
+            raise UserError(f"levels is {self.levels}: a pixel has 2 or more, 256 where it has 8 bits")
         if self.scale is not None and not 0 < self.scale < math.inf:
             raise UserError(
                 f"scale is {self.scale}: the observation's scale is above 0, in pixels of [-1, 1]"
@@ -142,62 +141,68 @@ class Estimate:
 
 
 @torch.no_grad()
-def measure(
-    system: System, pictures: PictureSet, settings: Settings, resolution: int | None = None
-) -> Likelihood:
-    """Return the bounds of pictures, cut to squares of `resolution` pixels (None: what the model was trained on).
+def measure(subject: Subject, pictures: Pictures, settings: Settings) -> Likelihood:
+    """Return the bounds of pictures under a model.
 
     A row's figure depends on the seed and its place among the pictures, not on the batch. Raises UserError for settings
-    that can't be, a network that did not learn the variance asked for, and one that wants more than text.
+    that can't be, pictures that the model is not of, and a network that did not learn the variance asked for.
     """
+    from tqdm import tqdm
+
     settings.check()
-    schedule, scheduler = system.scheduler.noise_schedule(), system.scheduler
-    variance = settings.variance or _variance(scheduler.get("variance_type"))
+    schedule, draws = subject.schedule, settings.draws
+    variance = settings.variance or _variance(subject.variance_type)
     chain = schedule if settings.steps is None else schedule.respaced(settings.steps)
-    side, rows = resolution or system.default_size, max(settings.batch // settings.draws, 1)
+    rows = max(settings.batch // draws, 1)
     bounds, stages, elements = list[Bound](), list[FirstStage](), 0
-    for start, clean, text, sizes in _batches(system, pictures, settings, side, rows):
-        places = range(start * settings.draws, (start + len(clean)) * settings.draws)
-        seeds = [settings.seed + place for place in places]
-        stage, latents = _first_stage(system.autoencoder, clean, seeds, settings)
-        together = max(settings.batch // len(seeds), 1)
-        told = system.condition(text, sizes).map(lambda part: part.repeat_interleave(settings.draws, 0))
-        condition = concatenate([told] * together)
-        network = system.bind(condition.to(system.network.device, system.network.dtype))
-        denoiser = Denoiser(
-            network, schedule, scheduler.get("prediction_type"), "none", variance == "learned_range"
-        )
-        noise = Noise(seeds, (latents.shape[1], latents.shape[2], latents.shape[3]), latents.device)
-        bounds.append(
-            variational_bound(
-                denoiser, latents, chain, noise, variance, "gaussian", settings.evaluations, together
+    with tqdm(total=len(pictures), unit="pic", desc="bound", disable=None, dynamic_ncols=True) as bar:
+        for start in range(0, len(pictures), rows):
+            shown = pictures.read(start, rows)
+            x0, seeds = (
+                _clean(subject, shown),
+                [settings.seed + start * draws + k for k in range(rows * draws)],
             )
-        )
-        stages.append(stage)
-        elements = latents[0].numel()
-    return Likelihood(Bound.joined(bounds), elements, chain, variance, settings, _joined(stages))
+            seeds = seeds[: len(x0) * draws]
+            if subject.autoencoder is None:
+                x0 = x0.repeat_interleave(draws, 0)
+            else:
+                stage, x0 = _first_stage(subject.autoencoder, x0, seeds, settings)
+                stages.append(stage)
+            denoiser, together = _denoiser(subject, shown, settings, variance, len(seeds))
+            noise = Noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3]), x0.device)
+            density = subject.autoencoder is not None or settings.levels is None
+            decoder: Decoder = "gaussian" if density else "discretized"
+            arguments = settings.evaluations, together, settings.levels or 256
+            bounds.append(variational_bound(denoiser, x0, chain, noise, variance, decoder, *arguments))
+            elements = x0[0].numel()
+            bar.update(len(shown.pictures))
+    first_stage = _joined(stages) if stages else None
+    return Likelihood(Bound.joined(bounds), elements, chain, variance, settings, first_stage)
 
 
 def _variance(named: str | None) -> Variance:
     return named if named in ("fixed_large", "learned_range") else "fixed_small"  # pyright: ignore[reportReturnType]
 
 
-def _batches(
-    system: System, pictures: PictureSet, settings: Settings, side: int, rows: int
-) -> Iterator[tuple[int, Tensor, Condition, Tensor]]:
-    """Pictures (B, 3, H, W) in [-1, 1], the number of the first, their text and their sizes, batch by batch."""
-    from tqdm import tqdm
+def _clean(subject: Subject, shown: Shown) -> Tensor:
+    """The pictures on the model's device. Raises UserError where they have other channels than it."""
+    channels = shown.pictures.shape[1]
+    if channels != subject.channels:
+        raise UserError(
+            f"the model is of pictures with {subject.channels} channels, and these have {channels}"
+        )
+    return shown.pictures.to(subject.device)
 
-    device = system.network.device
-    with tqdm(total=len(pictures), unit="pic", desc="bound", disable=None, dynamic_ncols=True) as bar:
-        for start in range(0, len(pictures), rows):
-            numbers = range(start, min(start + rows, len(pictures)))
-            framed = [frame(pictures.read(i), (side, side)) for i in numbers]
-            captions = [pictures.items[i].caption if settings.captions else "" for i in numbers]
-            text, _ = system.text.encode(captions)
-            sizes = torch.tensor([framing.time_ids for _, framing in framed], device=device)
-            yield start, to_tensor([picture for picture, _ in framed]).to(device), text, sizes
-            bar.update(len(numbers))
+
+def _denoiser(
+    subject: Subject, shown: Shown, settings: Settings, variance: Variance, rows: int
+) -> tuple[Denoiser, int]:
+    """The network under what it is told of the pictures, and how many timesteps a call of it takes."""
+    together = max(settings.batch // rows, 1)
+    told = subject.condition(shown).map(lambda part: part.repeat_interleave(settings.draws, 0))
+    network = subject.bind(concatenate([told] * together))
+    learned = variance == "learned_range"
+    return Denoiser(network, subject.schedule, subject.prediction_type, "none", learned), together
 
 
 def _first_stage(

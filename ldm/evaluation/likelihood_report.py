@@ -5,42 +5,31 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from ldm.data.pictures import open_pictures
 from ldm.diffusion.bound import LN2
 from ldm.evaluation.likelihood import PIXEL_LEVEL, Estimate, FirstStage, Likelihood, Settings, measure
+from ldm.evaluation.subjects import Pictures, Subject
 from ldm.figures import figure
 from ldm.files import whole_file, write_text
-from ldm.system import System
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def evaluate(
-    model: str | None, pictures: Path, output: Path, settings: Settings, resolution: int | None = None
-) -> tuple[str, list[str]]:
-    """Measure a model (None: the bundled one) over pictures; return the table, and what the user should know.
+def evaluate(subject: Subject, pictures: Pictures, output: Path, settings: Settings) -> str:
+    """Measure a model over pictures; return the table. See `measure`.
 
-    output: a folder that gets bound.md, bound.json and bound.png. See `measure`. Raises UserError.
+    output: a folder that gets bound.md, bound.json and bound.png. Raises UserError.
     """
-    settings.check()
     figure(1, 1)  # whoever can't plot is told so before the work
-    opened = open_pictures(pictures, caption_column="text" if settings.captions else "")
-    system = System.load(model, device=_device())
-    found = measure(system, opened, settings, resolution)
+    found = measure(subject, pictures, settings)
     text = table(found)
     write_text(output / "bound.md", text + "\n")
     write_text(output / "bound.json", json.dumps(figures(found), indent=1) + "\n")
     with whole_file(output / "bound.png") as temporary:
         plot(found).savefig(temporary, dpi=110, format="png")
-    return text, [*system.notes, *opened.report()]
-
-
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return text
 
 
 def estimates(found: Likelihood) -> dict[str, Estimate]:
