@@ -121,6 +121,8 @@ def test_parameterization_round_trip_and_formulas(prediction_type):
         "sample": x0,
         "v_prediction": alpha * noise - alpha * s * x0,
         "score": score,
+        "ve_score": -noise / s,  # the variance-exploding pair: x0 + s noise
+        "ve_epsilon": noise,
     }
     assert torch.allclose(target, formulas[prediction_type], rtol=1e-9, atol=1e-9)
 
@@ -140,7 +142,7 @@ def test_epsilon_is_refused_at_zero_terminal_snr():
 
 @pytest.mark.parametrize("prediction_type", parameterization.PREDICTION_TYPES)
 def test_denoiser_of_a_perfect_network(prediction_type):
-    """A network that puts out the target makes a denoiser that finds x0; it sees unit variance and whole t."""
+    """A network that puts out the target makes a denoiser that finds x0; it sees unit variance, or x, and whole t."""
     schedule = NoiseSchedule.build()
     timestep = torch.tensor([0, 1, 300, 998, 999])
     x0, noise = torch.randn(2, 5, 3, 4, 4)
@@ -150,7 +152,8 @@ def test_denoiser_of_a_perfect_network(prediction_type):
 
     def network(x_in, t):
         assert t.dtype == torch.float32 and torch.equal(t, timestep.float())
-        assert torch.allclose(x_in, (alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise).float(), atol=1e-5)
+        preserving = (alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise).float()
+        assert torch.allclose(x_in, x if prediction_type.startswith("ve_") else preserving, atol=1e-5)
         return parameterization.target(prediction_type, x0, x, sigma).half()
 
     denoised = answered(Denoiser(network, schedule, prediction_type)(x, sigma))

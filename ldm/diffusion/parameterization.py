@@ -5,7 +5,8 @@ A network's output F stands for the clean picture through three functions of the
     x0 = c_skip(sigma) * x + c_out(sigma) * F(c_in(sigma) * x),
 
 with x = x0 + sigma * noise (the scalings of Karras et al. 2022, eq. 7). What is here is of variance-preserving
-networks, whose c_in is 1 / sqrt(1 + sigma^2); networks of another kind are rows with a c_in of their own.
+networks, whose c_in is 1 / sqrt(1 + sigma^2); networks of another kind are rows with a c_in of their own: `ve_score`
+and `ve_epsilon` see x as it is, and put out the score of x (Song et al. 2021, as diffusers' NCSN++ does) or its noise.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,8 @@ _TABLE = {
     "sample": _Scalings(lambda s: (torch.zeros_like(s), torch.ones_like(s))),
     "v_prediction": _Scalings(lambda s: (1 / (1 + s**2), -s / (1 + s**2).sqrt())),
     "score": _Scalings(lambda s: (torch.ones_like(s), s**2 / (1 + s**2).sqrt())),
+    "ve_score": _Scalings(lambda s: (torch.ones_like(s), s**2), torch.ones_like),
+    "ve_epsilon": _Scalings(lambda s: (torch.ones_like(s), -s), torch.ones_like),
 }
 PREDICTION_TYPES = tuple(_TABLE)
 

@@ -26,8 +26,8 @@ Steps = Generator[tuple[Tensor, float], Tensor, Tensor]
 NoiseSource = Callable[[], Tensor]
 
 
-def _steps(sigmas: Sequence[float], span: range | None) -> Iterator[tuple[int, float, float]]:
-    """The steps of a span: the number of each in the whole, and the noise levels that it goes from and to."""
+def walk(sigmas: Sequence[float], span: range | None) -> Iterator[tuple[int, float, float]]:
+    """Yield the steps of a span: the number of each in the whole, and the noise levels that it goes from and to."""
     for i in _whole(sigmas) if span is None else span:
         yield i, sigmas[i], sigmas[i + 1]
 
@@ -57,7 +57,7 @@ def _extrapolate(x0: Tensor, previous: Tensor, h: float, h_previous: float) -> T
 
 def euler(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, span: range | None = None) -> Steps:
     """Sample by Euler's method (Karras et al. 2022, algorithm 1 without the second order); DDIM with eta 0."""
-    for _, sigma, sigma_next in _steps(sigmas, span):
+    for _, sigma, sigma_next in walk(sigmas, span):
         x0 = yield x, sigma
         x = _step(x, x0, sigma, sigma_next)
     return x
@@ -78,7 +78,7 @@ def euler_ancestral(
     stops: where each step ends, if beside the next sigma: diffusers' DDIM steps back a constant T // n
     timesteps, which misses the next one where n does not divide T, and goes on as if it had not.
     """
-    for i, sigma, sigma_next in _steps(sigmas, span):
+    for i, sigma, sigma_next in walk(sigmas, span):
         x0 = yield x, sigma
         stop = stops[i] if stops else sigma_next
         down, up = _split(sigma, stop, eta)
@@ -122,7 +122,7 @@ def ddpm(
     that of the whole way from sigma_next to sigma, as in guided-diffusion's respacing.
     """
     channels = x.shape[1]
-    for _, sigma, sigma_next in _steps(sigmas, span):
+    for _, sigma, sigma_next in walk(sigmas, span):
         estimate = yield x, sigma
         x0, share = estimate[:, :channels], estimate[:, channels:]
         x = x0 + (x - x0) * (sigma_next / sigma) ** 2
@@ -152,7 +152,7 @@ def heun(
     1 / sigma, the two estimates of x0, where that share is never more than a half; exact for an x0 that is a line in
     1 / sigma, as it is where x is nearly noise.
     """
-    for _, sigma, sigma_next in _steps(sigmas, span):
+    for _, sigma, sigma_next in walk(sigmas, span):
         x0 = yield x, sigma
         trial = _step(x, x0, sigma, sigma_next)
         if sigma_next > 0:
@@ -175,7 +175,7 @@ def lms(
 ) -> Steps:
     """Sample by linear multistep (Adams-Bashforth on uneven steps) in sigma, order 1 to 4."""
     slopes: list[Tensor] = []
-    for i, sigma, sigma_next in _steps(sigmas, span):
+    for i, sigma, sigma_next in walk(sigmas, span):
         x0 = yield x, sigma
         slopes = [(x - x0) / sigma, *slopes[: order - 1]]
         nodes = [sigmas[i - k] for k in range(len(slopes))]
@@ -212,7 +212,7 @@ def dpmpp_2m(
     steps = len(sigmas) - 1
     euler_last = sigmas[-1] == 0 or euler_at_final or (lower_order_final and steps < 15)
     previous: Tensor | None = None
-    for i, sigma, sigma_next in _steps(sigmas, span):
+    for i, sigma, sigma_next in walk(sigmas, span):
         x0 = yield x, sigma
         d = x0
         if previous is not None and not (euler_last and i == steps - 1):
@@ -278,7 +278,7 @@ def dpmpp_sde(
     The noise of the half step is part of the noise of the whole one: both lie on one Brownian path,
     which runs in sigma as diffusers' does.
     """
-    for _, sigma, sigma_next in _steps(sigmas, span):
+    for _, sigma, sigma_next in walk(sigmas, span):
         x0 = yield x, sigma
         if sigma_next == 0:
             return x0
@@ -307,7 +307,7 @@ def unipc(
     """
     last = len(sigmas) - 2
     start, history = x, list[Tensor]()  # the state that the current step began from; estimates, newest first
-    for i, sigma, sigma_next in _steps(sigmas, span):
+    for i, sigma, sigma_next in walk(sigmas, span):
         x0 = yield x, sigma
         if history:
             x = _step(start, _unic(x0, history, sigmas[i - len(history) : i + 1]), sigmas[i - 1], sigma)
@@ -361,7 +361,7 @@ def pndm(
         return _step(x, x0, sigma, sigma_next)
 
     history: list[Tensor] = []
-    for i, sigma, sigma_next in _steps(sigmas, span):
+    for i, sigma, sigma_next in walk(sigmas, span):
         first_of_all = not history
         history = [output((yield x, sigma), x, sigma), *([] if i in uneven else history[:3])]
         if i < len(midpoints):
@@ -393,7 +393,7 @@ _PNDM_WEIGHTS = {
 
 def lcm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, span: range | None = None) -> Steps:
     """Sample by multistep consistency sampling (Luo et al. 2023, arXiv:2310.04378): to x0 and back up, each step."""
-    for _, sigma, sigma_next in _steps(sigmas, span):
+    for _, sigma, sigma_next in walk(sigmas, span):
         x = yield x, sigma
         if sigma_next > 0:
             x = x + noise() * sigma_next
