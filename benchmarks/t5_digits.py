@@ -12,7 +12,12 @@ never trained.
 
 import argparse
 import json
+import math
+import re
+import string
 import sys
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +94,21 @@ def prepare() -> None:
 
 def text_encoder(texts: list[str], folder: Path) -> None:
     """Write a T5 encoder of 0.1 M parameters and its tokenizer, a unigram vocabulary of these texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-    special = ["<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram())
+    # SentencePiece's model of pieces and their log-probabilities (Kudo 2018): here words, as often as they occur, and
+    # letters for all others. So small a vocabulary needs no search for the best pieces.
+    words = Counter(chain.from_iterable(re.findall(r"\w+|[^\w\s]", each) for each in texts))
+    total = sum(words.values())
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [
+        (f"▁{word}" if word.isalnum() else word, math.log(n / total)) for word, n in words.most_common()
+    ]
+    pieces += [(each, -20.0) for each in ["▁", *string.ascii_lowercase]]
+    tokenizer = Tokenizer(models.Unigram(list(dict(pieces).items()), unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=64, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
@@ -150,8 +159,8 @@ def judge(model: Path, guidance: float, steps: int) -> None:
         shares = np.array(answers).mean(0)
         both = np.array(answers).all(1).mean()
         line(
-            f"{'never trained' if held_out else 'trained'} pairs, {len(answers)} pictures: digit {100 * shares[0]:.1f} %, "
-            f"colour {100 * shares[1]:.1f} %, both {100 * both:.1f} %"
+            f"{'never trained' if held_out else 'trained'} pairs, {len(answers)} pictures: "
+            f"digit {100 * shares[0]:.1f} %, colour {100 * shares[1]:.1f} %, both {100 * both:.1f} %"
         )
     whole = Image.new("RGB", (10 * _SIDE, len(COLOURS) * _SIDE))
     for k, each in enumerate(sheet):

@@ -37,6 +37,10 @@ def main() -> int:
     )
     parser.add_argument("--observation", choices=("gaussian", "laplace"), default="gaussian")
     parser.add_argument("--scale", type=float, help="of the observation noise (default: the likeliest)")
+    parser.add_argument("--ode", type=int, default=0, help="of so many pictures the exact likelihood too")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="of the ODE's solver (default: %(default)s)"
+    )
     chosen = parser.parse_args()
 
     from ldm.data.pictures import open_pictures
@@ -71,7 +75,7 @@ def main() -> int:
         for each in found.report():
             note(each)
         pictures = OnDisk(found, chosen.resolution or subject.side)
-    print(evaluate(subject, pictures, chosen.output, settings))
+    print(evaluate(subject, pictures, chosen.output, settings, chosen.ode, chosen.tolerance))
     return 0
 
 

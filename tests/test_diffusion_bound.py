@@ -343,6 +343,10 @@ def test_the_bound_of_the_true_reverse_chain_is_tight():
         denoise, noise = gaussian_denoise(schedule, True), Noise(range(400), (4, 4, 4))
         found = variational_bound(denoise, drawn(400), schedule, noise, "learned_range")
         assert within(found.total, entropy() + prior_gap(schedule)), steps
+        # Without L_0 it is of the data under the least noise, whose entropy is known as well.
+        there = (DEVIATIONS**2 + schedule.sigma_min**2).sqrt()
+        under_noise = float((0.5 * math.log(2 * math.pi * math.e) + there.log()).mean())
+        assert within(found.noised(schedule.sigma_min), under_noise + prior_gap(schedule)), steps
 
 
 def test_the_bound_falls_to_the_exact_value_from_above():

@@ -167,6 +167,14 @@ class Bound:
         """The bound, (N,)."""
         return self.prior + self.steps + self.decoder
 
+    def noised(self, sigma_min: float) -> Tensor:
+        """Return the bound on the mean -log p(x0 + sigma_min * noise) instead, (N,): a density, without L_0.
+
+        sigma_min: the chain's least noise level. All terms but L_0 bound KL(q(x_1 | x0) || p(x_1)) (the chain rule of
+        divergences), which this is but for the noise's entropy. Exact likelihoods are of the same density.
+        """
+        return self.prior + self.steps + 0.5 * math.log(2 * math.pi * math.e * sigma_min**2)
+
     def by_timestep(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the timesteps that were visited, ascending, and at each the mean over rows of values (N, K)."""
         visited, place = self.timesteps.flatten().unique(return_inverse=True)

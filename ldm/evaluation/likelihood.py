@@ -158,19 +158,11 @@ def measure(subject: Subject, pictures: Pictures, settings: Settings) -> Likelih
     with tqdm(total=len(pictures), unit="pic", desc="bound", disable=None, dynamic_ncols=True) as bar:
         for start in range(0, len(pictures), rows):
             shown = pictures.read(start, rows)
-            x0, seeds = (
-                _clean(subject, shown),
-                [settings.seed + start * draws + k for k in range(rows * draws)],
-            )
-            seeds = seeds[: len(x0) * draws]
-            if subject.autoencoder is None:
-                x0 = x0.repeat_interleave(draws, 0)
-            else:
-                stage, x0 = _first_stage(subject.autoencoder, x0, seeds, settings)
-                stages.append(stage)
-            denoiser, together = _denoiser(subject, shown, settings, variance, len(seeds))
+            x0, seeds, stage = clean_rows(subject, shown, start, settings)
+            stages += [] if stage is None else [stage]
+            denoiser, together = denoiser_of(subject, shown, settings, variance, len(seeds))
             noise = Noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3]), x0.device)
-            density = subject.autoencoder is not None or settings.levels is None
+            density = stage is not None or settings.levels is None
             decoder: Decoder = "gaussian" if density else "discretized"
             arguments = settings.evaluations, together, settings.levels or 256
             bounds.append(variational_bound(denoiser, x0, chain, noise, variance, decoder, *arguments))
@@ -184,20 +176,30 @@ def _variance(named: str | None) -> Variance:
     return named if named in ("fixed_large", "learned_range") else "fixed_small"  # pyright: ignore[reportReturnType]
 
 
-def _clean(subject: Subject, shown: Shown) -> Tensor:
-    """The pictures on the model's device. Raises UserError where they have other channels than it."""
-    channels = shown.pictures.shape[1]
+def clean_rows(
+    subject: Subject, shown: Shown, start: int, settings: Settings
+) -> tuple[Tensor, list[int], FirstStage | None]:
+    """Return what is denoised of pictures, `settings.draws` rows of each, the rows' seeds, and the first stage's bound.
+
+    start: the number of the first among all pictures. Raises UserError where they have other channels than the model.
+    """
+    channels, draws = shown.pictures.shape[1], settings.draws
     if channels != subject.channels:
         raise UserError(
             f"the model is of pictures with {subject.channels} channels, and these have {channels}"
         )
-    return shown.pictures.to(subject.device)
+    clean = shown.pictures.to(subject.device)
+    seeds = [settings.seed + start * draws + k for k in range(len(clean) * draws)]
+    if subject.autoencoder is None:
+        return clean.repeat_interleave(draws, 0), seeds, None
+    stage, latents = _first_stage(subject.autoencoder, clean, seeds, settings)
+    return latents, seeds, stage
 
 
-def _denoiser(
+def denoiser_of(
     subject: Subject, shown: Shown, settings: Settings, variance: Variance, rows: int
 ) -> tuple[Denoiser, int]:
-    """The network under what it is told of the pictures, and how many timesteps a call of it takes."""
+    """Return the network under what it is told of the pictures, and how many timesteps a call of it takes."""
     together = max(settings.batch // rows, 1)
     told = subject.condition(shown).map(lambda part: part.repeat_interleave(settings.draws, 0))
     network = subject.bind(concatenate([told] * together))
