@@ -43,7 +43,7 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 HELD_OUT = {(3, "red"), (7, "blue"), (0, "green"), (5, "orange"), (8, "purple"), (2, "black")}
-_SIDE, _UNSEEN = 64, 297  # pixels; digits kept from training
+_SIDE, _UNSEEN = 32, 297  # pixels; digits kept from training
 _SEEDS = 4
 
 

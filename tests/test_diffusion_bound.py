@@ -389,9 +389,7 @@ def test_a_part_of_the_terms_estimates_their_sum_with_an_honest_error():
     # Honest: of 60 runs over ten pictures, about 95 % have the true sum within two errors (t of 9 degrees: 2.26).
     inside = [within(found.steps[k : k + 10], expected[1:].sum().item(), 2.26) for k in range(0, rows, 10)]
     assert 50 <= sum(inside) <= 60
-    timesteps, means = found.by_timestep(found.terms)
-    assert timesteps.tolist() == list(range(60))
-    assert means[0].item() == pytest.approx(found.decoder.mean().item())
+    assert found.timesteps.unique().tolist() == list(range(60))  # every one of them comes up
 
 
 def test_a_row_has_the_same_bound_in_any_batch():

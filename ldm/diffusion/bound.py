@@ -175,12 +175,6 @@ class Bound:
         """
         return self.prior + self.steps + 0.5 * math.log(2 * math.pi * math.e * sigma_min**2)
 
-    def by_timestep(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the timesteps that were visited, ascending, and at each the mean over rows of values (N, K)."""
-        visited, place = self.timesteps.flatten().unique(return_inverse=True)
-        summed = torch.zeros(len(visited), dtype=values.dtype).index_add(0, place, values.flatten())
-        return visited, summed / place.bincount()
-
 
 @torch.no_grad()
 def variational_bound(

@@ -1,11 +1,8 @@
 """What `ldm.evaluation.likelihood` measured, as a table, as figures in JSON, and as a plot of the terms."""
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from ldm.diffusion.bound import LN2
 from ldm.evaluation.exact import Exact, measure_exact
@@ -16,6 +13,9 @@ from ldm.files import whole_file, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_FLOOR = 1e-7  # bits, below which a term is not worth a plot's height
 
 
 def evaluate(
@@ -61,7 +61,8 @@ def exact_table(found: Exact) -> str:
         )
     lines.append(
         f"\nThe bound is below the exact value in {int((found.over < 0).sum())} of {len(found.over)} pictures; the "
-        f"probes' error is {_number(found.probes.mean().item(), 1 / LN2)} bits a picture; {found.evaluations} evaluations."
+        f"probes' error is {_number(found.probes.mean().item(), 1 / LN2)} bits an element; {found.evaluations} network "
+        "calls."
     )
     return "\n".join(lines)
 
@@ -145,13 +146,8 @@ def _number(value: float | None, scale: float = 1.0) -> str:
 
 def figures(found: Likelihood) -> dict[str, Any]:
     """Return all figures for a JSON file: nats an element, and nats a picture of the first stage."""
-    visited, terms = found.bound.by_timestep(found.bound.terms)
-    by_timestep = {
-        "timestep": visited.tolist(),
-        "term": terms.tolist(),
-        "x0_mse": found.bound.by_timestep(found.bound.x0_mse)[1].tolist(),
-        "eps_mse": found.bound.by_timestep(found.bound.eps_mse)[1].tolist(),
-    }
+    names = ("timesteps", "terms", "x0_mse", "eps_mse")
+    means = {name: getattr(found.bound, name).double().mean(0).tolist() for name in names}
     stage = found.first_stage
     first = {} if stage is None else {k: vars(v) for k, v in first_stage_estimates(found, stage).items()}
     return {
@@ -161,7 +157,7 @@ def figures(found: Likelihood) -> dict[str, Any]:
         "elements": found.elements,
         "bound": {name: vars(value) for name, value in estimates(found).items()},
         "first_stage": first | ({} if stage is None else {"scale": stage.scale}),
-        "by_timestep": by_timestep,
+        "by_timestep": means,  # where terms were drawn from ranges of timesteps, of each range
     }
 
 
@@ -173,29 +169,20 @@ def plot(found: Likelihood) -> "Figure":
     drawn = figure(11, 4.2)
     left, right = drawn.subplots(1, 2)
     what = "latent" if found.first_stage else "pixel"
-    timesteps, terms = found.bound.by_timestep(found.bound.terms / LN2)
-    low, high = _quartiles(found, timesteps)
-    left.fill_between(timesteps[1:], low, high, alpha=0.25, linewidth=0, label="half of the pictures")
-    left.plot(timesteps[1:], terms[1:], label=f"mean ({found.variance})")
+    # Where terms were drawn from ranges of timesteps, each range is one point.
+    timesteps, terms = found.bound.timesteps.double().mean(0), found.bound.terms / LN2
+    low, high = (terms.quantile(share, dim=0).clamp(min=_FLOOR)[1:] for share in (0.25, 0.75))
+    left.fill_between(timesteps[1:], low, high, alpha=0.3, linewidth=0, label="half of the pictures")
+    left.plot(timesteps[1:], terms.mean(0)[1:], label=f"mean ({found.variance})")
     total, decoder, prior = (estimates(found)[name].mean / LN2 for name in ("total", "L_0", "L_T"))
     left.set(xscale="log", yscale="log", xlabel="timestep", ylabel=f"term, bits a {what} element")
+    left.set_ylim(bottom=_FLOOR)
     left.set_title(f"bound {total:.3f} = L_T {prior:.2g} + steps + L_0 {decoder:.3f} bits", fontsize=10)
-    left.legend(fontsize=8)
     for name, values in (("of x0", found.bound.x0_mse), ("of the noise", found.bound.eps_mse)):
-        right.plot(*found.bound.by_timestep(values), label=name)
+        right.plot(timesteps, values.mean(0), label=name)
     right.set(yscale="log", xlabel="timestep", ylabel="mean squared error")
-    right.legend(fontsize=8)
+    right.set_ylim(bottom=1e-5)
     for axes in (left, right):
+        axes.legend(fontsize=8)
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     return drawn
-
-
-def _quartiles(found: Likelihood, timesteps: Tensor) -> tuple[list[float], list[float]]:
-    """The middle half of the rows' terms at each of the timesteps after the first."""
-    at, terms = found.bound.timesteps, found.bound.terms / LN2
-    low, high = list[float](), list[float]()
-    for timestep in timesteps[1:].tolist():
-        here = terms[at == timestep]
-        low.append(here.quantile(0.25).clamp(min=math.ulp(0)).item())
-        high.append(here.quantile(0.75).item())
-    return low, high
