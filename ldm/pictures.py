@@ -57,9 +57,10 @@ def to_numpy(pictures: Tensor) -> np.ndarray:
 
 
 def to_pil(pictures: Tensor) -> "list[Image]":
-    """Convert (B, 3, H, W) in [0, 1] to 8-bit PIL pictures."""
+    """Convert (B, 3, H, W) in [0, 1], or (B, 1, H, W) of grey, to 8-bit PIL pictures in RGB."""
     from PIL import Image
 
+    pictures = pictures.expand(-1, 3, -1, -1)
     return [Image.fromarray(picture) for picture in (to_numpy(pictures) * 255).round().astype(np.uint8)]
 
 

@@ -30,7 +30,11 @@ from ldm.foreign import read_plain
 
 
 def list_folder(
-    root: Path, caption_column: str = "text", outside: bool = False, conditioning_column: str = ""
+    root: Path,
+    caption_column: str = "text",
+    outside: bool = False,
+    conditioning_column: str = "",
+    classes: bool = False,
 ) -> Listing:
     """List the pictures below `root`.
 
@@ -38,7 +42,8 @@ def list_folder(
     captions, counts twice); the others are left out, and counted in a note. Elsewhere every picture counts, its
     caption the text file of its name ("" without one). `caption_column` "" leaves all captions empty.
     outside: metadata may also name files that are not below `root`. conditioning_column: the metadata's column with
-    the file names of control pictures, which are then no pictures themselves; "" for none.
+    the file names of control pictures, which are then no pictures themselves; "" for none. classes: `caption_column`
+    holds each picture's class, which may be a whole number and is in no text file.
 
     Raises:
         UserError: a line that is no JSON object or no whole CSV, has no file_name or a caption that is no text, or
@@ -57,7 +62,7 @@ def list_folder(
             covered.add(folder)
         if metadata:
             columns = caption_column, conditioning_column
-            named.update(_named(listing, root, folder / metadata[0], *columns, outside))
+            named.update(_named(listing, root, folder / metadata[0], *columns, outside, classes))
         for path in (folder / name for name in names):
             if not _is_picture(listing, root, path):
                 continue
@@ -65,7 +70,7 @@ def list_folder(
                 loose.add(path)
             else:
                 before = len(listing.entries)
-                _beside(listing, root, path, bool(caption_column))
+                _beside(listing, root, path, bool(caption_column) and not classes)
                 if len(listing.entries) > before:
                     free[path] = before
     again = {free[path] for path in named & free.keys()}  # by metadata of another folder
@@ -109,7 +114,13 @@ def _add(
 
 
 def _named(
-    listing: Listing, root: Path, path: Path, caption_column: str, conditioning_column: str, outside: bool
+    listing: Listing,
+    root: Path,
+    path: Path,
+    caption_column: str,
+    conditioning_column: str,
+    outside: bool,
+    classes: bool,
 ) -> set[Path]:
     """Add the pictures that a metadata file names, in its order; returned are all paths that it names."""
     named, columns = set[Path](), dict[str, None]()
@@ -123,7 +134,7 @@ def _named(
             control = _file(place, path, row, conditioning_column, what, root, outside)
             named.add(control)
         try:
-            captions = captions_of(row.get(caption_column)) if caption_column else ("",)
+            captions = captions_of(row.get(caption_column), classes) if caption_column else ("",)
         except UnicodeError as error:
             listing.broken[relative(root, picture)] = f"in {place}, its {caption_column} is {error}"
         except ValueError as error:

@@ -155,13 +155,17 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def captions_of(value: Any) -> tuple[str, ...]:
+def captions_of(value: Any, classes: bool = False) -> tuple[str, ...]:
     """Return what stands for a picture's caption in a row or in JSON: a text, several, or None.
+
+    classes: it is the name of a class instead, which may be a whole number.
 
     Of several, those that are empty are left out; ("",) where nothing is left. Raises ValueError for what is no text,
     and of these UnicodeError for half of a surrogate pair, which JSON may hold and no text encoder takes; the message
     goes on from "the caption is".
     """
+    if classes and type(value) is int:
+        return (str(value),)
     texts = value if isinstance(value, list | tuple) else [value]
     for each in texts:
         if each is not None and not isinstance(each, str):

@@ -130,6 +130,7 @@ def open_pictures(
     outside: bool = False,
     conditioning_column: str = "",
     index: Path | None = None,
+    classes: bool = False,
 ) -> PictureSet:
     """Find the pictures and captions at `path` and decode each once, to tell the broken ones apart.
 
@@ -142,6 +143,7 @@ def open_pictures(
         outside: whether metadata and rows may name picture files that are not below `path`.
         conditioning_column: the column of control pictures, in a saved dataset or, as file names, in metadata; "" for
             none. They are of the pictures' shape, if not of their size.
+        classes: `caption_column` names each picture's class instead, which may be a whole number.
         index: a JSON file that keeps what was found: the next time only new and changed pictures are decoded.
 
     Raises:
@@ -151,7 +153,7 @@ def open_pictures(
     before = _read_index(index)
     try:
         columns = image_column, caption_column, conditioning_column
-        listing, shards = _list(path, *columns, outside, before["shards"])
+        listing, shards = _list(path, *columns, outside, before["shards"], classes)
     except OSError as error:  # a name too long, a disk that fails
         raise UserError(f"{path} can't be read: {why(error)}") from error
     if listing.others:
@@ -186,7 +188,7 @@ def open_pictures(
             f"none of the {len(rows)} pictures of {path} is whole; the first, {printable(name)}: {reason}"
         )
     bare = sum(not item.caption for item in items)
-    if bare and caption_column:
+    if bare and caption_column and not classes:
         listing.notes.append(
             f"{path}: without a caption, so theirs is empty: {bare} of {len(items)} pictures"
         )
@@ -287,26 +289,27 @@ def _list(
     conditioning_column: str,
     outside: bool,
     scans: dict[str, Scan],
+    classes: bool,
 ) -> tuple[Listing, dict[str, Scan]]:
     """What lies at `path`, whichever kind of source it is, and the scans of its shards."""
     if path.is_file() and path.suffix.lower() == ".tar":
-        return list_shards(path.parent, [path], caption_column, scans)
+        return list_shards(path.parent, [path], caption_column, scans, classes)
     if not path.is_dir():
         beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         what = "is no folder and no .tar file" if path.exists() else "is not there"
         packed = ": unpack it to a plain .tar" if other_kind(path.name).startswith((".tar.", ".tgz")) else ""
         raise UserError(f"{path} {what}{packed or nearest(path.name, beside)}")
     if is_saved(path):
-        return list_saved(path, image_column, caption_column, outside, conditioning_column), {}
+        return list_saved(path, image_column, caption_column, outside, conditioning_column, classes), {}
     shards = [
         folder / name for folder, names in walk(path, {}) for name in names if name.lower().endswith(".tar")
     ]
-    listing = list_folder(path, caption_column, outside, conditioning_column)
+    listing = list_folder(path, caption_column, outside, conditioning_column, classes)
     if not shards:
         return listing, {}
     if listing.entries:
         raise UserError(f"{path} holds pictures and .tar shards: give each a folder of its own")
-    found, scans = list_shards(path, sorted(shards), caption_column, scans)
+    found, scans = list_shards(path, sorted(shards), caption_column, scans, classes)
     found.broken = listing.broken | found.broken
     found.others += listing.others
     return found, scans

@@ -34,11 +34,12 @@ def list_saved(
     caption_column: str = "text",
     outside: bool = False,
     conditioning_column: str = "",
+    classes: bool = False,
 ) -> Listing:
     """List a dataset's rows; `caption_column` "" leaves all captions empty, and may hold lists of several.
 
     outside: rows may also name picture files that are not below `path`. conditioning_column: of control pictures; ""
-    for none.
+    for none. classes: `caption_column` holds each row's class, of which a number may have a name in the dataset.
 
     Raises:
         UserError: the `datasets` package is missing, a damaged dataset, several splits, no such column, no pictures
@@ -67,7 +68,7 @@ def list_saved(
             rows = rows.cast_column(column, datasets.Image(decode=False))
         elif getattr(features[column], "dtype", "") not in ("binary", "large_binary"):
             raise UserError(f"{path}: the column {column!r} holds no pictures")
-    captions = _captions(path, rows, caption_column) if caption_column else [("",)] * len(rows)
+    captions = _captions(path, rows, caption_column, classes) if caption_column else [("",)] * len(rows)
     stamp = f"{state.get('_fingerprint') or stamp_of(path / STATE)}{'-outside' * outside}"
     stamp += f"-{conditioning_column}" if conditioning_column else ""
     within = None if outside else path
@@ -79,7 +80,7 @@ def list_saved(
     return Listing([entry(i, each) for i, each in enumerate(captions)])
 
 
-def _captions(path: Path, rows: Any, column: str) -> list[tuple[str, ...]]:
+def _captions(path: Path, rows: Any, column: str, classes: bool) -> list[tuple[str, ...]]:
     """Each row's captions, on one line each."""
     try:
         values = list(rows[column])
@@ -87,10 +88,13 @@ def _captions(path: Path, rows: Any, column: str) -> list[tuple[str, ...]]:
         raise UserError(
             f"{path}: the column {column!r} can't be read: {one_line(str(error))[:200]}"
         ) from error
+    names = getattr(rows.features[column], "names", None) if classes else None  # of datasets.ClassLabel
     captions: list[tuple[str, ...]] = []
     for i, value in enumerate(values):
+        if names and isinstance(value, int) and 0 <= value < len(names):
+            value = names[value]
         try:
-            captions.append(tuple(one_line(each) for each in captions_of(value)))
+            captions.append(tuple(one_line(each) for each in captions_of(value, classes)))
         except ValueError as error:
             raise UserError(f"{path}, row {i}: {column} is {error}") from None
     return captions

@@ -28,25 +28,32 @@ from ldm.foreign import LARGEST
 
 Scan = dict[str, Any]  # of one shard, as JSON holds it: stamp, column, and what `_scan` returns
 _TEXTS = ("txt", "json")  # where a caption is looked for, in this order
+_CLASSES = ("cls", "json")  # where a class is
 _MOST_TEXT = 2**24  # bytes of a member with one caption
 
 
 def list_shards(
-    root: Path, shards: Sequence[Path], caption_column: str, known: Mapping[str, Scan]
+    root: Path,
+    shards: Sequence[Path],
+    caption_column: str,
+    known: Mapping[str, Scan],
+    classes: bool = False,
 ) -> tuple[Listing, dict[str, Scan]]:
     """List the pictures of `shards`, named relative to `root`; also what was found in each shard's headers.
 
     known: what an earlier call found; a shard that is still the same is not scanned again. A shard that is cut short
-    or no tar file counts as broken; what is whole in it is used.
+    or no tar file counts as broken; what is whole in it is used. classes: `caption_column` holds each picture's class,
+    or a member `.cls` does.
     """
+    column = f"class {caption_column}" if classes else caption_column
     listing, scans = Listing(), dict[str, Scan]()
     for path in shards:
         name = path.relative_to(root).as_posix()
         try:
             stamp = stamp_of(path)
             scan: Scan = known.get(name, {})
-            if (scan.get("stamp"), scan.get("column")) != (stamp, caption_column):
-                scan = {"stamp": stamp, "column": caption_column, **_scan(path, caption_column)}
+            if (scan.get("stamp"), scan.get("column")) != (stamp, column):
+                scan = {"stamp": stamp, "column": column, **_scan(path, caption_column, classes)}
         except OSError as error:
             listing.broken[name] = f"can't be read: {why(error)}"
             continue
@@ -84,11 +91,11 @@ def is_scan(scan: Scan) -> bool:
     return all(members) and all(isinstance(each, str) for each in texts) and all(counts)
 
 
-def _scan(path: Path, caption_column: str) -> Scan:
+def _scan(path: Path, caption_column: str, classes: bool) -> Scan:
     """Members (name, captions, offset, size) in the tar's order, and what is broken: "" stands for the shard itself."""
     found = members_of(path)
     seen = [name for name in (*found.places, *found.odd) if not _is_hidden(name)]
-    owners, fields = _owners(seen)
+    owners, fields = _owners(seen, _CLASSES if classes else _TEXTS)
     members: list[list[Any]] = []
     broken: dict[str, str] = {}
     read: dict[str, tuple[str, ...]] = {}  # captions by their member
@@ -100,7 +107,7 @@ def _scan(path: Path, caption_column: str) -> Scan:
             )
             continue
         try:
-            captions = _captions(path, found, texts if caption_column else [], caption_column, read)
+            captions = _captions(path, found, texts if caption_column else [], caption_column, read, classes)
         except ValueError as error:
             broken[name] = str(error)
         else:
@@ -125,8 +132,8 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in posixpath.normpath(name).split("/") if part != "..")
 
 
-def _owners(names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The members that may hold each picture's caption, and pictures that are no samples of their own.
+def _owners(names: Sequence[str], kinds: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The members, of these kinds, that may hold each picture's caption, and pictures that are no samples of their own.
 
     webdataset splits a file's name at its first dot: `1.jpg`, `1.txt` and `1.seg.png` are one sample. Where a name has
     further dots, as `photo.v1.jpg` and `photo.v1.txt` have, that would throw pictures together; so one whose text has
@@ -137,14 +144,14 @@ def _owners(names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     for name in names:
         folder, file = posixpath.split(posixpath.normpath(name))
         last, _, kind = file.rpartition(".")
-        if kind.lower() in _TEXTS:
+        if kind.lower() in kinds:
             texts[posixpath.join(folder, last), kind.lower()] = name
         elif f".{kind.lower()}" in SUFFIXES:
             first = file.partition(".")[0]
             pictures.append((name, posixpath.join(folder, last), posixpath.join(folder, first)))
 
     def beside(base: str) -> list[str]:
-        return [texts[base, kind] for kind in _TEXTS if (base, kind) in texts]
+        return [texts[base, kind] for kind in kinds if (base, kind) in texts]
 
     plain = {first for _, last, first in pictures if last == first}
     of_sample = Counter(first for _, _, first in pictures)
@@ -161,13 +168,18 @@ def _owners(names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def _captions(
-    path: Path, found: Members, texts: Sequence[str], caption_column: str, read: dict[str, tuple[str, ...]]
+    path: Path,
+    found: Members,
+    texts: Sequence[str],
+    caption_column: str,
+    read: dict[str, tuple[str, ...]],
+    classes: bool,
 ) -> tuple[str, ...]:
     """The captions of a picture: those of the first member that holds any. Raises ValueError."""
     for name in texts:
         if name not in read:
             try:
-                read[name] = _read(path, found, name, caption_column)
+                read[name] = _read(path, found, name, caption_column, classes)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"its caption in {name} can't be read: {why(error)}") from None
         if any(read[name]):
@@ -175,7 +187,7 @@ def _captions(
     return ("",)
 
 
-def _read(path: Path, found: Members, name: str, caption_column: str) -> tuple[str, ...]:
+def _read(path: Path, found: Members, name: str, caption_column: str, classes: bool) -> tuple[str, ...]:
     """The text of a caption member: of JSON, what stands under the column's name or "caption"."""
     if name in found.odd:
         raise ValueError(found.odd[name])
@@ -183,13 +195,13 @@ def _read(path: Path, found: Members, name: str, caption_column: str) -> tuple[s
     if size > _MOST_TEXT:
         raise ValueError(f"its {size:,} bytes are too many")
     text = as_text(read_at(path, offset, size))
-    if name.lower().endswith(".txt"):
+    if name.lower().endswith((".txt", ".cls")):
         return (one_line(text),)
     row = json.loads(text)
     if not isinstance(row, dict):
         raise ValueError("no JSON object")
-    key = caption_column if caption_column in row else "caption"
+    key = caption_column if caption_column in row or classes else "caption"
     try:
-        return tuple(one_line(each) for each in captions_of(row.get(key)))
+        return tuple(one_line(each) for each in captions_of(row.get(key), classes))
     except ValueError as error:
         raise ValueError(f"{key} is {error}") from None

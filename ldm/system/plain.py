@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.folder import read_folder, write_folder
@@ -167,11 +166,6 @@ class PlainSystem:
     def save(self, folder: str | Path) -> None:
         """Write a diffusers folder, whole or not at all."""
         write_folder(folder, self.checkpoint())
-
-
-def labels_tensor(system: PlainSystem, names: list[str | int], device: torch.device | str) -> Tensor:
-    """Return the classes' numbers, (B,), by names or numbers. Raises UserError."""
-    return torch.tensor([system.label(each) for each in names], device=device)
 
 
 def _labels(named: object, path: Path) -> list[str]:

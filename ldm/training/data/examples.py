@@ -1,6 +1,7 @@
 """What a first stage learns from, behind one protocol, and that of pictures from disk."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -66,15 +67,25 @@ class PictureExamples:
         cut: of that square, training sees one of so many pixels a side, at random; None for the whole.
         flip: mirror half of them, anew in each turn.
         held_out: how many at the most; a tenth is the limit, and one the least.
+        labels: the names of the classes, and each picture's number.
     """
 
     def __init__(
-        self, found: PictureSet, side: int, cut: int | None, crop: Crop, flip: bool, seed: int, held_out: int
+        self,
+        found: PictureSet,
+        side: int,
+        cut: int | None,
+        crop: Crop,
+        flip: bool,
+        seed: int,
+        held_out: int,
+        labels: tuple[list[str], list[int]] | None = None,
     ):
         self.found, self.side, self.cut, self.flip, self.seed = found, side, cut, flip, seed
         self.crop: Crop = crop
         self.held_out, self.count = min(held_out, max(1, len(found) // 10)), len(found)
-        self.labels: list[str] = []
+        self.labels, numbers = labels or ([], [])
+        self._numbers = torch.tensor(numbers) if labels else None
         self._order: Order | None = None
         self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders work outside Python's lock
 
@@ -84,16 +95,20 @@ class PictureExamples:
         if self._order is None or self._order.batch_size != size:
             self._order = Order([self.side] * trained, size, self.seed)
         places = self._order.places(start, size)[rows]
-        return Batch(to_tensor(list(self._workers.map(self._drawn, places))), None, start)
+        drawn = to_tensor(list(self._workers.map(self._drawn, places)))
+        return Batch(drawn, self._labels([index for _, index in places]), start)
 
     def whole(self, start: int, size: int) -> Batch:
         last = self.count - 1
         indices = range(last - start, last - start - size, -1)
-        return Batch(to_tensor(list(self._workers.map(self._plain, indices))), None, start)
+        return Batch(to_tensor(list(self._workers.map(self._plain, indices))), self._labels(indices), start)
 
     def notes(self) -> list[str]:
         kept = f"the last {self.held_out} of {self.count} pictures were kept for validation"
         return [*self.found.report(), kept]
+
+    def _labels(self, indices: Sequence[int]) -> Tensor | None:
+        return None if self._numbers is None else self._numbers[list(indices)]
 
     def _plain(self, index: int) -> Pixels:
         return frame(self.found.read(index), (self.side, self.side))[0]

@@ -1,6 +1,7 @@
 """Pictures and captions from disk, as a config names them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,12 +10,14 @@ import torch
 
 from ldm.data.buckets import buckets
 from ldm.data.pictures import PictureSet, open_pictures
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.system import System
 from ldm.training.bounds import refuse_outside
 from ldm.training.data.examples import PictureExamples
 from ldm.training.data.kinds import Data
 from ldm.training.data.latents import PictureLatents
+
+BY_FOLDER = "folder"  # in place of a column's name
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class PicturesConfig(Data, kind="pictures"):
         several.
     outside: metadata, and rows of a dataset, may name picture files that are not below `path`.
     conditioning_column: of control pictures, for a ControlNet, such as conditioning_image.
+    label_column: of each picture's class, for a model of classes; "folder" takes the folder that a picture lies in, as
+        ImageNet has them. The classes are sorted by name, numbers by value.
     resolution, max_ratio: of the aspect-ratio buckets, in pixels; a max_ratio of 1 cuts squares.
     crop, flip: how pictures are cut, and whether they are mirrored half of the time.
     cache: a folder that keeps latents and text states, and which pictures are broken; without one all of it is found
@@ -41,6 +46,7 @@ class PicturesConfig(Data, kind="pictures"):
     caption_column: str = "text"
     outside: bool = False
     conditioning_column: str = ""
+    label_column: str = ""
     max_ratio: float = 1.0
     crop: Literal["center", "random"] = "center"
     flip: bool = False
@@ -70,6 +76,8 @@ class PicturesConfig(Data, kind="pictures"):
 
     def latents(self, where: str, system: System, with_pictures: bool) -> PictureLatents:
         """See `Data`."""
+        if self.label_column:
+            raise UserError(f"{where}.label_column is for a model of classes, without text: leave it out")
         if self.cache and self.crop == "random":
             raise UserError(
                 f"{where}.crop: random crops are new in each turn and can't be cached: set crop to center, or cache to "
@@ -79,7 +87,9 @@ class PicturesConfig(Data, kind="pictures"):
             buckets(self.resolution, _step(system), self.max_ratio)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        return self.latents_of(self._found(where, not self.captions), system, with_pictures)
+        return self.latents_of(
+            self._found(where, "" if self.captions else self.caption_column), system, with_pictures
+        )
 
     def latents_of(self, found: PictureSet, system: System, with_pictures: bool) -> PictureLatents:
         """Return the latents of other pictures, cut and kept as these are. Raises UserError."""
@@ -104,25 +114,49 @@ class PicturesConfig(Data, kind="pictures"):
         for name in ("captions", "conditioning_column", "max_ratio", "sample_posterior", "encoding"):
             if getattr(self, name) != getattr(PicturesConfig, name):
                 raise UserError(f"{where}.{name} is for a U-Net's training: leave it out")
-        found = self._found(where, captioned=False)
+        by_folder = self.label_column == BY_FOLDER
+        found = self._found(where, "" if by_folder else self.label_column, classes=True)
         if len(found) < 2:
             raise UserError(f"{where}: there is one picture, and one is held out: give it more of them")
-        return PictureExamples(found, self.resolution, crop, self.crop, self.flip, self.seed, held_out)
+        labels = None
+        if self.label_column:
+            named = [Path(each.name).parent.name if by_folder else each.caption for each in found.items]
+            labels = classes_of(named, [each.name for each in found.items], f"{where}.label_column")
+        return PictureExamples(
+            found, self.resolution, crop, self.crop, self.flip, self.seed, held_out, labels
+        )
 
-    def _found(self, where: str, captioned: bool) -> PictureSet:
+    def _found(self, where: str, caption_column: str, classes: bool = False) -> PictureSet:
         """The pictures, those that are broken told apart. Raises UserError."""
         try:
             return open_pictures(
                 self.path,
                 image_column=self.image_column,
-                caption_column=self.caption_column if captioned else "",
+                caption_column=caption_column,
                 outside=self.outside,
                 conditioning_column=self.conditioning_column,
                 index=Path(self.cache) / "pictures.json" if self.cache else None,
+                classes=classes,
             )
         except UserError as error:
             place = where if os.path.exists(self.path) else f"{where}.path"
             raise UserError(f"{place}: {error}") from error
+
+
+def classes_of(named: Sequence[str], pictures: Sequence[str], where: str) -> tuple[list[str], list[int]]:
+    """Return the names of the classes, sorted, and each picture's number. pictures: their names, for errors.
+
+    Raises UserError for a picture without a class, and where all are of one.
+    """
+    if bare := [name for name, label in zip(pictures, named, strict=True) if not label]:
+        raise UserError(f"{where}: {printable(bare[0])} has no class, and {len(bare)} have none")
+    names = set(named)
+    if len(names) < 2:
+        raise UserError(f"{where}: all pictures are of one class, {printable(next(iter(names)))}")
+    whole = all(each.isdecimal() for each in names)
+    order = sorted(names, key=lambda each: (int(each), each) if whole else (0, each))
+    number = {name: k for k, name in enumerate(order)}
+    return order, [number[each] for each in named]
 
 
 def _step(system: System) -> int:

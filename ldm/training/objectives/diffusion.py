@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,12 @@ from ldm.training.distributed import BatchGenerator
 from ldm.training.noising import noised_batch
 from ldm.training.start import load_autoencoder
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 BROUGHT = (DigitsConfig, ToysConfig, PicturesConfig)  # the kinds of data that come with this objective
 _AT_ONCE = 64
+_SEEN = 64  # pixels along the side of a picture that is seen
 
 
 @dataclass(frozen=True)
@@ -199,9 +203,7 @@ class Objective:
         )
         guidance = Guidance(shown.guidance)
         request = prepare(system, self.drawing, told, range(len(batch.pictures)), guidance)
-        drawn = draw(system, request)
-        sheet = scatter(drawn) if drawn.shape[2:] == (1, 1) else grid(to_pil(to_unit_range(drawn)), 10)
-        write_bytes(folder / f"drawn-{seen:08d}.png", png(sheet))
+        write_bytes(folder / f"drawn-{seen:08d}.png", png(_sheet(draw(system, request))))
         return {"held_out_loss": float(torch.cat(losses).mean())} if losses else {}
 
     def notes(self) -> list[str]:
@@ -211,3 +213,12 @@ class Objective:
         """Write a folder that `PlainSystem.load` reads: unet, scheduler, the classes' names, and the vae if any."""
         assert isinstance(model, DenoisingNetwork)
         replace(self.system, network=model).save(folder)
+
+
+def _sheet(drawn: Tensor) -> "Image":
+    """A sheet of pictures, those that are small enlarged so that they can be seen; of points where they lie."""
+    side = drawn.shape[-1]
+    if side == 1:
+        return scatter(drawn)
+    larger = to_unit_range(drawn).repeat_interleave(max(1, _SEEN // side), 2)
+    return grid(to_pil(larger.repeat_interleave(max(1, _SEEN // side), 3)), 10)
