@@ -17,6 +17,9 @@ from ldm.diffusion.losses import LossConfig, prediction_loss
 from ldm.diffusion.noising import add_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.training.data.arrays import DigitsConfig
+from ldm.training.data.on_disk import PicturesConfig
+from ldm.training.objectives import diffusion, text_to_image
 
 STEPS = 30
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
@@ -428,3 +431,15 @@ def test_a_variance_that_was_not_learned_is_told_in_a_line():
     with pytest.raises(UserError, match="fixed_small"):
         variational_bound(denoise, x0, schedule, Noise([0], (3, 6, 6)), "learned_range")
     assert prior_term(x0, schedule).item() > 0
+
+
+def test_a_decoder_of_pixels_is_refused_for_latents():
+    for config in (
+        text_to_image.Config(
+            "bundled", PicturesConfig("nowhere", 64), loss=LossConfig(decoder="discretized")
+        ),
+        diffusion.Config(DigitsConfig(), autoencoder="nowhere", loss=LossConfig(decoder="discretized")),
+        diffusion.Config(DigitsConfig(), loss=LossConfig(decoder="discretized", levels=1)),
+    ):
+        with pytest.raises(UserError, match="loss"):
+            config.check()

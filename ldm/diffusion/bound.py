@@ -195,9 +195,9 @@ def variational_bound(
     schedule: the steps of the model's chain; a part of those it was trained on where it draws in fewer, see
         `NoiseSchedule.respaced`.
     noise: of B rows; one draw a term, from which the same row gets the same bound in any batch.
-    evaluations: how many terms are asked for at most; None is all. L_0 always is. The others are of one timestep drawn
-        from each of so many ranges, for each row by itself: their sum is right on average, and the rows' spread tells
-        its error. The ranges grow in proportion to the timestep, as the terms fall about with its inverse.
+    evaluations: how many terms are asked for at most, 2 or more; None is all. L_0 always is. The others are of one
+        timestep drawn from each of so many ranges, for each row by itself: their sum is right on average, and the rows'
+        spread tells its error. The ranges grow in proportion to the timestep, as the terms fall about with its inverse.
     together: how many timesteps a call of the network takes, B rows each: timestep by timestep in the batch.
     decoder, levels: see `Decoder`. Raises UserError where a learned variance is asked for and there is none.
     """
@@ -223,8 +223,7 @@ def variational_bound(
         learned = fraction if fraction.shape[1] else None
         terms = bound_terms(x0_found, clean, timestep.flatten(), schedule, variance, learned, decoder, levels)
         x0_mse = (x0_found - clean).square().flatten(1).mean(1)
-        figures = torch.stack([terms.double(), x0_mse.double(), x0_mse.double() / level.double() ** 2])
-        found.append(figures.view(3, len(timestep), len(x0)).cpu())
+        terms, x0_mse, level = (each.cpu().double() for each in (terms, x0_mse, level))
+        found.append(torch.stack([terms, x0_mse, x0_mse / level**2]).view(3, len(timestep), len(x0)))
     terms, x0_mse, eps_mse = torch.cat(found, dim=1).mT
-    prior = prior_term(x0.double(), schedule.to(x0.device)).cpu()
-    return Bound(prior, terms, timesteps, counts, x0_mse, eps_mse)
+    return Bound(prior_term(x0.cpu().double(), schedule.to("cpu")), terms, timesteps, counts, x0_mse, eps_mse)
