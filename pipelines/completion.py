@@ -93,7 +93,8 @@ def with_loaded(drawing: Drawing, loaded: Loaded) -> Drawing:
 def _check_loaded(system: System, recipe: Recipe, given: Given, loaded: Loaded) -> Recipe:
     """The recipe with its networks' hashes. Raises UserError for what is not loaded, or can't be."""
     assert recipe.height and recipe.width
-    loaded.controlnets.check(recipe.controls, (recipe.height, recipe.width))
+    drawn = recipe.height, recipe.width
+    loaded.controlnets.check(recipe.controls, drawn)
     loaded.image_adapters.check(recipe.image_prompts)
     shown_controls(recipe, given)
     shown_images(recipe, given)
@@ -110,7 +111,7 @@ def _check_loaded(system: System, recipe: Recipe, given: Given, loaded: Loaded) 
             )
         if recipe.hires_upscaler is not None:
             upscaler = loaded.upscalers.get(recipe.hires_upscaler)
-            upscaler.check((recipe.height, recipe.width), upscaler.scale)
+            upscaler.check(drawn, upscaler.scale)
             recipe = replace(recipe, hires_upscaler=loaded.upscalers.stated(recipe.hires_upscaler))
     if recipe.upscale is not None:
         recipe = replace(recipe, upscaler=loaded.upscalers.stated(recipe.upscaler))

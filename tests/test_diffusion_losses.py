@@ -7,12 +7,11 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
+from ldm.diffusion.bound import Posterior, bound_terms
 from ldm.diffusion.losses import (
     LossConfig,
-    Posterior,
     loss_weight,
     prediction_loss,
-    variational_bound,
 )
 from ldm.diffusion.noising import add_noise, shifted
 from ldm.diffusion.schedule import NoiseSchedule
@@ -177,14 +176,14 @@ def test_the_bound_is_the_divergence_of_the_two_gaussians():
         torch.distributions.Normal(mean(x0), variance.sqrt().expand_as(x)),
         torch.distributions.Normal(mean(found), learned.sqrt()),
     )
-    bound = variational_bound(found - x0, fraction, TIMESTEPS, schedule)
+    bound = bound_terms(found, x0, TIMESTEPS, schedule, "learned_range", fraction)
     torch.testing.assert_close(bound, divergence.mean((1, 2, 3)))
     # The last term: what x0 has of likelihood under the first step backwards.
     zero, second = torch.zeros(4, dtype=torch.long), schedule.alphas_cumprod[:2]
     low = (1 - second[1] / second[0]) * (1 - second[0]) / (1 - second[1])
     learned = (share * (1 - second[0]).log() + (1 - share) * low.log()).exp()
     likelihood = -torch.distributions.Normal(found, learned.sqrt()).log_prob(x0)
-    bound = variational_bound(found - x0, fraction, zero, schedule)
+    bound = bound_terms(found, x0, zero, schedule, "learned_range", fraction)
     torch.testing.assert_close(bound, likelihood.mean((1, 2, 3)))
 
 
@@ -199,8 +198,8 @@ def test_the_hybrid_loss_teaches_the_variance_and_leaves_the_mean_alone(variance
     (both,) = torch.autograd.grad(hybrid.sum(), output, retain_graph=True)
     (alone,) = torch.autograd.grad(simple.sum(), output)
     assert torch.equal(both[:, :3], alone[:, :3]) and bool(both[:, 3:].abs().sum() > 0)
-    found = (x0 + schedule.sigma(TIMESTEPS).view(-1, 1, 1, 1) * (noise - output[:, :3])).float() - x0
-    bound = variational_bound(found, output[:, 3:], TIMESTEPS, schedule)
+    found = (x0 + schedule.sigma(TIMESTEPS).view(-1, 1, 1, 1) * (noise - output[:, :3])).float()
+    bound = bound_terms(found, x0, TIMESTEPS, schedule, "learned_range", output[:, 3:])
     expected = nats * 1000 * bound  # lambda, and the T terms that one timestep stands for
     assert torch.allclose(hybrid - simple, expected, rtol=1e-3, atol=1e-5)
 

@@ -155,6 +155,13 @@ def test_same_picture_as_diffusers(mapping, n):
         ("DDIM", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}),
         ("DDPM", {"clip_sample": True, "clip_sample_range": 0.8}),
         ("DDPM", {"thresholding": True, "beta_schedule": "linear"}),
+        # Dynamic in truth: with diffusers' own sample_max_value of 1 the bound never rises above the static one.
+        ("DDPM", {"thresholding": True, "sample_max_value": 3.0, "dynamic_thresholding_ratio": 0.9}),
+        ("DPMSolverMultistep", {"thresholding": True, "sample_max_value": 3.0}),
+        (
+            "DPMSolverSinglestep",
+            {"thresholding": True, "sample_max_value": 3.0, "dynamic_thresholding_ratio": 0.8},
+        ),
         ("HeunDiscrete", {"clip_sample": True}),
         ("EulerDiscrete", {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 9.0}),
         ("EulerDiscrete", {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min"}),

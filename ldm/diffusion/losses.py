@@ -1,6 +1,5 @@
 """The training loss of a denoising network, for every prediction type."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,14 +7,15 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import parameterization
+from ldm.diffusion.bound import LN2, Posterior, bound_terms, of_betas
+from ldm.diffusion.decoder import Decoder
 from ldm.diffusion.noising import Noised
-from ldm.diffusion.parameterization import per_image
-from ldm.diffusion.schedule import NoiseSchedule, Schedule
+from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.sde import SDE
 from ldm.errors import UserError
 
 Weighting = Literal["unit", "snr", "min_snr", "p2", "vlb", "likelihood"]
-PAPER_WEIGHT = 0.001 / math.log(2)  # of the hybrid loss: lambda of Nichol & Dhariwal 2021, whose unit is bits
+PAPER_WEIGHT = 0.001 / LN2  # of the hybrid loss: lambda of Nichol & Dhariwal 2021, whose unit is bits
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class LossConfig:
     variance: true for a network that learns its variance too, and so gives twice the channels: the hybrid loss of
         Nichol & Dhariwal 2021, eq. 16, with the paper's weight of the variational bound. A number is that weight, for
         a bound in nats. The paper's 0.001 is of a bound in bits, as guided-diffusion counts: 0.001 / ln 2 here.
+    decoder: of the bound's last term, L_0: see `decoder.Decoder`. Latents have the density of a Gaussian, as no latent
+        is a whole number; pixels of so many `levels`, 256 where they have 8 bits, the probability of one.
     """
 
     weighting: Weighting = "unit"
@@ -40,6 +42,8 @@ class LossConfig:
     input_perturbation: float = 0.0
     timestep_shift: float = 1.0
     variance: bool | float = False
+    decoder: Decoder = "gaussian"
+    levels: int = 256
 
     @property
     def bound_weight(self) -> float:
@@ -71,8 +75,9 @@ def prediction_loss(
         return losses
     found = parameterization.x0_from(prediction_type, output.detach(), noised.seen, sigma)
     table = of_betas(schedule)
-    bound = table.num_train_timesteps * variational_bound(found - x0, fraction, timestep, table)
-    return losses + config.bound_weight * bound  # one timestep stands for all the terms of the bound
+    terms = bound_terms(found, x0, timestep, table, "learned_range", fraction, config.decoder, config.levels)
+    # One timestep stands for all the terms of the bound.
+    return losses + config.bound_weight * table.num_train_timesteps * terms
 
 
 def loss_weight(timestep: Tensor, schedule: Schedule, prediction_type: str, config: LossConfig) -> Tensor:
@@ -110,62 +115,3 @@ def loss_weight(timestep: Tensor, schedule: Schedule, prediction_type: str, conf
         known = "unit, snr, min_snr, p2, vlb, likelihood"
         raise UserError(f"weighting {config.weighting!r} is unknown: use one of {known}")
     return c_out**2 * weight
-
-
-def of_betas(schedule: Schedule) -> NoiseSchedule:
-    """Return a schedule that has steps, for whoever needs them. Raises UserError for one of continuous time."""
-    if not isinstance(schedule, NoiseSchedule):
-        raise UserError(
-            "a variational bound, and a variance that is learned by it, are of a process in steps: take kind: ddpm"
-        )
-    return schedule
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """q(x_{t-1} | x_t, x0) of Ho et al. 2020, eq. 6-7, at timesteps (B,), in coordinates of unit variance.
-
-    x0_scale: what an error of x0 is multiplied by in the mean. log_variance, log_beta: of the posterior, and of the
-    forward step, the bounds between which a variance is learned. The first timestep's variance is 0: it takes the
-    second's (Nichol & Dhariwal 2021, sec. 3.1).
-    """
-
-    x0_scale: Tensor
-    log_variance: Tensor
-    log_beta: Tensor
-
-    @classmethod
-    def at(cls, timestep: Tensor, schedule: NoiseSchedule) -> "Posterior":
-        """Return the posterior at timesteps (B,), integers."""
-        here = schedule.alphas_cumprod
-        before = torch.cat([torch.ones_like(here[:1]), here[:-1]])
-        beta = 1 - here / before
-        variance = beta * (1 - before) / (1 - here)
-        variance = torch.cat([variance[1:2], variance[1:]])
-        tables = (before.sqrt() * beta / (1 - here), variance.log(), beta.log())
-        return cls(*(table[timestep.long()] for table in tables))
-
-    def learned_log_variance(self, fraction: Tensor) -> Tensor:
-        """Return what `fraction` (B, ...), in [-1, 1], names between the bounds (Nichol & Dhariwal 2021, eq. 15)."""
-        low, high = (
-            per_image(each.to(fraction.dtype), fraction) for each in (self.log_variance, self.log_beta)
-        )
-        return low + (high - low) * (fraction + 1) / 2
-
-
-def variational_bound(error: Tensor, fraction: Tensor, timestep: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Return the terms of the variational bound, nats an element, (B,): KL(q(x_{t-1}|x_t, x0) || p(x_{t-1}|x_t)).
-
-    error: of x0, (B, C, h, w). fraction: (B, C, h, w), see `Posterior.learned_log_variance`. The last term, of t = 0,
-    is the Gaussian's negative log-likelihood: latents are no whole numbers, which the paper's discrete decoder is for.
-    """
-    posterior = Posterior.at(timestep, schedule.to(error.device))
-    x0_scale, low = (
-        per_image(each.to(error.dtype), error) for each in (posterior.x0_scale, posterior.log_variance)
-    )
-    log_variance = posterior.learned_log_variance(fraction)
-    squared = (x0_scale * error).square() * (-log_variance).exp()
-    divergence = 0.5 * (log_variance - low + (low - log_variance).exp() + squared - 1)
-    likelihood = 0.5 * (math.log(2 * math.pi) + log_variance + squared)
-    first = per_image(timestep == 0, error)
-    return torch.where(first, likelihood, divergence).flatten(1).mean(1)

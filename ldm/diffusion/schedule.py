@@ -134,6 +134,19 @@ class NoiseSchedule:
             alphas_cumprod[-1] = min(terminal_alpha_bar, alphas_cumprod[-2].item() / 2)  # still the noisiest
         return cls(alphas_cumprod.double(), rescale_betas_zero_snr)
 
+    def respaced(self, steps: int) -> "NoiseSchedule":
+        """Return the chain of so many of the timesteps, evenly from the first to the last.
+
+        Nichol & Dhariwal 2021, sec. 4. A `Denoiser` goes on counting the timesteps by its own schedule. Raises
+        UserError for steps outside [2, T].
+        """
+        if not 2 <= steps <= self.num_train_timesteps:
+            raise UserError(
+                f"steps is {steps}: a chain has 2 to {self.num_train_timesteps} of this model's timesteps"
+            )
+        kept = torch.linspace(0, self.num_train_timesteps - 1, steps, dtype=torch.float64).round().long()
+        return NoiseSchedule(self.alphas_cumprod[kept.to(self.alphas_cumprod.device)], self.zero_terminal_snr)
+
     @property
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)

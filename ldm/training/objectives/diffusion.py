@@ -119,6 +119,11 @@ class Config:
     def check(self) -> None:
         """Raises UserError for settings that do not go together."""
         refuse_outside("diffusion", self, ("validation_pictures", "crop"), 1)
+        refuse_outside("diffusion.loss", self.loss, ("levels",), 2)
+        if self.autoencoder and self.loss.decoder != "gaussian":
+            raise UserError(
+                "diffusion.loss.decoder is of pixels, and latents have no levels: leave it gaussian"
+            )
         refuse_outside("diffusion.validation", self.validation, ("pictures", "steps"), 1)
         self.data.check("diffusion.data")
         self.process.process()

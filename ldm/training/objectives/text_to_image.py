@@ -93,6 +93,10 @@ class Config:
         refuse_outside("text_to_image.validation", self.validation, ("seeds", "steps"), 1)
         refuse_outside("text_to_image.loss", self.loss, loss, 0)
         refuse_outside("text_to_image.loss", self.loss, ("gamma", "timestep_shift"), 0.001)
+        if self.loss.decoder != "gaussian":
+            raise UserError(
+                "text_to_image.loss.decoder is of pixels, and latents have no levels: leave it gaussian"
+            )
         self.data.check("text_to_image.data")
 
 
