@@ -110,7 +110,7 @@ def table(points: dict[str, Figures], note: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(points: dict[str, Figures], path: Path) -> None:
+def plot(points: dict[str, Figures], classes: int, path: Path) -> None:
     """Draw accuracy, diversity and the Fréchet distance against the scale. Raises UserError without matplotlib."""
     sheet = figure(10, 3.2)
     for axes, part in zip(sheet.subplots(1, 3), ("accuracy", "diversity", "frechet"), strict=True):
@@ -125,7 +125,7 @@ def plot(points: dict[str, Figures], path: Path) -> None:
         axes.set_xticks([], minor=True)
         axes.set_xlim(-0.1, 1.3 * SCALES[-1])
         axes.set(xlabel="scale", title={"frechet": "Fréchet distance (EfficientNet)"}.get(part, part))
-    sheet.axes[0].axhline(1 / 12, color="tab:red", linewidth=0.8, label="chance")
+    sheet.axes[0].axhline(1 / classes, color="tab:red", linewidth=0.8, label="chance")
     sheet.axes[0].legend(fontsize=7)
     with whole_file(path) as temporary:
         sheet.savefig(temporary, dpi=110, format="png")
@@ -185,7 +185,7 @@ def main() -> int:
         print(name, points[name], flush=True)
     text = table(points, f"{asked.pictures} pictures a row, {asked.steps} steps; {machine()}")
     write_text(asked.output / "table.md", text)
-    plot(points, asked.output / "plot.png")
+    plot(points, len(classifier.labels), asked.output / "plot.png")
     for sampler in FORMS:
         samples(asked.output, sampler, test.shape[-1])
     print(text)
