@@ -9,6 +9,7 @@ features, fitted on clean compositions and on the same through the first stage.
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ from ldm.training.objectives import classifier as objective
 from ldm.training.run import read_run
 from pipelines import TextToImagePipeline
 
-SCALES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
+SCALES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
+FORMS = {"ddim": "score (algorithm 2)", "ddpm": "mean (algorithm 1)"}  # by the sampler
 _TOGETHER = 12
 _UNSEEN = 1_000_000  # the first composition that the guiding classifier, which sees the first ones, never saw
 Figures = dict[str, float]
@@ -57,7 +59,7 @@ def compositions(config: Path, count: int, first: int) -> tuple[Tensor, list[str
 
 
 def drawn(
-    system: System, classifier: Classifier, sampler: str | None, scale: float, steps: int, count: int
+    system: System, classifier: Classifier, sampler: str, scale: float, steps: int, count: int
 ) -> Tensor:
     """Return pictures (B, 3, H, W) in [-1, 1], without a prompt, of all classes in turn; seed k for picture k."""
     pictures = list[Tensor]()
@@ -94,6 +96,11 @@ def figures(
     }
 
 
+def name_of(sampler: str, scale: float) -> str:
+    """Return the name of the figures of a way of drawing."""
+    return f"{sampler}, scale {scale:g}"
+
+
 def table(points: dict[str, Figures], note: str) -> str:
     """Return the figures as Markdown."""
     lines = [f"{note}\n", "| pictures | accuracy | diversity | Fréchet distance |", "|---|---|---|---|"]
@@ -103,22 +110,37 @@ def table(points: dict[str, Figures], note: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(points: dict[str, Figures], path: Path) -> None:
+def plot(points: dict[str, Figures], classes: int, path: Path) -> None:
     """Draw accuracy, diversity and the Fréchet distance against the scale. Raises UserError without matplotlib."""
     sheet = figure(10, 3.2)
-    scales = {name: float(name.split()[-1]) for name in points if name.startswith("scale ")}
     for axes, part in zip(sheet.subplots(1, 3), ("accuracy", "diversity", "frechet"), strict=True):
-        axes.plot(list(scales.values()), [points[name][part] for name in scales], "o-", label="guided")
+        for sampler, form in FORMS.items():
+            shown = [points[name_of(sampler, scale)][part] for scale in SCALES]
+            axes.plot(SCALES, shown, "o-", label=f"{sampler}, form of the {form}")
         for name, style in (("compositions", ":"), ("compositions, decoded", "--")):
             if part != "frechet" or name != "compositions":
                 axes.axhline(points[name][part], color="grey", linestyle=style, label=name)
         axes.set_xscale("symlog", linthresh=0.5)
-        axes.set_xticks(list(scales.values()), [f"{each:g}" for each in scales.values()])
+        axes.set_xticks(SCALES, [f"{each:g}" for each in SCALES])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(-0.1, 1.3 * SCALES[-1])
         axes.set(xlabel="scale", title={"frechet": "Fréchet distance (EfficientNet)"}.get(part, part))
-    sheet.axes[0].axhline(1 / 12, color="tab:red", linewidth=0.8, label="chance")
+    sheet.axes[0].axhline(1 / classes, color="tab:red", linewidth=0.8, label="chance")
     sheet.axes[0].legend(fontsize=7)
     with whole_file(path) as temporary:
         sheet.savefig(temporary, dpi=110, format="png")
+
+
+def samples(output: Path, sampler: str, side: int) -> None:
+    """Write the first row of every scale's sheet, a picture of each class, one below the other."""
+    from PIL import Image
+
+    rows: list[Image.Image] = []
+    for scale in SCALES:
+        sheet = Image.open(output / f"{sampler}-{scale:g}.png")
+        rows.append(sheet.crop((0, 0, sheet.width, side)))
+    with whole_file(output / f"{sampler}.jpg") as temporary:
+        grid(rows, 1).save(temporary, format="JPEG", quality=88)
 
 
 @command()
@@ -128,9 +150,8 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=Path("configs/lectures/classifier.yaml"))
     parser.add_argument("--classifier", type=Path, default=Path("runs/lectures/classifier/export"))
     parser.add_argument("--output", type=Path, default=Path("runs/lectures/classifier-guidance"))
-    parser.add_argument("--pictures", type=int, default=60, help="a scale (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="of the sampler (default: %(default)s)")
-    parser.add_argument("--sampler", help="such as ddpm, for the form of the mean; default: the model's own")
+    parser.add_argument("--pictures", type=int, default=60, help="a way and scale (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="of a sampler (default: %(default)s)")
     parser.add_argument("--fitted", type=int, default=600, help="compositions that the judge is fitted on")
     asked = parser.parse_args()
 
@@ -154,18 +175,19 @@ def main() -> int:
     print(table(points, machine()), flush=True)
 
     wanted = [classifier.labels[k % len(classifier.labels)] for k in range(asked.pictures)]
-    for scale in SCALES:
-        name = f"scale {scale:g}"
-        if name not in points:
-            some = drawn(system, classifier, asked.sampler, scale, asked.steps, asked.pictures)
+    for sampler, scale in product(FORMS, SCALES):
+        if (name := name_of(sampler, scale)) not in points:
+            some = drawn(system, classifier, sampler, scale, asked.steps, asked.pictures)
             sheet = grid(to_pil(to_unit_range(some)), len(classifier.labels))
-            write_bytes(asked.output / f"scale-{scale:g}.png", png(sheet))
+            write_bytes(asked.output / f"{sampler}-{scale:g}.png", png(sheet))
             points[name] = figures(features, judge, some, wanted, real)
             write_text(path, json.dumps({"origin": origin, "points": points}, indent=1))
         print(name, points[name], flush=True)
     text = table(points, f"{asked.pictures} pictures a row, {asked.steps} steps; {machine()}")
     write_text(asked.output / "table.md", text)
-    plot(points, asked.output / "plot.png")
+    plot(points, len(classifier.labels), asked.output / "plot.png")
+    for sampler in FORMS:
+        samples(asked.output, sampler, test.shape[-1])
     print(text)
     return 0
 
