@@ -147,4 +147,4 @@ def test_an_unknown_way_gets_a_line(pipe: TextToImagePipeline) -> None:
     with pytest.raises(UserError, match="did you mean slerp"):
         pipe.interpolate("cat", method="slurp", **FAST)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="leave image out"):
-        pipe.interpolate("cat", image=Image.new("RGB", (32, 32)), **FAST)
+        pipe.interpolate("cat", image={"path": "cat.png"}, **FAST)
