@@ -38,6 +38,7 @@ UNETS = {
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + 20,
     },
+    "classes": {**SMALL, "cross_attention_dim": 24, "attention_head_dim": 4, "num_class_embeds": 5},
     "inpainting": {**SMALL, "in_channels": 9, "cross_attention_dim": 24, "attention_head_dim": 4},
     "small": {
         "sample_size": 8,
@@ -104,10 +105,11 @@ def test_unet_equals_diffusers(name: str, size: tuple[int, int]) -> None:
     context, timestep = torch.randn(2, 7, config.cross_attention_dim), torch.tensor([3, 981])
     added = {"text_embeds": torch.randn(2, 20), "time_ids": torch.tensor([[64.0, 48, 0, 3, 64, 48]] * 2)}
     added = added if config.addition_embed_type else None
-    expected = theirs(sample, timestep, context, added_cond_kwargs=added).sample
+    labels = torch.tensor([4, 1]) if config.num_class_embeds else None
+    expected = theirs(sample, timestep, context, class_labels=labels, added_cond_kwargs=added).sample
     parts = {"pooled": added["text_embeds"], "time_ids": added["time_ids"]} if added else {}
     latents, channels = sample[:, :4], sample[:, 4:]
-    condition = Condition(context, **parts, channels=channels if channels.shape[1] else None)
+    condition = Condition(context, **parts, labels=labels, channels=channels if channels.shape[1] else None)
     assert relative_l2(ours(latents, timestep, condition), expected) < 1e-5
 
 

@@ -37,6 +37,8 @@ KINDS: dict[str, float] = {
     "count": 0.06,
     "scene": 0.07,
 }
+# What can lie at a pixel: what stands behind the things, or a thing of one of their categories.
+REGIONS = ("setting", *dict.fromkeys(thing.category for thing in THINGS.values()))
 # What a holder can hold: light things, each known by its outline.
 # fmt: off
 HELD = (
@@ -75,12 +77,16 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class Example:
-    """One training pair: `picture` (size, size, 3) uint8; `parts` is the composition as a plain dict."""
+    """One training pair: `picture` (size, size, 3) uint8; `parts` is the composition as a plain dict.
+
+    regions: (size, size) uint8, what lies at each pixel: the number, in REGIONS, of the topmost thing's category.
+    """
 
     picture: NDArray[np.uint8]
     caption: str
     kind: str
     parts: dict[str, Any]
+    regions: NDArray[np.uint8]
 
 
 class Mixture:
@@ -308,7 +314,8 @@ class Mixture:
 
     def _example(self, composition: Composition, rng: Generator) -> Example:
         words = caption(composition, rng)
-        return Example(self._picture(composition, rng), words, composition.kind, asdict(composition))
+        picture, regions = self._picture(composition, rng)
+        return Example(picture, words, composition.kind, asdict(composition), regions)
 
     def _sprite(self, composition: Composition, thing: str, colour: str) -> NDArray[np.uint8]:
         if not colour and not composition.costume:
@@ -321,8 +328,12 @@ class Mixture:
             self._made[key] = repaint(made, colour) if colour else made
         return self._made[key]
 
-    def _picture(self, composition: Composition, rng: Generator) -> NDArray[np.uint8]:
+    def _picture(
+        self, composition: Composition, rng: Generator
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """The picture, and what lies where in it."""
         size = self.config.size
+        regions = np.zeros((size, size), np.uint8)
         canvas = draw_setting(composition.setting, size, rng)
         colours = (
             (composition.colour, composition.second_colour)
@@ -338,9 +349,10 @@ class Mixture:
             if posed:
                 pose = Pose.draw(rng, share, bust=composition.costume == ASTRONAUT)
                 sprite, share, x, y = pose.of(sprite), share * pose.scale, x + pose.right, y + pose.down
-            _paste(canvas, sprite, x * size, y * size, round(share * size))
+            rows, columns, alpha = _paste(canvas, sprite, x * size, y * size, round(share * size))
+            regions[rows, columns][alpha > 0.5] = REGIONS.index(THINGS[thing].category)
         picture = np.round(canvas).clip(0, 255).astype(np.uint8)
-        return FINISHES[composition.finish](picture) if composition.finish else picture
+        return (FINISHES[composition.finish](picture) if composition.finish else picture), regions
 
     def _places(self, composition: Composition, rng: Generator) -> list[tuple[float, float, float]]:
         """Centre x, y and side of each thing, as shares of the frame.
@@ -365,8 +377,13 @@ class Mixture:
         return [(x + 0.5 * shift[0], y + 0.5 * shift[1], side * share) for x, y, side in places]
 
 
-def _paste(canvas: NDArray[np.float32], sprite: NDArray[np.uint8], x: float, y: float, side: int) -> None:
-    """Lay the sprite, `side` px wide, over the canvas with its centre at (x, y) px; what crosses the edge is cut."""
+def _paste(
+    canvas: NDArray[np.float32], sprite: NDArray[np.uint8], x: float, y: float, side: int
+) -> tuple[slice, slice, NDArray[np.float32]]:
+    """Lay the sprite, `side` px wide, over the canvas with its centre at (x, y) px; what crosses the edge is cut.
+
+    Returned are the rows and the columns that it covers, and by which share it does so, (rows, columns) in [0, 1].
+    """
     from PIL import Image
 
     picture: Image.Image = Image.fromarray(sprite)
@@ -375,5 +392,6 @@ def _paste(canvas: NDArray[np.float32], sprite: NDArray[np.uint8], x: float, y: 
     left, top = round(x - side / 2), round(y - side / 2)
     bottom, right = min(top + side, len(canvas)), min(left + side, len(canvas))
     pixels = np.asarray(picture)[max(0, -top) : bottom - top, max(0, -left) : right - left].astype(np.float32)
-    under = canvas[max(0, top) : bottom, max(0, left) : right]
-    under += pixels[..., 3:] / 255 * (pixels[..., :3] - under)
+    rows, columns = slice(max(0, top), bottom), slice(max(0, left), right)
+    canvas[rows, columns] += pixels[..., 3:] / 255 * (pixels[..., :3] - canvas[rows, columns])
+    return rows, columns, pixels[..., 3] / np.float32(255)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.buckets import Pixels
-from ldm.emoji.mixture import Example, Mixture, MixtureConfig
+from ldm.emoji.mixture import REGIONS, Example, Mixture, MixtureConfig
 from ldm.emoji.sprites import SPRITES_FILE, load_sprites
 from ldm.emoji.things import choose
 from ldm.errors import UserError
@@ -158,6 +158,7 @@ class Compositions:
         self.side, self.held_out, self.count = mixture.config.size, held_out, _UNSEEN
         things = [thing.name for thing in choose(mixture.config.things)]
         self.labels = {None: [], "kind": mixture.kinds, "thing": things}[labels]
+        self.regions = list(REGIONS)
 
     def cuts(self, start: int, size: int, rows: slice = _ALL) -> Batch:
         """See `Examples`. Of a picture, the liveliest of three cuts: plain background teaches little."""
@@ -167,11 +168,14 @@ class Compositions:
         if self.cut:
             rngs = (np.random.default_rng((self.mixture.config.seed, 3, i)) for i in indices)
             pictures = [_liveliest(each, self.cut, rng) for each, rng in zip(pictures, rngs, strict=True)]
-        return Batch(to_tensor(pictures), self._labels(examples), start)
+        return Batch(
+            to_tensor(pictures), self._labels(examples), start, None if self.cut else _maps(examples)
+        )
 
     def whole(self, start: int, size: int) -> Batch:
         examples = [self.mixture.sample(_UNSEEN + i) for i in range(start, start + size)]
-        return Batch(to_tensor([each.picture for each in examples]), self._labels(examples), start)
+        pictures = to_tensor([each.picture for each in examples])
+        return Batch(pictures, self._labels(examples), start, _maps(examples))
 
     def notes(self) -> list[str]:
         return []
@@ -181,6 +185,10 @@ class Compositions:
             return None
         names = [each.kind if self.kind == "kind" else each.parts["things"][0] for each in examples]
         return torch.tensor([self.labels.index(name) for name in names])
+
+
+def _maps(examples: list[Example]) -> Tensor:
+    return torch.from_numpy(np.stack([each.regions for each in examples])).long()
 
 
 def _liveliest(picture: Pixels, side: int, rng: np.random.Generator) -> Pixels:

@@ -113,6 +113,8 @@ class UNet(DenoisingNetwork):
         up = levels(config, config.up_block_types, "Up")[::-1]
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
         self.add_embedding = size_embedding(config)
+        if config.num_class_embeds:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, 4 * widths[0])
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = down_blocks(config)
         self.mid_block = UNetMidBlock(widths[-1], replace(down[-1], attention=True), config)
@@ -164,16 +166,17 @@ class UNet(DenoisingNetwork):
 
         sample: (B, C, h, w), unit variance. timestep: (B,), 0..999, may be fractional.
         condition: hidden (B, L, cross_attention_dim); SDXL's pooled (B, P) and time_ids (B, 6 or 5); channels (B,
-        in_channels - C, h, w), which are joined to the sample; images, for adapters. residuals: what is added to the
+        in_channels - C, h, w), which are joined to the sample; labels (B,), of num_class_embeds classes; images, for
+        adapters. residuals: what is added to the
         feature maps. features: what all levels below the finest gave before, or what they give now is put there.
         """
         context = context_of(condition)
-        # (B, 4*C0); each block projects the activated one
-        time = F.silu(
-            embed_time(
-                self.config, self.time_embedding, self.add_embedding, sample.dtype, timestep, condition
-            )
+        time = embed_time(
+            self.config, self.time_embedding, self.add_embedding, sample.dtype, timestep, condition
         )
+        if condition.labels is not None:
+            time = time + self.class_embedding(condition.labels)
+        time = F.silu(time)  # (B, 4*C0); each block projects the activated one
         if condition.channels is not None:
             sample = torch.cat([sample, condition.channels], dim=1)
         maps = [self.conv_in(sample)]

@@ -29,7 +29,6 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
     "only_cross_attention": (False, [False] * 4, [False] * 3),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
@@ -49,6 +48,7 @@ class UNetConfig:
     attention_head_dim: the NUMBER of heads a level (diffusers' historical misnomer).
     upcast_attention: kept for other programs' sake; SDPA accumulates in float32 anyway.
     addition_embed_type: "text_time" for SDXL's pooled text and size/crop conditions.
+    num_class_embeds: classes that it is told beside the text, by a table of so many rows; None for none.
     """
 
     sample_size: int | None = 64
@@ -72,6 +72,7 @@ class UNetConfig:
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    num_class_embeds: int | None = None
 
     @classmethod
     def from_diffusers(cls, mapping: Mapping[str, Any], where: str = "unet/config.json") -> "UNetConfig":
@@ -83,7 +84,7 @@ class UNetConfig:
     def check(self, where: str = "the U-Net's config") -> None:
         """Raise UserError that names a setting of which no network can be built."""
         sizes = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
-        more = ("attention_head_dim", "cross_attention_dim", "sample_size", *_ADDED)
+        more = ("attention_head_dim", "cross_attention_dim", "sample_size", "num_class_embeds", *_ADDED)
         diffusers_config.check_sizes(self, where, *sizes, *more)
         diffusers_config.check_sizes(self, where, "transformer_layers_per_block", least=0)
         diffusers_config.check_layers(self.layers, where)
@@ -133,7 +134,7 @@ class UNetConfig:
             told = sizes * (self.addition_time_embed_dim or 0)
             pooled = (self.projection_class_embeddings_input_dim or 0) - told
             parts |= {"pooled": pooled, "time_ids": sizes}
-        return parts
+        return parts | ({"labels": self.num_class_embeds} if self.num_class_embeds else {})
 
     def to_diffusers(self) -> dict[str, Any]:
         return diffusers_config.to_diffusers(self, _CLASS)

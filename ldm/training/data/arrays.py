@@ -24,6 +24,7 @@ class ArrayExamples:
     def __init__(self, pictures: Tensor, labels: Tensor, names: list[str], held_out: int, seed: int):
         self.pictures, self._of, self.labels, self.seed = pictures, labels, names, seed
         self.side, self.count = pictures.shape[-1], len(pictures)
+        self.regions: list[str] = []
         self.held_out = min(held_out, self.count // 4)
         self._order: Order | None = None
 
@@ -107,6 +108,7 @@ class Toys:
 
     def __init__(self, shape: str, held_out: int, seed: int):
         self.points, self.labels = SHAPES[shape]
+        self.regions: list[str] = []
         self.side, self.count, self.held_out, self.seed = 1, _UNSEEN, held_out, seed
 
     def cuts(self, start: int, size: int, rows: slice = _ALL) -> Batch:

@@ -21,28 +21,34 @@ _ALL = slice(None)
 
 @dataclass(frozen=True)
 class Batch:
-    """pictures: (B, 3, H, W) in [-1, 1]. labels: (B,), where there are any. start: pictures seen before the batch."""
+    """Pictures and what goes with them.
+
+    pictures: (B, C, H, W) in [-1, 1], or points. labels: (B,), where there are any. start: pictures seen before the
+    batch. maps: (B, H, W) int64, what lies at each pixel, where that is known.
+    """
 
     pictures: Tensor
     labels: Tensor | None
     start: int
+    maps: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         pictures = self.pictures.to(device, memory_format=memory_format(device))
-        return replace(
-            self, pictures=pictures, labels=None if self.labels is None else self.labels.to(device)
-        )
+        labels, maps = (None if each is None else each.to(device) for each in (self.labels, self.maps))
+        return replace(self, pictures=pictures, labels=labels, maps=maps)
 
 
 class Examples(Protocol):
     """Squares to learn from.
 
     side: of a whole one, in pixels. labels: the names of what they can show; none where they have no labels.
-    held_out: how many are there for validation, and never trained on. count: how many whole ones there are.
+    regions: the names of what can lie at a pixel; none where there are no maps. held_out: how many are there for
+    validation, and never trained on. count: how many whole ones there are.
     """
 
     side: int
     labels: list[str]
+    regions: list[str]
     held_out: int
     count: int
 
@@ -85,6 +91,7 @@ class PictureExamples:
         self.crop: Crop = crop
         self.held_out, self.count = min(held_out, max(1, len(found) // 10)), len(found)
         self.labels, numbers = labels or ([], [])
+        self.regions: list[str] = []
         self._numbers = torch.tensor(numbers) if labels else None
         self._order: Order | None = None
         self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders work outside Python's lock

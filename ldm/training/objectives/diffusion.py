@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ldm.condition import Condition
 from ldm.diffusion.losses import LossConfig, prediction_loss
 from ldm.diffusion.process import DDPMConfig
 from ldm.diffusion.score_processes import NCSNConfig, SubVPConfig, VEConfig, VPConfig
@@ -15,8 +16,10 @@ from ldm.errors import UserError
 from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
 from ldm.models.points import PointConfig, PointNetwork
+from ldm.models.unet import UNet
 from ldm.models.unet2d import UNet2D
 from ldm.models.unet2d_config import UNet2DConfig
+from ldm.models.unet_config import UNetConfig
 from ldm.pictures import grid, png, scatter, to_pil, to_unit_range
 from ldm.sampling import Guidance
 from ldm.sampling.plain import draw, prepare
@@ -27,7 +30,7 @@ from ldm.training.data.examples import Batch
 from ldm.training.data.kinds import Data
 from ldm.training.data.latents import encode
 from ldm.training.data.on_disk import PicturesConfig
-from ldm.training.data.told import Labels, Nothing
+from ldm.training.data.told import BlurredPicture, Labels, Nothing, SemanticMap, SmallPicture
 from ldm.training.distributed import BatchGenerator
 from ldm.training.noising import noised_batch
 from ldm.training.start import load_autoencoder
@@ -51,6 +54,19 @@ class UNet2DSettings(UNet2DConfig):
 
     def build(self) -> DenoisingNetwork:
         return UNet2D(self)
+
+
+@dataclass(frozen=True)
+class UNetSettings(UNetConfig):
+    """A U-Net with cross-attention; see UNetConfig."""
+
+    kind: ClassVar[str] = "unet"
+
+    def sized(self, channels: int, out_channels: int, side: int) -> "UNetSettings":
+        return replace(self, in_channels=channels, out_channels=out_channels, sample_size=side)
+
+    def build(self) -> DenoisingNetwork:
+        return UNet(self)
 
 
 @dataclass(frozen=True)
@@ -81,18 +97,19 @@ class Config:
     """The settings.
 
     data: what it learns from, of a kind: digits, toys, pictures (from disk), or one's own.
-    network: of a kind: unet2d, or points. Its channels, its side and its classes are those of the data.
+    network: of a kind: unet2d, unet (with cross-attention), or points. Its channels, its side and its classes are
+        those of the data.
     process: of a kind: ddpm, in discrete steps; vp, subvp and ve, in continuous time; ncsn, on a ladder of levels.
-    condition: what it is told, of a kind: nothing, or labels.
+    condition: what it is told, of a kind: nothing, labels, semantic_map, low_resolution, or blurred.
     autoencoder: a folder that holds a first stage, for a model of its latents; None for one of pixels.
     crop: training sees squares of so many pixels, at random; None for whole pictures.
     validation_pictures: of the data, held out; the loss on them is a figure of validation.
     """
 
     data: Data
-    network: UNet2DSettings | PointSettings = field(default_factory=UNet2DSettings)
+    network: UNet2DSettings | UNetSettings | PointSettings = field(default_factory=UNet2DSettings)
     process: DDPMConfig | VPConfig | SubVPConfig | VEConfig | NCSNConfig = field(default_factory=DDPMConfig)
-    condition: Nothing | Labels = field(default_factory=Nothing)
+    condition: Nothing | Labels | SemanticMap | SmallPicture | BlurredPicture = field(default_factory=Nothing)
     autoencoder: str | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     crop: int | None = None
@@ -104,7 +121,24 @@ class Config:
         refuse_outside("diffusion", self, ("validation_pictures", "crop"), 1)
         refuse_outside("diffusion.validation", self.validation, ("pictures", "steps"), 1)
         self.data.check("diffusion.data")
-        self.process.process()
+        process, embedding = (
+            self.process.process(),
+            getattr(self.network, "time_embedding_type", "positional"),
+        )
+        sigma = getattr(process.schedule, "embedding", "positional") == "fourier"
+        if sigma != (embedding != "positional"):
+            told = (
+                "noise levels (time_embedding_type fourier, of points logarithmic)" if sigma else "timesteps"
+            )
+            raise UserError(
+                f"diffusion.network takes {embedding} features, and diffusion.process {self.process.kind} tells "
+                f"{told}: make the network's time_embedding_type and the process's embedding fit"
+            )
+        if (embedding == "fourier") != (process.prediction_type == "ve_score"):
+            raise UserError(
+                "diffusion.process.prediction_type ve_score is of a network of fourier features, which divides by "
+                "sigma, and no other is of it: take ve_score there, and ve_epsilon elsewhere"
+            )
 
 
 class Objective:
@@ -174,9 +208,13 @@ class Objective:
             offset_noise=loss.offset_noise,
             input_perturbation=loss.input_perturbation,
         )
-        told = self.config.condition.condition(batch, dropped, self.examples)
+        told = self._told(batch, dropped)
         output = model(noised.sample(process.prediction_type), noised.timestep.float(), told)
         return prediction_loss(output, noised, self.schedule, process.prediction_type, loss)
+
+    def _told(self, batch: Batch, dropped: Tensor) -> Condition:
+        side = self.system.shape[-1]
+        return self.config.condition.condition(batch, dropped, self.examples, side)
 
     def _clean(self, batch: Batch) -> Tensor:
         """What is denoised: the pictures (B, C, h, w), or their latents."""
@@ -199,9 +237,7 @@ class Objective:
         if batch.labels is not None and self.system.labels:
             turns = torch.arange(shown.pictures) % len(self.system.labels)
             batch = replace(batch, labels=turns)
-        told = self.config.condition.condition(
-            batch, torch.zeros(len(batch.pictures), dtype=torch.bool), self.examples
-        )
+        told = self._told(batch, torch.zeros(len(batch.pictures), dtype=torch.bool))
         guidance = Guidance(shown.guidance)
         request = prepare(system, self.drawing, told, range(len(batch.pictures)), guidance)
         write_bytes(folder / f"drawn-{seen:08d}.png", png(_sheet(draw(system, request))))
@@ -222,4 +258,4 @@ def _sheet(drawn: Tensor) -> "Image":
     if side == 1:
         return scatter(drawn)
     larger = to_unit_range(drawn).repeat_interleave(max(1, _SEEN // side), 2)
-    return grid(to_pil(larger.repeat_interleave(max(1, _SEEN // side), 3)), 10)
+    return grid(to_pil(larger.repeat_interleave(max(1, _SEEN // side), 3)), min(10, len(drawn)))
