@@ -91,9 +91,11 @@ def plot(points: dict[str, list[Point]], real: Point, sheets: dict[str, Tensor],
             axes.plot(SCALES, [getattr(each, name) for each in found], marker="o", markersize=4, label=limit)
         axes.axhline(getattr(real, name), color="grey", linestyle="--", linewidth=1, label="real digits")
         axes.set(title=title, xlabel="guidance scale")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(
+            0, 1.1 * max(getattr(each, name) for found in (*points.values(), [real]) for each in found)
+        )
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower right" if name == "accuracy" else "best")
     for column, (limit, pictures) in enumerate(sheets.items()):
         axes = whole.add_subplot(grid[1, column])
         rows = pictures.clamp(-1, 1).view(2, 10, 8, 8).permute(0, 2, 1, 3).reshape(16, 80)

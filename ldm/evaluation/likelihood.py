@@ -40,8 +40,8 @@ class Settings:
     steps: of the model's chain; None is all that it was trained on. evaluations: see `variational_bound`.
     draws: how often each picture is put under new noise. batch: rows a call of the network takes.
     levels: of a pixel, whose probability L_0 of a model of pixels is; None for a density. Latents have none.
-    clip: estimates of x0 are limited to [-1, 1] where pixels have levels, as guided-diffusion counts: under much noise a
-        network that predicts the noise may say anything of x0.
+    clip: estimates of x0 are limited to [-1, 1] where pixels have levels, as guided-diffusion counts: under much noise
+        a network that predicts the noise may say anything of x0.
     sample_posterior: the latents are drawn from the first stage's posterior, as the bound of the whole has them; else
         they are its mean.
     observation: the noise of pixels around a decoding. scale: its standard deviation, or the Laplace's own scale, of
