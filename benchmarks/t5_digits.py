@@ -68,7 +68,10 @@ def read(picture: Image.Image) -> tuple[np.ndarray, str]:
     pixels = np.asarray(picture, np.float64)
     ink = (255 - pixels).max(-1)
     ink = ink / max(np.quantile(ink, 0.99), 60)  # 60: an empty picture stays empty
-    mean = (pixels * ink[..., None] ** 2).sum((0, 1)) / (ink**2).sum().clip(1e-6)
+    pure = 255 - (255 - pixels) / ink[..., None].clip(
+        1e-6
+    )  # without the white that it is mixed with at an edge
+    mean = (pure * ink[..., None] ** 2).sum((0, 1)) / (ink**2).sum().clip(1e-6)
     name = min(COLOURS, key=lambda name: float(np.abs(np.array(COLOURS[name]) - mean).sum()))
     small = ink.clip(0, 1).reshape(8, _SIDE // 8, 8, _SIDE // 8).mean((1, 3))
     return small * 2 - 1, name

@@ -33,8 +33,8 @@ def _interpolate(arguments: argparse.Namespace) -> None:
     for name in ("file", "from_image", "grid", "columns", "seed"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} does not go with --interpolate: leave it out")
-    if len(arguments.prompts) != 1:
-        raise UserError("--interpolate goes between pictures of one prompt: give one")
+    if len(arguments.prompts) != 1 or arguments.num_images != 1:
+        raise UserError("--interpolate goes between pictures of one prompt: give one, and no --num-images")
     ends = [each.strip() for each in arguments.interpolate.split(",")]
     seeds = [int(each) for each in ends if each.isdecimal()]
     if seeds and len(seeds) < len(ends):

@@ -30,6 +30,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--levels", type=int, default=256, help="of a pixel; 0 for a density (default: 256)")
+    parser.add_argument("--no-clip", action="store_true", help="take x0 of pixels as the network has it")
     parser.add_argument("--resolution", type=int, help="pixels of a side (default: the model's own)")
     parser.add_argument("--no-captions", action="store_true", help="under the empty prompt")
     parser.add_argument(
@@ -59,6 +60,7 @@ def main() -> int:
         chosen.batch,
         chosen.seed,
         chosen.levels or None,
+        not chosen.no_clip,
         chosen.sample_posterior,
         chosen.observation,
         chosen.scale,

@@ -25,20 +25,24 @@ def main() -> int:
     parser.add_argument("--compose", type=Path, metavar="FOLDER", help="write composed pictures there too")
     parser.add_argument("--pictures", type=int, default=300, help="how many (default: %(default)s)")
     parser.add_argument(
+        "--held-out", action="store_true", help="compose what training never sees, of the run's own mixture"
+    )
+    parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of their mixture"
     )
     arguments = parser.parse_args()
     if not 1 <= arguments.pictures <= _MOST:
         raise UserError(f"--pictures must be 1 to {_MOST:,}")
 
-    from ldm.config import from_dict, override
+    from ldm.config import from_dict, override, to_dict
     from ldm.emoji.mixture import MixtureConfig
-    from ldm.emoji.prepare import compose, prepare
+    from ldm.emoji.prepare import compose, compositions_of, prepare
 
     prepare(arguments.config)
     if arguments.compose:
-        mixture = from_dict(MixtureConfig, override({}, arguments.set, MixtureConfig), "--set")
-        compose(arguments.compose, mixture, arguments.pictures)
+        base = to_dict(compositions_of(arguments.config).mixture) if arguments.held_out else {}
+        mixture = from_dict(MixtureConfig, override(base, arguments.set, MixtureConfig), "--set")
+        compose(arguments.compose, mixture, arguments.pictures, arguments.held_out)
     return 0
 
 

@@ -71,7 +71,7 @@ def test_pictures_come_back_from_their_noise(pipe: TextToImagePipeline) -> None:
     with torch.no_grad():
         x0 = encode(pipe.system.autoencoder, pixels)
     far = []
-    for steps in (24, 96):
+    for steps in (16, 48):
         settings = {"num_inference_steps": steps, "sampler": "heun", "guidance_scale": 1.0}
         drawing = pipe.complete(Recipe("cat", **settings))
         with torch.no_grad():
@@ -79,7 +79,7 @@ def test_pictures_come_back_from_their_noise(pipe: TextToImagePipeline) -> None:
         back = pipe(["cat"] * 2, latents=noises, output_type="latent", progress=False, **settings).images
         far.append((back - x0).abs().mean().item())
     # besides the solver's error stands that of the first noise level, at which pictures are taken to lie
-    assert far[1] < far[0] / 4 and far[1] < 0.03, far
+    assert far[1] < far[0] / 3 and far[1] < 0.06, far
 
 
 def test_strips_and_animations(pipe: TextToImagePipeline, tmp_path: Path) -> None:
@@ -147,4 +147,4 @@ def test_an_unknown_way_gets_a_line(pipe: TextToImagePipeline) -> None:
     with pytest.raises(UserError, match="did you mean slerp"):
         pipe.interpolate("cat", method="slurp", **FAST)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="leave image out"):
-        pipe.interpolate("cat", image=Image.new("RGB", (32, 32)), **FAST)
+        pipe.interpolate("cat", image={"path": "cat.png"}, **FAST)

@@ -15,10 +15,12 @@ from PIL import Image
 from training_runs import LOOP, TINY_VAE
 
 from ldm.checkpoints.folder import write_component
+from ldm.condition import Condition
 from ldm.config import from_dict
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.sampling import plain
 from ldm.system.plain import PlainSystem
 from ldm.training.data.arrays import MIXTURE_RADIUS, MIXTURE_STD, SHAPES, digits
 from ldm.training.distributed import BatchGenerator
@@ -227,6 +229,35 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path: Path, kind: str) 
     same_bits_after_kills(whole, killed, 2)
 
 
+PROCESSES = {
+    "ncsn": {"kind": "ncsn", "sigma_max": 5.0, "levels": 6, "steps_per_level": 2},
+    "ve": {"kind": "ve", "sigma_max": 5.0},
+    "vp": {"kind": "vp"},
+    "subvp": {"kind": "subvp", "beta_max": 15.0},
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+def test_a_run_of_continuous_noise_and_what_it_exports(tmp_path: Path, kind: str) -> None:
+    """What is exported has the process, and draws the same of the same seeds."""
+    fourier = {"time_embedding_type": "fourier"} if kind in ("ncsn", "ve") else {}
+    path = config(
+        tmp_path,
+        process=PROCESSES[kind],
+        network={**UNET, **fourier},
+        condition={"kind": "nothing"},
+        loss={"weighting": "snr"},
+    )
+    assert train(path)
+    system = PlainSystem.load(tmp_path / "run" / "export")
+    assert system.process == read_run(path).settings.process
+    request = plain.prepare(system, system.process.plan(4), Condition(), [0, 1])
+    drawn = plain.draw(system, request)
+    assert drawn.shape == (2, 1, 8, 8) and drawn.isfinite().all()
+    again = plain.prepare(system, system.process.plan(4), Condition(), [0, 1])
+    assert torch.equal(drawn, plain.draw(system, again))
+
+
 def test_a_run_from_its_file_and_what_it_exports(tmp_path: Path) -> None:
     assert train(config(tmp_path))
     system = PlainSystem.load(tmp_path / "run" / "export")
@@ -243,6 +274,10 @@ def test_a_run_from_its_file_and_what_it_exports(tmp_path: Path) -> None:
         ({"process": {"kind": "ddpm", "beta_schedule": "linaer"}}, "did you mean linear"),
         ({"process": {"kind": "ddpm", "rescale_betas_zero_snr": True}}, "undefined at zero terminal SNR"),
         ({"process": {"kind": "dpm"}}, "ddpm"),
+        ({"process": {"kind": "ve"}}, "tells noise levels"),
+        ({"network": {**UNET, "time_embedding_type": "fourier"}}, "tells timesteps"),
+        ({"process": {"kind": "ve", "embedding": "positional"}}, "take ve_score there"),
+        ({"process": {"kind": "ncsn", "levels": 1}}, "two or more levels"),
         ({"condition": {"kind": "labels", "dropout": 2}}, "dropout is 2"),
         ({"validation": {"steps": 0}}, "steps is 0"),
         ({"validation": {"sampler": "eulr"}}, "euler"),

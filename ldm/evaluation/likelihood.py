@@ -16,8 +16,9 @@ from torch import Tensor
 from ldm.condition import concatenate
 from ldm.diffusion.bound import Bound, variational_bound
 from ldm.diffusion.decoder import Decoder
-from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.driver import Noise
+from ldm.diffusion.guidance import limited
 from ldm.diffusion.samplers import Variance
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
@@ -39,6 +40,8 @@ class Settings:
     steps: of the model's chain; None is all that it was trained on. evaluations: see `variational_bound`.
     draws: how often each picture is put under new noise. batch: rows a call of the network takes.
     levels: of a pixel, whose probability L_0 of a model of pixels is; None for a density. Latents have none.
+    clip: estimates of x0 are limited to [-1, 1] where pixels have levels, as guided-diffusion counts: under much noise
+        a network that predicts the noise may say anything of x0.
     sample_posterior: the latents are drawn from the first stage's posterior, as the bound of the whole has them; else
         they are its mean.
     observation: the noise of pixels around a decoding. scale: its standard deviation, or the Laplace's own scale, of
@@ -52,6 +55,7 @@ class Settings:
     batch: int = 16
     seed: int = 0
     levels: int | None = 256
+    clip: bool = True
     sample_posterior: bool = False
     observation: Observation = "gaussian"
     scale: float | None = None
@@ -164,8 +168,11 @@ def measure(subject: Subject, pictures: Pictures, settings: Settings) -> Likelih
             noise = Noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3]), x0.device)
             density = stage is not None or settings.levels is None
             decoder: Decoder = "gaussian" if density else "discretized"
+            denoise: Denoise = denoiser
+            if settings.clip and not density:
+                denoise = limited(denoiser, lambda estimate: estimate.clamp(-1, 1))
             arguments = settings.evaluations, together, settings.levels or 256
-            bounds.append(variational_bound(denoiser, x0, chain, noise, variance, decoder, *arguments))
+            bounds.append(variational_bound(denoise, x0, chain, noise, variance, decoder, *arguments))
             elements = x0[0].numel()
             bar.update(len(shown.pictures))
     first_stage = _joined(stages) if stages else None

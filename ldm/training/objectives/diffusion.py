@@ -126,7 +126,24 @@ class Config:
             )
         refuse_outside("diffusion.validation", self.validation, ("pictures", "steps"), 1)
         self.data.check("diffusion.data")
-        self.process.process()
+        process, embedding = (
+            self.process.process(),
+            getattr(self.network, "time_embedding_type", "positional"),
+        )
+        sigma = getattr(process.schedule, "embedding", "positional") == "fourier"
+        if sigma != (embedding != "positional"):
+            told = (
+                "noise levels (time_embedding_type fourier, of points logarithmic)" if sigma else "timesteps"
+            )
+            raise UserError(
+                f"diffusion.network takes {embedding} features, and diffusion.process {self.process.kind} tells "
+                f"{told}: make the network's time_embedding_type and the process's embedding fit"
+            )
+        if (embedding == "fourier") != (process.prediction_type == "ve_score"):
+            raise UserError(
+                "diffusion.process.prediction_type ve_score is of a network of fourier features, which divides by "
+                "sigma, and no other is of it: take ve_score there, and ve_epsilon elsewhere"
+            )
 
 
 class Objective:
