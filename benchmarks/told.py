@@ -2,8 +2,8 @@
 
 python -m benchmarks.told    after training configs/lectures/{semantic-map,semantic-tokens,low-resolution,blurred}.yaml
 
-Writes benchmarks/told.png: of each model what it was told, what it drew, and the compositions themselves, which it never
-saw; and prints how far a drawing keeps to what was told, beside a ceiling (the compositions) and chance (another's).
+Writes benchmarks/told.png: of each model what it was told, what it drew, and the compositions themselves, which it
+never saw; and prints how far a drawing keeps to what was told, beside a ceiling (the compositions) and chance.
 """
 
 import sys

@@ -3,15 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipelines.class_to_image import ClassToImagePipeline
     from pipelines.output import TextToImageOutput
     from pipelines.text_to_image import TextToImagePipeline
     from pipelines.upscaler import Upscaler
 
-__all__ = ["TextToImageOutput", "TextToImagePipeline", "Upscaler"]
+__all__ = ["ClassToImagePipeline", "TextToImageOutput", "TextToImagePipeline", "Upscaler"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for, and not before: the command line answers `--help` without torch (PEP 562)."""
+    if name == "ClassToImagePipeline":
+        from pipelines.class_to_image import ClassToImagePipeline
+
+        return ClassToImagePipeline
     if name == "TextToImageOutput":
         from pipelines.output import TextToImageOutput
 
