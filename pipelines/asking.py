@@ -13,7 +13,7 @@ from ldm.condition import Condition
 from ldm.errors import UserError
 from pipelines.given import Given
 from pipelines.loaded import Loaded
-from pipelines.named_files import upscaler_use
+from pipelines.named_files import clip_use, upscaler_use
 from pipelines.originals import originals_for
 from pipelines.recipe import SETTINGS, Recipe, recipes_for
 
@@ -49,6 +49,11 @@ def asked(call: Mapping[str, Any], loaded: Loaded) -> tuple[list[Recipe], list[G
             raise UserError(f'{name} is {given_as}: give a file of an upscaling network, or "bundled"')
         use = upscaler_use(settings[name], name)
         settings[name] = None if use is None else asdict(use)
+    if "clip_model" in settings:
+        if not isinstance(settings["clip_model"], str | Path):
+            given_as = _shown(settings["clip_model"])
+            raise UserError(f'clip_model is {given_as}: give the folder of a CLIP, or "bundled"')
+        settings["clip_model"] = asdict(clip_use(settings["clip_model"]))
     if call["hires_upscaler"] is not None and call["hires_scale"] is None:  # "latent" is none in a recipe
         raise UserError("hires_upscaler goes with hires_scale: give it too")
     recipes = recipes_for(prompt, call["negative_prompt"], call["seed"], images_per_prompt, settings)

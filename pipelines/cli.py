@@ -103,6 +103,7 @@ def _from_image(arguments: argparse.Namespace, mine: Mapping[str, Any]) -> "Reci
     left = again.recipe if arguments.model is None else replace(again.recipe, model=None)
     # By the user: not the picture's any more.
     nothing: dict[str, Any] = {"image": None, "mask_image": None, "upscaler": None, "hires_upscaler": None}
+    nothing["clip_model"] = None
     nothing |= dict.fromkeys(("loras", "embeddings", "controls", "image_prompts"), ())
     stated = [name for name, value in mine.items() if name in nothing and value != ()]  # None is a choice too
     left = replace(left, **{name: nothing[name] for name in stated})

@@ -91,7 +91,7 @@ def with_loaded(drawing: Drawing, loaded: Loaded) -> Drawing:
 
 
 def _check_loaded(system: System, recipe: Recipe, given: Given, loaded: Loaded) -> Recipe:
-    """The recipe with the hashes of the upscaling networks. Raises UserError for what is not loaded, or can't be."""
+    """The recipe with its networks' hashes. Raises UserError for what is not loaded, or can't be."""
     assert recipe.height and recipe.width
     loaded.controlnets.check(recipe.controls, (recipe.height, recipe.width))
     loaded.image_adapters.check(recipe.image_prompts)
@@ -108,6 +108,10 @@ def _check_loaded(system: System, recipe: Recipe, given: Given, loaded: Loaded) 
             upscaler = loaded.upscalers.get(recipe.hires_upscaler)
             upscaler.check((recipe.height, recipe.width), upscaler.scale)
             recipe = replace(recipe, hires_upscaler=loaded.upscalers.stated(recipe.hires_upscaler))
+    if recipe.clip_guidance_scale:
+        if given.prompt_embeds is not None:
+            raise UserError("clip_guidance_scale guides by words: give prompt, and not prompt_embeds")
+        recipe = replace(recipe, clip_model=loaded.clips.stated(recipe.clip_model))
     if recipe.upscale is not None:
         recipe = replace(recipe, upscaler=loaded.upscalers.stated(recipe.upscaler))
     return recipe

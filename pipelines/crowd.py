@@ -115,6 +115,7 @@ def likeness(drawing: Drawing) -> tuple[Any, ...]:
         beside,
         recipe.token_merging,
         recipe.feature_reuse,
+        recipe.clip_guidance_scale,
         sum(plan.evaluations for plan in plans),
         guided,
     )

@@ -43,6 +43,12 @@ def check(recipe: Recipe, factor: int, is_xl: bool) -> None:
     low, high = recipe.guidance_interval or (0.0, math.inf)
     if not low < high:
         raise UserError(f"guidance_interval is ({low}, {high}): give the lower noise level first")
+    if not (recipe.clip_guidance_scale >= 0 and math.isfinite(recipe.clip_guidance_scale)):
+        raise UserError(
+            f"clip_guidance_scale is {recipe.clip_guidance_scale}: give 0, which is none, or more"
+        )
+    if recipe.clip_model is not None and not recipe.clip_guidance_scale:
+        raise UserError("clip_model goes with clip_guidance_scale: give it too")
     if not 0 <= recipe.clip_skip <= 1000:
         raise UserError(
             f"clip_skip is {shown(recipe.clip_skip)}: give 0, or how many more layers to leave out"

@@ -10,6 +10,7 @@ from ldm.conditioning.prompts.reading import read_prompt
 from ldm.errors import UserError
 from ldm.system import System
 from pipelines.adapters import Adapters
+from pipelines.clips import CLIPs
 from pipelines.controlnets import ControlNets
 from pipelines.enlarging import Upscalers
 from pipelines.image_prompts import ImageAdapters
@@ -21,12 +22,13 @@ from pipelines.uses import LoRAUse
 
 
 class Loaded:
-    """LoRAs and new words, ControlNets, IP-Adapters and upscaling networks of one pipeline."""
+    """LoRAs and new words, ControlNets, IP-Adapters, CLIPs and upscaling networks of one pipeline."""
 
     def __init__(self, system: System, device: torch.device, turns: Turns):
         self.adapters = Adapters(system, device, turns)
         self.controlnets = ControlNets(system, device, turns)
         self.image_adapters = ImageAdapters(system, device, turns)
+        self.clips = CLIPs(system, device)
         self.upscalers = Upscalers(device)
 
     def to(self, device: torch.device) -> None:
@@ -34,10 +36,11 @@ class Loaded:
         self.adapters.to(device)
         self.controlnets.to(device)
         self.image_adapters.to(device)
+        self.clips.to(device)
         self.upscalers.to(device)
 
     def load_for(self, recipes: Sequence[Recipe], lora_folders: Sequence[Path] = ()) -> list[str]:
-        """Load what recipes name, and isn't loaded: ControlNets, IP-Adapters, upscalers, LoRAs that prompts ask for.
+        """Load what recipes name, and isn't loaded: ControlNets, IP-Adapters, CLIPs, upscalers, LoRAs of prompts.
 
         lora_folders: where these are looked for by their names; they get weight 0 for other prompts. Of a stranger's
         recipe look at the paths first: all else is loaded from anywhere. Returns notes, of changed files and the like.
@@ -45,6 +48,8 @@ class Loaded:
         """
         notes = self.controlnets.load_again(use for recipe in recipes for use in recipe.controls)
         notes += self.image_adapters.load_again(use for recipe in recipes for use in recipe.image_prompts)
+        clips = dict.fromkeys(recipe.clip_model for recipe in recipes if recipe.clip_model is not None)
+        notes += self.clips.changed(clips)
         networks = (use for recipe in recipes for use in (recipe.hires_upscaler, recipe.upscaler))
         notes += self.upscalers.changed(dict.fromkeys(use for use in networks if use is not None))
         names: dict[str, None] = {}

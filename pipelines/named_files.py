@@ -10,7 +10,7 @@ from ldm.checkpoints.paths import readable
 from ldm.errors import UserError
 from pipelines.files import whole_path
 from pipelines.originals import use_of
-from pipelines.uses import BUNDLED, ControlUse, ImagePromptUse, LoRAUse, PictureUse, UpscalerUse
+from pipelines.uses import BUNDLED, CLIPUse, ControlUse, ImagePromptUse, LoRAUse, PictureUse, UpscalerUse
 
 _LORAS = (".safetensors", *PICKLES)
 _ROOT = Path()
@@ -65,6 +65,8 @@ def row_settings(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         settings["controls"] = [_control(each, folder) for each in row["controls"]]
     if isinstance(row.get("image_prompts"), list):
         settings["image_prompts"] = [_image_prompt(each, folder) for each in row["image_prompts"]]
+    if isinstance(path := row.get("clip_model"), str):
+        settings["clip_model"] = asdict(clip_use(path, folder))
     for name in ("upscaler", "hires_upscaler"):
         if isinstance(path := row.get(name), str):
             use = upscaler_use(path, name, folder)
@@ -123,6 +125,11 @@ def image_prompt_use(adapter: str, pictures: Sequence[Path], encoder: str | None
     path, scale = weighed(adapter)
     images = tuple(picture_use(each, "ip_adapter_image") for each in pictures)
     return ImagePromptUse(whole_path(path), images, scale, None if encoder is None else whole_path(encoder))
+
+
+def clip_use(path: str | Path, folder: Path = _ROOT) -> CLIPUse:
+    """Return what a recipe says of a CLIP: its folder, or "bundled"."""
+    return CLIPUse(_place(str(path), folder))
 
 
 def upscaler_use(path: str | Path, name: str, folder: Path = _ROOT) -> UpscalerUse | None:

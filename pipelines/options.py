@@ -56,6 +56,13 @@ _SETTINGS: tuple[tuple[str | None, str, str, Any, str], ...] = (
     (None, "--width", "width", int, "pixels"),
     (None, "--guidance-rescale", "guidance_rescale", float, "0 to 1, against over-exposure"),
     (
+        None,
+        "--clip-guidance-scale",
+        "clip_guidance_scale",
+        float,
+        "how strongly a CLIP pulls towards the prompt (default 0)",
+    ),
+    (
         _APPROXIMATE,
         "--token-merging",
         "token_merging",
@@ -160,6 +167,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if kind == "box":
             how = {"type": str, "metavar": "L,T,R,B"}
         (parser if group is None else groups[group]).add_argument(flag, dest=name, help=text, **how)
+    parser.add_argument("--clip-model", metavar="FOLDER", help="that CLIP (default: the bundled one)")
     for flag, text in (
         ("--upscaler", "an ESRGAN network (.pth, .safetensors) for --upscale (default: the bundled one)"),
         ("--hires-upscaler", "what enlarges before the second pass: latent (the default), bundled or a file"),
@@ -287,7 +295,7 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the options say of a recipe, by Recipe's names; pictures are read. Raises UserError."""
     from dataclasses import replace
 
-    from pipelines.named_files import control_use, image_prompt_use, picture_use, upscaler_use
+    from pipelines.named_files import clip_use, control_use, image_prompt_use, picture_use, upscaler_use
 
     stated = {name: getattr(arguments, name) for _, _, name, _, _ in _SETTINGS}
     settings = {name: value for name, value in stated.items() if value is not None}
@@ -315,6 +323,8 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.ip_adapter is not None:
         use = image_prompt_use(arguments.ip_adapter, arguments.ip_image, arguments.image_encoder)
         settings["image_prompts"] = (use,)
+    if arguments.clip_model is not None:
+        settings["clip_model"] = clip_use(arguments.clip_model)
     for name in ("upscaler", "hires_upscaler"):
         if (path := getattr(arguments, name)) is not None:
             settings[name] = upscaler_use(path, name)

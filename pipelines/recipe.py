@@ -16,7 +16,7 @@ from ldm.models.quantization import Quantization
 from ldm.pictures import open_raster
 from pipelines import arguments
 from pipelines.canvas import MaskContent, ResizeMode
-from pipelines.uses import ControlUse, EmbeddingUse, ImagePromptUse, LoRAUse, PictureUse, UpscalerUse
+from pipelines.uses import CLIPUse, ControlUse, EmbeddingUse, ImagePromptUse, LoRAUse, PictureUse, UpscalerUse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,6 +74,8 @@ class Recipe:
     eta: float = 0.0
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    clip_guidance_scale: float = 0.0
+    clip_model: CLIPUse | None = None
     token_merging: float = 0.0
     feature_reuse: int = 1
     clip_skip: int = 0

@@ -9,7 +9,7 @@ import torch
 
 from ldm.condition import Condition, concatenate
 from ldm.errors import UserError
-from ldm.sampling import Guidance, Request, controlled, prepare
+from ldm.sampling import Guidance, Request, controlled, guided, prepare
 from ldm.sampling.editing import Pictures, begin_from, go_on_from
 from ldm.system import System
 from pipelines.canvas import resized
@@ -58,6 +58,10 @@ def request_for(system: System, drawings: Sequence[Drawing], loaded: Loaded, dev
         token_merging=shared.token_merging,
         feature_reuse=shared.feature_reuse,
     )
+    if shared.clip_guidance_scale:
+        texts = [each.prompts.prompt.at(0) for each in drawings]
+        guide = loaded.clips.guide(shared.clip_model, texts, shared.clip_guidance_scale)
+        request = guided(request, [guide])
     if shared.controls:
         shown = [_control_pictures(each, size) for each in drawings]
         uses = [recipe.controls for recipe in recipes]

@@ -194,6 +194,8 @@ class TextToImagePipeline(DiffusersNames):
         eta: SupportsFloat = 0.0,
         guidance_rescale: SupportsFloat = 0.0,
         guidance_interval: Sequence[SupportsFloat] | None = None,
+        clip_guidance_scale: SupportsFloat = 0.0,
+        clip_model: str | Path | None = None,
         token_merging: SupportsFloat = 0.0,
         feature_reuse: SupportsIndex = 1,
         clip_skip: SupportsIndex | None = None,
@@ -253,6 +255,8 @@ class TextToImagePipeline(DiffusersNames):
         sampler, schedule: in place of the model's own solver and spacing; karras and exponential have one range with
             every sampler (docs/compatibility.md). eta: DDIM's noise, 0 to 1.
         guidance_rescale: Lin et al. 2023, in [0, 1]. guidance_interval: guided only where low < sigma <= high.
+        clip_guidance_scale: how strongly a CLIP pulls towards the prompt, 0 for none; clip_model: its folder, None is
+            the bundled one (docs/lectures/clip.md).
         token_merging: the share of tokens, 0 to 0.75, that self-attention sees merged. feature_reuse: every how many
             steps all of the U-Net is computed. Both are faster and approximate (docs/speed.md); 0 and 1 are exact.
         callback_on_step_end: called with (pipe, index, timestep, {"latents", "denoised", "preview", "images"}) after

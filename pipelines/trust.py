@@ -51,6 +51,7 @@ def check(recipe: Recipe, picture: Path, trusted: Sequence[str]) -> str:
     networks = (
         ("upscaler", "--upscaler", recipe.upscaler),
         ("upscaler", "--hires-upscaler", recipe.hires_upscaler),
+        ("CLIP", "--clip-model", recipe.clip_model),
     )
     named += [(kind, option, each.path) for kind, option, each in networks if each and each.path != BUNDLED]
     if len(named) > _MOST:

@@ -69,6 +69,14 @@ def encoder_folder(path: str, encoder: str | None) -> str:
 
 
 @dataclass(frozen=True)
+class CLIPUse:
+    """A CLIP that guides: its folder, or "bundled"."""
+
+    path: str
+    hash: str | None = None
+
+
+@dataclass(frozen=True)
 class UpscalerUse:
     """A network that enlarges: its file, or "bundled"."""
 

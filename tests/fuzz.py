@@ -120,6 +120,7 @@ ROW_KEYS = [
         "eta",
         "guidance_rescale",
         "guidance_interval",
+        "clip_guidance_scale",
         "token_merging",
         "feature_reuse",
         "clip_skip",

@@ -11,7 +11,7 @@ from ldm.models.perceptual import EfficientNetLite0
 from ldm.training.objectives import autoencoder, text_to_image
 from ldm.training.run import read_run
 
-FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+FILES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 # On pictures: compositions need sprites, which no checkout has.
 BUNDLED = [
     path for path in FILES if all(each in path.read_text() for each in ("base: bundled", "kind: pictures"))

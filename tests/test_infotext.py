@@ -40,6 +40,7 @@ FULL = Recipe(
     width=512,
     guidance_rescale=0.7,
     guidance_interval=(0.3, float("inf")),
+    clip_guidance_scale=3.5,
     token_merging=0.5,
     feature_reuse=2,
     clip_skip=1,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoints.files import load_strict
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 _CLASS = "CLIPVisionModelWithProjection"
 _PARTS = ("vision_model.", "visual_projection.")
-_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that CLIP was trained on
-_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that CLIP was trained on
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _LARGEST = 4096  # pixels along a side, and positions along one
 _LONGEST = 100  # times as long as wide: what is longer would be made huge before it is cropped
 
@@ -134,6 +135,24 @@ def clip_pixels(pictures: "Sequence[Image | np.ndarray]", size: int) -> Tensor:
     return torch.from_numpy(np.stack([_seen(each, size) for each in pictures]))
 
 
+def clip_pixels_of(
+    pictures: Tensor, size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> Tensor:
+    """Do as `clip_pixels` with pictures (B, 3, H, W) in [0, 1], differentiably and on their device.
+
+    It does not round to 8 bits between, as PIL does; mean, std: of each colour.
+    """
+    height, width = pictures.shape[2:]
+    short = min(height, width)
+    if short != size or height != width:
+        wide = (int(size * height / short), int(size * width / short))
+        pictures = F.interpolate(pictures, wide, mode="bicubic", antialias=True, align_corners=False)
+    top, left = ((side - size) // 2 for side in pictures.shape[2:])
+    pictures = pictures[:, :, top : top + size, left : left + size]
+    centre, spread = (pictures.new_tensor(each)[:, None, None] for each in (mean, std))
+    return (pictures - centre) / spread
+
+
 def _seen(picture: "Image | np.ndarray", size: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
@@ -161,5 +180,5 @@ def _seen(picture: "Image | np.ndarray", size: int) -> np.ndarray:
     pixels = np.asarray(picture.resize(wide, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     pixels = pixels[top : top + size, left : left + size].astype(np.float64) * (1 / 255)
-    normed = (pixels.astype(np.float32) - np.array(_MEAN, np.float32)) / np.array(_STD, np.float32)
+    normed = (pixels.astype(np.float32) - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
     return normed.transpose(2, 0, 1)

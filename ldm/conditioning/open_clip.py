@@ -84,7 +84,8 @@ def as_transformers(tower: nn.Module, name: str) -> tuple[dict[str, Any], dict[s
     return config, KeyMap.over_theirs(open_clip_rows(layers), theirs, name).to_ours(theirs)
 
 
-def _open_clip(where: str) -> Any:
+def open_clip_package(where: str) -> Any:
+    """Import open_clip. Raises UserError where it is not installed."""
     try:
         import open_clip
     except ImportError as error:
@@ -97,7 +98,7 @@ def _open_clip(where: str) -> Any:
 def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Any:
     from accelerate import init_empty_weights
 
-    open_clip = _open_clip(where)
+    open_clip = open_clip_package(where)
     if not isinstance(config["text_cfg"], Mapping):
         raise UserError(f"{where}: text_cfg must hold named entries")
     with foreign(f"{where}:", "open_clip refuses the config"):

@@ -127,15 +127,22 @@ def ddpm(
         x0, share = estimate[:, :channels], estimate[:, channels:]
         x = x0 + (x - x0) * (sigma_next / sigma) ** 2
         if sigma_next > 0:
-            small = sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
-            ratio = math.sqrt(
-                (1 + sigma_next**-2) / (1 + sigma**-2)
-            )  # of the large deviation to the small one
-            if variance == "learned_range":
-                x = x + noise() * (small * ratio ** ((share + 1) / 2))
-            else:
-                x = x + noise() * (small * (ratio if variance == "fixed_large" else 1))
+            x = x + noise() * ancestral_deviation(sigma, sigma_next, variance, share)
     return x
+
+
+def ancestral_deviation(
+    sigma: float | Tensor, sigma_next: float | Tensor, variance: Variance, share: Tensor
+) -> float | Tensor:
+    """Return the standard deviation of the noise of `ddpm`'s step from sigma to sigma_next > 0.
+
+    share: (B, C, h, w), where the variance is learned; without a say else.
+    """
+    small = sigma_next * (1 - (sigma_next / sigma) ** 2) ** 0.5
+    if variance == "fixed_small":
+        return small
+    ratio = ((1 + sigma_next**-2) / (1 + sigma**-2)) ** 0.5  # of the large deviation to the small one
+    return small * (ratio if variance == "fixed_large" else ratio ** ((share + 1) / 2))
 
 
 def heun(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models import diffusers_config
-from ldm.models.layers import Attention, Context, Downsample, GroupNorm, ResnetBlock, Upsample
+from ldm.models.layers import Downsample, GroupNorm, PositionAttention, ResnetBlock, Upsample
 from ldm.models.packed import Conv2d
 
 _EPS = 1e-6
@@ -334,22 +334,10 @@ class AutoencoderMidBlock(nn.Module):
             for _ in range(2)
         )
         if attention:
-            self.attentions = nn.ModuleList([PositionAttention(channels, groups)])
+            self.attentions = nn.ModuleList([PositionAttention(channels, groups, _EPS)])
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         x = self.resnets[0](x, label)
         if hasattr(self, "attentions"):
             x = self.attentions[0](x)
         return self.resnets[1](x, label)
-
-
-class PositionAttention(Attention):
-    """Residual self-attention over the positions of a feature map (B, C, H, W), one head."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__(channels, heads=1, bias=True)
-        self.group_norm = GroupNorm(groups, channels, _EPS)
-
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        positions = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        return x + super().forward(positions).transpose(1, 2).reshape(x.shape)

@@ -124,6 +124,16 @@ class Upsample(nn.Module):
         return self.conv(grown)
 
 
+def with_more_channels(old: Conv2d, in_channels: int) -> Conv2d:
+    """Return a 3x3 convolution of more input channels that does as the old one did: what is new weighs nothing."""
+    new = Conv2d(in_channels, old.out_channels, 3, padding=1).to(old.weight)
+    nn.init.zeros_(new.weight)
+    with torch.no_grad():
+        new.weight[:, : old.in_channels] = old.weight
+    new.bias = old.bias
+    return new
+
+
 class TextAndImages(NamedTuple):
     """The context that a cross-attention attends to where there are image prompts: see `Condition`."""
 
@@ -171,6 +181,21 @@ class Attention(nn.Module):
             context, images = context
         context = x if context is None else context
         return self.to_out[0](self.core(self.to_q(x), self.to_k(context), self.to_v(context), images))
+
+
+class PositionAttention(Attention):
+    """Residual self-attention over the positions of a feature map (B, C, H, W).
+
+    groups: of the norm before it; None for no norm.
+    """
+
+    def __init__(self, channels: int, groups: int | None, eps: float, heads: int = 1):
+        super().__init__(channels, heads, bias=True)
+        self.group_norm = GroupNorm(groups, channels, eps) if groups else nn.Identity()
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        positions = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        return x + super().forward(positions).transpose(1, 2).reshape(x.shape)
 
 
 class GEGLU(nn.Module):

@@ -2,5 +2,6 @@
 
 from ldm.models.denoising import DenoisingNetwork
 from ldm.models.unet import UNet
+from ldm.models.unet2d import UNet2D
 
-NETWORKS: dict[str, type[DenoisingNetwork]] = {"UNet2DConditionModel": UNet}
+NETWORKS: dict[str, type[DenoisingNetwork]] = {"UNet2DConditionModel": UNet, "UNet2DModel": UNet2D}

@@ -21,11 +21,10 @@ from ldm.models.autoencoder import (
     AutoencoderKL,
     AutoencoderMidBlock,
     DiagonalGaussian,
-    PositionAttention,
     Stage,
     embedded,
 )
-from ldm.models.layers import Downsample, ResnetBlock, Upsample
+from ldm.models.layers import Downsample, GroupNorm, PositionAttention, ResnetBlock, Upsample
 
 _FEWEST = 8  # rows of a strip: with fewer, halos would be most of the work
 _SCORES = 2**26  # of queries with keys, held at once by the attention of backends that hold any
@@ -260,7 +259,7 @@ def _resnet(block: ResnetBlock, source: Map, label: Tensor | None, strips: Strip
 
 def _attention(layer: PositionAttention, source: Stored, device: torch.device, strips: Strips) -> Stored:
     """`PositionAttention` over a map: keys and values of all positions are held, queries are few at a time."""
-    norm = _normalization(layer.group_norm, source, strips)
+    norm = _normalization(cast(GroupNorm, layer.group_norm), source, strips)
 
     def positions(top: int, end: int) -> Tensor:
         return norm(source.rows(top, end)).flatten(2).transpose(1, 2)  # (B, n, C)

@@ -25,6 +25,7 @@ from ldm.models.layers import (
     TransformerBlock,
     Upsample,
     context_of,
+    with_more_channels,
 )
 from ldm.models.layers import sinusoidal_embedding as sinusoidal
 from ldm.models.packed import Conv2d
@@ -143,13 +144,8 @@ class UNet(DenoisingNetwork):
 
     def take_channels(self, in_channels: int) -> None:
         """See `DenoisingNetwork`."""
-        old = self.conv_in
-        new = Conv2d(in_channels, old.out_channels, 3, padding=1).to(old.weight)
-        nn.init.zeros_(new.weight)
-        with torch.no_grad():
-            new.weight[:, : old.in_channels] = old.weight
-        new.bias = old.bias
-        self.conv_in, self.config = new, replace(self.config, in_channels=in_channels)
+        self.conv_in = with_more_channels(self.conv_in, in_channels)
+        self.config = replace(self.config, in_channels=in_channels)
 
     @property
     def multiple(self) -> int:

@@ -28,6 +28,7 @@ from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.feature_reuse import FeatureReuse
 from ldm.pictures import to_unit_range
 from ldm.sampling.feature_reuse import reusing
+from ldm.sampling.likelihood_guidance import Guide
 from ldm.system import System
 
 
@@ -72,7 +73,8 @@ class Request:
     condition: B rows; where guided 2B, the first B without the prompt. noise: of B images. latents: (B, C, h, w), the
     first noise, of unit variance; None takes it from `noise`. x0: (B, C, h, w), clean latents that the noise is added
     to. state: (B, C, h, w), what a request whose plan ended early gave, to go on from. known: what is not to be
-    drawn. controls: what steers the network beside the text. changes: (step, condition) in ascending order, where
+    drawn. controls: what steers the network beside the text. guides: what moves its estimates, each around the one
+    before. changes: (step, condition) in ascending order, where
     prompts change: from step number `step` of the whole plan, counted from 0, that condition holds in place of the one
     before. notes: what the user should know of how the prompts were read. token_merging: the share of tokens that the
     network merges, see `ldm.models.token_merging`; feature_reuse: every how many steps all of it is computed, see
@@ -88,6 +90,7 @@ class Request:
     state: Tensor | None = None
     known: Known | None = None
     controls: tuple[Control, ...] = ()
+    guides: tuple[Guide, ...] = ()
     notes: tuple[str, ...] = ()
     changes: tuple[tuple[int, Condition], ...] = ()
     token_merging: float = 0.0
@@ -241,6 +244,13 @@ def controlled(system: System, request: Request, controls: Sequence[Control]) ->
     return replace(request, controls=tuple(controls))
 
 
+def guided(request: Request, guides: Sequence[Guide]) -> Request:
+    """Let a request be guided by more than its prompt, such as a classifier. Raises UserError."""
+    for each in guides:
+        each.check(request.plan, request.noise.shape, len(request.noise.generators))
+    return replace(request, guides=tuple(guides))
+
+
 def check_channels(system: System) -> None:
     """Raise UserError for a network that takes channels of which nobody here knows what belongs there."""
     wanted, latent = system.wants.get("channels"), system.autoencoder.config.latent_channels
@@ -277,16 +287,21 @@ def run(system: System, request: Request, callback: Callback | None = None) -> A
             request.controls, windows, request.condition.rows // (2 if guidance.guides else 1)
         )
 
-    def guided(condition: Condition) -> Denoise:
+    def under(condition: Condition) -> Denoise:
         reuse = FeatureReuse() if request.feature_reuse > 1 else None
         denoiser = plan.denoiser(system.bind(condition, controls, reuse, request.token_merging))
         denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
         return denoise if reuse is None else reusing(denoise, reuse, plan, request.feature_reuse)
 
-    denoise = guided(request.condition)
+    denoise = under(request.condition)
     if request.changes:
-        parts = [(0, denoise), *((step, guided(condition)) for step, condition in request.changes)]
+        parts = [(0, denoise), *((step, under(condition)) for step, condition in request.changes)]
         denoise = by_step(parts, plan.sigmas)
+    if request.guides:  # around the config's limits on x0, as in the paper's code
+        denoise = plan.wrap(denoise)
+        for each in request.guides:
+            denoise = each.around(denoise, plan)
+        plan = replace(plan, wrappers=())
     if request.known is not None:
         denoise = request.known.around(denoise, plan.first_sigma)
     latents = yield from plan.run(

@@ -94,6 +94,7 @@ def parameters(recipe: Recipe, model_hash: str | None = None) -> str:
         "Clip skip": recipe.clip_skip + 1 if recipe.clip_skip else None,
         "Eta DDIM": recipe.eta or None,
         "Guidance rescale": recipe.guidance_rescale or None,
+        "CLIP guidance scale": recipe.clip_guidance_scale or None,
         "Token merging ratio": recipe.token_merging or None,
         "Feature reuse": recipe.feature_reuse if recipe.feature_reuse > 1 else None,
         "Guidance interval": " to ".join(map(_plain, interval)) if interval else None,
@@ -241,6 +242,7 @@ def _take_settings(taking: Taking, pairs: Mapping[str, str], is_ours: bool) -> N
     _take_sampler(taking, pairs, is_ours)
     if is_ours:
         taking.number("guidance_rescale", pairs.get("Guidance rescale"))
+        taking.number("clip_guidance_scale", pairs.get("CLIP guidance scale"))
         taking.number("token_merging", pairs.get("Token merging ratio"))
         taking.number("feature_reuse", pairs.get("Feature reuse"))
         low, _, high = pairs.get("Guidance interval", "").partition(" to ")

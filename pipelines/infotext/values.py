@@ -24,6 +24,7 @@ _RANGES: dict[str, tuple[bool, float, float]] = {
     "num_inference_steps": (True, 1, 10_000),
     "guidance_scale": (False, -1000, 1000),
     "guidance_rescale": (False, 0, 1),
+    "clip_guidance_scale": (False, 0, 1e6),
     "token_merging": (False, 0, MOST),
     "feature_reuse": (True, 1, 10_000),
     "height": (True, 1, LARGEST),
