@@ -26,7 +26,7 @@ from ldm.conditioning.clip_models import PictureCLIP, load_clip
 from ldm.diffusion.plan import plan
 from ldm.emoji import quality
 from ldm.emoji.prompts import Asked, ask
-from ldm.pictures import grid, png, to_pil
+from ldm.pictures import grid, open_raster, png, to_pil
 from ldm.sampling import Guidance, decode, guided, prepare, sample
 from ldm.sampling.clip_guidance import CLIPGuidance
 from ldm.system import bundled
@@ -162,7 +162,7 @@ def sheet(output: Path, rows: Sequence[Row], path: Path) -> None:
     """Put the first pictures of every setting below each other."""
     from PIL import Image
 
-    strips = [Image.open(output / f"{row.name}.png") for row in rows]
+    strips = [open_raster((output / f"{row.name}.png").read_bytes()) for row in rows]
     width = min(_SHOWN * strips[0].height, strips[0].width)
     made = Image.new("RGB", (width, sum(each.height for each in strips)), "white")
     for k, strip in enumerate(strips):

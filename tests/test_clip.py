@@ -320,7 +320,7 @@ def test_the_loss_is_that_of_the_pairs_at_their_noise_levels(
     batch = objective.batch(0, 8, whole)
     value, logs = objective.loss(objective.model, batch, BatchGenerator(5, 8, whole))
     draws = BatchGenerator(5, 8, whole)
-    clean, noise, steps = draws.uniform() < 0.25, draws.normal(4, 16, 16), draws.integers(1000)
+    clean, noise, steps = draws.uniform() < 0.25, draws.normal(4, 16, 16), (draws.uniform() * 1000).long()
     alphas = objective.schedule.alphas_cumprod[steps]
     sigma = torch.where(clean, 0, ((1 - alphas) / alphas).sqrt().float())
     assert 0 < clean.sum() < 8
