@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,6 @@ from ldm.diffusion.score_processes import NCSNConfig, SubVPConfig, VEConfig, VPC
 from ldm.errors import UserError
 from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
-from ldm.models.points import PointConfig, PointNetwork
-from ldm.models.unet import UNet
-from ldm.models.unet2d import UNet2D
-from ldm.models.unet2d_config import UNet2DConfig
-from ldm.models.unet_config import UNetConfig
 from ldm.pictures import grid, png, scatter, to_pil, to_unit_range
 from ldm.sampling import Guidance
 from ldm.sampling.plain import draw, prepare
@@ -32,6 +27,7 @@ from ldm.training.data.latents import encode
 from ldm.training.data.on_disk import PicturesConfig
 from ldm.training.data.told import BlurredPicture, Labels, Nothing, SemanticMap, SmallPicture
 from ldm.training.distributed import BatchGenerator
+from ldm.training.networks import PointSettings, UNet2DSettings, UNetSettings
 from ldm.training.noising import noised_batch
 from ldm.training.start import load_autoencoder
 
@@ -41,45 +37,6 @@ if TYPE_CHECKING:
 BROUGHT = (DigitsConfig, ToysConfig, PicturesConfig)  # the kinds of data that come with this objective
 _AT_ONCE = 64
 _SEEN = 64  # pixels along the side of a picture that is seen
-
-
-@dataclass(frozen=True)
-class UNet2DSettings(UNet2DConfig):
-    """A U-Net without text; see UNet2DConfig."""
-
-    kind: ClassVar[str] = "unet2d"
-
-    def sized(self, channels: int, out_channels: int, side: int) -> "UNet2DSettings":
-        return replace(self, in_channels=channels, out_channels=out_channels, sample_size=side)
-
-    def build(self) -> DenoisingNetwork:
-        return UNet2D(self)
-
-
-@dataclass(frozen=True)
-class UNetSettings(UNetConfig):
-    """A U-Net with cross-attention; see UNetConfig."""
-
-    kind: ClassVar[str] = "unet"
-
-    def sized(self, channels: int, out_channels: int, side: int) -> "UNetSettings":
-        return replace(self, in_channels=channels, out_channels=out_channels, sample_size=side)
-
-    def build(self) -> DenoisingNetwork:
-        return UNet(self)
-
-
-@dataclass(frozen=True)
-class PointSettings(PointConfig):
-    """Linear layers, for points; see PointConfig."""
-
-    kind: ClassVar[str] = "points"
-
-    def sized(self, channels: int, out_channels: int, side: int) -> "PointSettings":
-        return replace(self, in_channels=channels, out_channels=out_channels)
-
-    def build(self) -> DenoisingNetwork:
-        return PointNetwork(self)
 
 
 @dataclass(frozen=True)
