@@ -31,7 +31,7 @@ from ldm.evaluation.frechet import frechet_distance
 from ldm.evaluation.timing import machine
 from ldm.figures import figure
 from ldm.models.perceptual import EfficientNetLite0
-from ldm.pictures import grid, png, to_pil, to_unit_range
+from ldm.pictures import grid, open_raster, png, to_pil, to_unit_range
 from ldm.sampling import Guidance, decode, guided, prepare, sample
 from ldm.sampling.likelihood_guidance import ClassifierGuidance
 from ldm.system import System
@@ -137,7 +137,7 @@ def samples(output: Path, sampler: str, side: int) -> None:
 
     rows: list[Image.Image] = []
     for scale in SCALES:
-        sheet = Image.open(output / f"{sampler}-{scale:g}.png")
+        sheet = open_raster((output / f"{sampler}-{scale:g}.png").read_bytes())
         rows.append(sheet.crop((0, 0, sheet.width, side)))
     with whole_file(output / f"{sampler}.jpg") as temporary:
         grid(rows, 1).save(temporary, format="JPEG", quality=88)

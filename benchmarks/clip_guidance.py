@@ -26,7 +26,7 @@ from ldm.conditioning.clip_models import PictureCLIP, load_clip
 from ldm.diffusion.plan import plan
 from ldm.emoji import quality
 from ldm.emoji.prompts import Asked, ask
-from ldm.pictures import grid, png, to_pil
+from ldm.pictures import grid, open_raster, png, to_pil
 from ldm.sampling import Guidance, decode, guided, prepare, sample
 from ldm.sampling.clip_guidance import CLIPGuidance
 from ldm.system import bundled
@@ -134,8 +134,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     free = [row for row in rows if row.guidance_scale > 1]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    shown = (("things", "things right"), ("composed", "all right"), ("diversity", "distance within a prompt"))
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+    shown = (
+        ("things", "things right"),
+        ("composed", "all right"),
+        ("diversity", "distance within a prompt"),
+        ("cosine", "cosine, by the CLIP that guides"),
+    )
     for axis, (name, label) in zip(axes, shown, strict=True):
         for told, words in ((True, "told the prompt"), (False, "told nothing")):
             some = [row for row in rows if row.told == told and row.guidance_scale <= 1]
@@ -148,7 +153,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("CLIP guidance scale")
         axis.set_title(label)
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=-0.02)
     axes[0].legend()
     figure.savefig(path, dpi=100)
 
@@ -157,7 +162,7 @@ def sheet(output: Path, rows: Sequence[Row], path: Path) -> None:
     """Put the first pictures of every setting below each other."""
     from PIL import Image
 
-    strips = [Image.open(output / f"{row.name}.png") for row in rows]
+    strips = [open_raster((output / f"{row.name}.png").read_bytes()) for row in rows]
     width = min(_SHOWN * strips[0].height, strips[0].width)
     made = Image.new("RGB", (width, sum(each.height for each in strips)), "white")
     for k, strip in enumerate(strips):
@@ -194,6 +199,9 @@ def main() -> None:
     parser.add_argument(
         "--free", type=float, nargs="*", default=[3.5], help="classifier-free, to compare with"
     )
+    parser.add_argument(
+        "--untold", type=float, nargs="*", default=[0, 4, 8, 16], help="scales, told no prompt"
+    )
     parser.add_argument("--prompts", type=int, default=24, help="half of them held out from training")
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt")
     parser.add_argument(
@@ -207,7 +215,7 @@ def main() -> None:
     asked = ask(bench.mixture, given.prompts)
     rows: list[Row] = []
     settings = [(scale, 1.0, True) for scale in given.scales] + [(0.0, free, True) for free in given.free]
-    for scale, free, told in [*settings, *((scale, 1.0, False) for scale in given.scales)]:
+    for scale, free, told in [*settings, *((scale, 1.0, False) for scale in given.untold)]:
         kept = given.output / f"{name_of(scale, free, told)}.json"
         if not kept.exists():
             found = measured(bench, given.clip, asked, given.seeds, scale, free, told)

@@ -117,7 +117,8 @@ def compared(
         raise UserError("the measure clip needs a CLIP: --clip FOLDER of transformers or open_clip")
     if wanted is not None and set(wanted) == {"clip"}:
         sides[1].open(drawing)
-        return Comparison((names[0], None), (names[1], None), None, _scored(sides[1], clip, limit), [])
+        count = None if sides[1].pictures is None else len(sides[1].pictures.items[:limit])
+        return Comparison((names[0], None), (names[1], count), None, _scored(sides[1], clip, limit), [])
     extractor = _extractor(sides, network, weights)
     keep = wanted is None or any(each in _OF_ALL for each in wanted)
     for side in sides:

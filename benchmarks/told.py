@@ -25,7 +25,7 @@ from ldm.training.objectives.diffusion import Config
 from ldm.training.run import read_run
 
 NAMES = ("semantic-map", "semantic-tokens", "low-resolution", "blurred")
-SHOWN, COUNT, STEPS, GUIDANCE = 16, 64, 30, 1.5
+SHOWN, COUNT, STEPS, GUIDANCE = 16, 48, 50, 1.5
 # A colour for each region of a map.
 _COLOURS = torch.tensor(np.random.default_rng(3).uniform(-1, 1, (32, 3)), dtype=torch.float32)
 
@@ -41,7 +41,7 @@ def main() -> int:
         batch, none = examples.whole(0, COUNT), torch.zeros(COUNT, dtype=torch.bool)
         side = system.shape[-1]
         told = settings.condition.condition(batch, none, examples, side)
-        drawing = system.process.plan(STEPS, "ddim")
+        drawing = system.process.plan(STEPS)
         drawn = draw(system, prepare(system, drawing, told, range(COUNT), Guidance(GUIDANCE)))
         by_map = isinstance(settings.condition, SemanticMap)
         assert batch.maps is not None

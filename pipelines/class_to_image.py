@@ -4,6 +4,7 @@ pipe = ClassToImagePipeline.from_pretrained("runs/lectures/ddpm-digits/export")
 pipe(["7", 3], guidance_scale=2).images
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ class ClassToImagePipeline:
         Raises UserError.
         """
         system, device = self.system, self.system.network.device
+        if not math.isfinite(guidance_scale):
+            raise UserError(f"guidance_scale is {guidance_scale}: give a number, commonly 1 to 15")
         if num_images < 1:
             raise UserError(f"num_images is {num_images}: make it 1 or more")
         numbers: list[int | None] = []

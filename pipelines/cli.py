@@ -27,11 +27,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# What --interpolate has no use for: it makes one strip, from noise, under one prompt.
+_NOT_BETWEEN = (
+    *("file", "from_image", "trust", "grid", "columns", "seed", "preview", "lora_folder"),
+    *("image", "mask", "outpaint", "control", "ip_adapter", "clip_model", "upscaler", "hires_upscaler"),
+)
+
+
 def _interpolate(arguments: argparse.Namespace) -> None:
     from pipelines.interpolation import check_path, save
 
-    for name in ("file", "from_image", "grid", "columns", "seed"):
-        if getattr(arguments, name) is not None:
+    for name in _NOT_BETWEEN:
+        given = getattr(arguments, name)
+        if given is not None and given is not False and given != []:
             raise UserError(f"--{name.replace('_', '-')} does not go with --interpolate: leave it out")
     if len(arguments.prompts) != 1 or arguments.num_images != 1:
         raise UserError("--interpolate goes between pictures of one prompt: give one, and no --num-images")
@@ -51,8 +59,8 @@ def _interpolate(arguments: argparse.Namespace) -> None:
         arguments.prompts[0],
         seeds=seeds,
         images=None if seeds else ends,
-        frames=arguments.frames,
-        method=arguments.interpolation,
+        frames=8 if arguments.frames is None else arguments.frames,
+        method=arguments.interpolation or "slerp",
         progress=not arguments.quiet,
         **settings,
     )
@@ -78,6 +86,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     for name in ("num_images", "batch_size", "columns"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
+    for name in ("frames", "interpolation"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is of --interpolate: give that too")
     folders = arguments.lora_folder or []
     for folder in folders:
         if not folder.is_dir():

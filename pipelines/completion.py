@@ -98,10 +98,6 @@ def _check_loaded(system: System, recipe: Recipe, given: Given, loaded: Loaded) 
     loaded.image_adapters.check(recipe.image_prompts)
     shown_controls(recipe, given)
     shown_images(recipe, given)
-    if recipe.clip_guidance_scale:
-        if given.prompt_embeds is not None:
-            raise UserError("clip_guidance_scale guides by words: give prompt, and not prompt_embeds")
-        recipe = replace(recipe, clip_model=loaded.clips.stated(recipe.clip_model))
     if recipe.hires_scale is not None:
         size = second_size(recipe, system.autoencoder.config.factor)
         if max(size) > LARGEST:
@@ -113,6 +109,10 @@ def _check_loaded(system: System, recipe: Recipe, given: Given, loaded: Loaded) 
             upscaler = loaded.upscalers.get(recipe.hires_upscaler)
             upscaler.check(drawn, upscaler.scale)
             recipe = replace(recipe, hires_upscaler=loaded.upscalers.stated(recipe.hires_upscaler))
+    if recipe.clip_guidance_scale:
+        if given.prompt_embeds is not None:
+            raise UserError("clip_guidance_scale guides by words: give prompt, and not prompt_embeds")
+        recipe = replace(recipe, clip_model=loaded.clips.stated(recipe.clip_model))
     if recipe.upscale is not None:
         recipe = replace(recipe, upscaler=loaded.upscalers.stated(recipe.upscaler))
     return recipe

@@ -216,14 +216,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add(
         "--frames",
         type=int,
-        default=8,
         metavar="N",
         help="of --interpolate, from each to the next (default 8)",
     )
     add(
         "--interpolation",
         choices=("slerp", "lerp"),
-        default="slerp",
         help="the way between two noises: on the sphere (default), or straight",
     )
     add("--columns", type=int, metavar="N", help="of the grid (default: --num-images, or squarest)")

@@ -320,7 +320,7 @@ def test_the_loss_is_that_of_the_pairs_at_their_noise_levels(
     batch = objective.batch(0, 8, whole)
     value, logs = objective.loss(objective.model, batch, BatchGenerator(5, 8, whole))
     draws = BatchGenerator(5, 8, whole)
-    clean, noise, steps = draws.uniform() < 0.25, draws.normal(4, 16, 16), draws.integers(1000)
+    clean, noise, steps = draws.uniform() < 0.25, draws.normal(4, 16, 16), (draws.uniform() * 1000).long()
     alphas = objective.schedule.alphas_cumprod[steps]
     sigma = torch.where(clean, 0, ((1 - alphas) / alphas).sqrt().float())
     assert 0 < clean.sum() < 8
@@ -443,3 +443,19 @@ def test_a_clip_of_another_model_is_refused_in_one_line(tmp_path: Path, base: Pa
     assert draw(["a cat", *arguments, folder, "--out", str(tmp_path / "x.png")]) != 0
     said = capsys.readouterr().err.strip().splitlines()
     assert "latents of 8 channels" in said[-1]
+
+
+def test_the_bundled_clip_finds_which_prompt_a_picture_was_drawn_from() -> None:
+    """And knows its model's parts in any precision."""
+    prompts = ["a raccoon", "a red apple", "a blue car", "two rockets on a yellow background"]
+    pipe = TextToImagePipeline.from_pretrained(device="cpu")
+    drawn = torch.stack(
+        list(pipe(prompts, num_inference_steps=8, seed=0, output_type="pt", progress=False).images)
+    )
+    folder = Path(__file__).resolve().parents[1] / "weights" / "emoji-128-clip"
+    clip = load_clip(folder, pipe.system.autoencoder, pipe.system.text)
+    with torch.no_grad():
+        found = cosines(clip.image_features(drawn), clip.text_features(prompts))
+    assert found.argmax(1).tolist() == [0, 1, 2, 3], found
+    rounded = System.load(torch_dtype=torch.bfloat16)
+    load_clip(folder, rounded.autoencoder, rounded.text)

@@ -148,3 +148,34 @@ def test_an_unknown_way_gets_a_line(pipe: TextToImagePipeline) -> None:
         pipe.interpolate("cat", method="slurp", **FAST)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="leave image out"):
         pipe.interpolate("cat", image={"path": "cat.png"}, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--seed", "0"], "--seed does not go with --interpolate"),
+        (["--image", "a.png"], "--image does not go with --interpolate"),
+        (["--control", "a.png"], "--control does not go with --interpolate"),
+        (["--clip-model", "bundled"], "--clip-model does not go with --interpolate"),
+        (["--preview", "a.png"], "--preview does not go with --interpolate"),
+        (["--trust"], "--trust does not go with --interpolate"),
+    ],
+)
+def test_options_that_would_do_nothing_between_pictures_are_refused(
+    more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.cli import main
+
+    assert main(["a fox", "--interpolate", "1,2", *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", [["--frames", "4"], ["--interpolation", "lerp"]])
+def test_options_of_interpolation_alone_are_refused_without_it(
+    more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.cli import main
+
+    assert main(["a fox", *more]) == 2
+    assert "is of --interpolate" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from ldm.conditioning.tokenizer import text_ids
 from ldm.data.masks import random_mask
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.packed import unpack
 from ldm.models.perceptual import EfficientNetLite0
 from ldm.training import cli, reconstruction
 from ldm.training.data.conditions import Conditions
@@ -150,6 +151,7 @@ def test_states_in_a_cache_are_of_the_very_encoder(tmp_path: Path) -> None:
         return conditions(["a cat"], kept).hidden
 
     before = cached()
+    unpack(text.module)
     with torch.no_grad():
         for parameter in text.module.parameters():
             parameter.mul_(1.5)

@@ -81,11 +81,12 @@ def predictor_corrector(
     predictor: str = "reverse_diffusion",
     corrector_steps: int = 1,
     snr: float = 0.16,
+    measured: bool = False,
 ) -> Steps:
     """Sample by predictor and corrector (algorithms 1 to 3): a step back, then Langevin steps where it ended.
 
-    predictor: one of PREDICTORS. snr: r of the corrector (algorithms 4, 5; the paper's 0.16 is of VE on CIFAR-10), see
-    `corrector_step`. 0 corrector_steps leaves the predictor.
+    predictor: one of PREDICTORS. snr: r of the corrector (algorithms 4, 5; the paper's 0.16 is of VE on CIFAR-10);
+    measured: how its steps are sized; for both see `corrector_step`. 0 corrector_steps leaves the predictor.
     """
     if predictor not in PREDICTORS:
         known = ", ".join(PREDICTORS)
@@ -99,19 +100,24 @@ def predictor_corrector(
         x = y / there.alpha
         for _ in range(corrector_steps):
             x0 = yield x, there.sigma
-            x = corrector_step(x, x0, there, noise(), snr, sde)
+            x = corrector_step(x, x0, there, noise(), snr, sde, measured)
     return x
 
 
-def corrector_step(x: Tensor, x0: Tensor, at: Moment, z: Tensor, snr: float, sde: SDE) -> Tensor:
+def corrector_step(
+    x: Tensor, x0: Tensor, at: Moment, z: Tensor, snr: float, sde: SDE, measured: bool = False
+) -> Tensor:
     """Take a Langevin step y + e score + sqrt(2 e) z, e = 2 k (snr |z| / |score|)^2 (algorithms 4, 5).
 
-    k is 1 for VE, and 1 - beta_i otherwise, which is that of a step of 1/1000 of the way, as in the paper. |.| is the
-    mean norm over the batch, as the authors have it.
+    k is 1 for VE, and 1 - beta_i otherwise, which is that of a step of 1/1000 of the way, as in the paper.
+    |z| / |score| is taken for std, which it is where a denoiser can't tell noise from data; or, `measured`, it is the
+    ratio of the batch's mean norms, as the authors and diffusers have it, by which an image depends on its neighbours.
+    An image's own norms are no way out: its steps would be longest where its score happens to be short, and its
+    variance too large.
     """
-    y = x * at.alpha
-    score = at.score(y, x0)
-    size = 2 * (snr * _norm(z) / _norm(score)) ** 2 * _shrink(sde, at.t)
+    score = at.score(x * at.alpha, x0)
+    ratio = _norm(z) / _norm(score) if measured else at.std
+    size = 2 * (snr * ratio) ** 2 * _shrink(sde, at.t)
     # As a share of the noise's variance, e is the same for x and for y = alpha x.
     return langevin_step(x, x0, at.sigma, size / at.std**2, z)
 

@@ -40,7 +40,7 @@ class CLIPScore:
 def clip_scores(image_features: Tensor, text_features: Tensor) -> Tensor:
     """Return max(100 cos, 0) of each picture (B, D) and its text (B, D): (B,).
 
-    The paper's CLIP-S (its eq. 1) is 2.5 max(cos, 0): this, divided by 40.
+    The paper's CLIP-S (its sec. 3) is 2.5 max(cos, 0): this, divided by 40.
     """
     return (100 * F.cosine_similarity(image_features.float(), text_features.float())).clamp_min(0)
 

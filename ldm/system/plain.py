@@ -52,7 +52,9 @@ class PlainSystem:
         """Load a folder that `save` or, of a UNet2DModel, diffusers wrote. Raises UserError."""
         checkpoint, path = read_folder(folder), Path(folder)
         if "text_encoder" in checkpoint.configs:
-            raise UserError(f"{path} is drawn with from text: load it by TextToImagePipeline.from_pretrained")
+            raise UserError(
+                f"{path} is drawn with from text: by TextToImagePipeline, or ldm-generate --model {path}"
+            )
         if odd := [part for part in ("unet", "scheduler") if part not in checkpoint.configs]:
             raise UserError(f"{path} has no {odd[0]} in its model_index.json")
         kind = str(checkpoint.configs["unet"].get("_class_name"))

@@ -105,7 +105,7 @@ class Objective:
             add_noise(
                 latents,
                 rng.normal(*latents.shape[1:]).to(device),
-                rng.integers(self.schedule.num_train_timesteps).to(device),
+                self.schedule.draw(rng.uniform()).to(device),
                 self.schedule,
             )
             for _ in range(self.config.levels)
