@@ -135,9 +135,11 @@ class PlainSystem:
     def without(self, condition: Condition) -> Condition:
         """Return what stands for "no condition" beside this one: the null class, and zeros in all other parts.
 
-        Raises UserError for a model that always learned with its classes.
+        Raises UserError for a model that always learned with its classes, and for a condition of nothing.
         """
         empty = condition.zeros()
+        if not condition.parts():
+            raise UserError("this model is told nothing, and guidance goes away from that: take guidance 1")
         if condition.labels is None:
             return empty
         if self.null_label is None:
