@@ -155,7 +155,10 @@ def test_a_network_that_learned_its_variance_draws_by_it(tmp_path: Path) -> None
         (lambda p: p("cat", sampler="eulr"), "euler"),
         (lambda p: p("cat", num_inference_steps=0), "num_inference_steps"),
         (lambda p: p("cat", condition=Condition(labels=torch.tensor([0]))), "classes or a condition"),
-        (lambda p: p(condition=Condition(labels=torch.tensor([0])), num_images=2), "num_images is of classes"),
+        (
+            lambda p: p(condition=Condition(labels=torch.tensor([0])), num_images=2),
+            "num_images is of classes",
+        ),
         (lambda p: p(condition=Condition(hidden=torch.zeros(1, 2, 3))), "wants labels in its condition"),
     ],
 )
@@ -168,7 +171,7 @@ def test_what_can_not_be_drawn_is_refused_in_one_line(call: Any, message: str) -
 def test_guidance_of_a_model_that_never_learned_without_its_class_is_refused() -> None:
     with pytest.raises(UserError, match="never learned without a class"):
         ClassToImagePipeline(system(null=False))("cat", guidance_scale=3, num_inference_steps=2)
-    with pytest.raises(UserError, match="told nothing.* take guidance 1"):
+    with pytest.raises(UserError, match=r"told nothing.* take guidance 1"):
         ClassToImagePipeline(system(0))(guidance_scale=3, num_inference_steps=2)
     with pytest.raises(UserError, match="knows no classes"):
         ClassToImagePipeline(system(0))("cat")

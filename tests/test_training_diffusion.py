@@ -312,7 +312,7 @@ def test_classes_that_are_not_there_are_refused_in_one_line(tmp_path: Path) -> N
 def test_crops_larger_than_the_pictures_are_refused_in_one_line(tmp_path: Path) -> None:
     write_folder_of_classes(tmp_path)
     pictures = {"kind": "pictures", "path": str(tmp_path), "resolution": 16}
-    with pytest.raises(UserError, match="crop is 32, more than diffusion.data.resolution"):
+    with pytest.raises(UserError, match=r"crop is 32, more than diffusion\.data\.resolution"):
         objective(data=pictures, crop=32)
 
 

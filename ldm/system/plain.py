@@ -80,8 +80,8 @@ class PlainSystem:
         out = self.network.config.out_channels
         if out != (wanted := self.channels * (2 if self._learns_variance else 1)):
             raise UserError(
-                f"{where}: the network gives {out} channels, where its process and its autoencoder, if it has one, need "
-                f"{wanted}: parts of different models"
+                f"{where}: the network gives {out} channels, where its process and its autoencoder need {wanted}: "
+                f"parts of different models"
             )
         rows = self.wants.get("labels", 0)
         if self.labels and rows not in (len(self.labels), len(self.labels) + 1):
