@@ -1,6 +1,7 @@
 """Draw by class on the command line: `ldm-classes --model runs/lectures/ddpm-digits/export 7 3 --guidance 2`."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from itertools import count
@@ -10,6 +11,8 @@ from ldm import __version__
 from ldm.console import Parser, command, line
 from ldm.errors import UserError
 
+_DIGITS = 18  # of a number; with more it is a name, or nothing
+_LONGEST = 60  # characters of a class in a file's name
 _EXAMPLES = """\
 examples:
   %(prog)s --model FOLDER                              a sheet of every class
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check_target(arguments.out, 2 if arguments.separate else 1)
     pipe = ClassToImagePipeline.from_pretrained(arguments.model, device=arguments.device)
-    named = [int(each) if each.isdigit() and each not in pipe.classes else each for each in arguments.classes]
+    named = [_named(each, pipe.classes) for each in arguments.classes]
     drawn = pipe(
         named or None,
         num_images=arguments.count,
@@ -77,11 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             line(str(arguments.out))
             continue
         number = drawn.classes[k] if arguments.separate else None
-        name = "sheet" if number is None else pipe.classes[number] if pipe.classes else f"class-{number}"
+        name = "sheet" if number is None else _file_name(pipe.classes, number)
         stem = f"{name}-{drawn.seeds[k]}" if arguments.separate else f"{name}-{arguments.seed}"
         names = (f"{stem}.png" if n == 1 else f"{stem}-{n}.png" for n in count(1))
         line(str(save_new(png(picture), arguments.out, names)))
     return 0
+
+
+def _named(given: str, classes: Sequence[str]) -> str | int:
+    """A class as it was given: by its name, or by its number."""
+    number = given.isascii() and given.isdecimal() and len(given) <= _DIGITS
+    return int(given) if number and given not in classes else given
+
+
+def _file_name(classes: Sequence[str], number: int) -> str:
+    """What a class's file is called: a name in a stranger's folder may be a path to anywhere, or have any length."""
+    name = re.sub(r"[^\w.]+", "-", classes[number] if classes else "")[:_LONGEST].strip("-.")
+    return name or f"class-{number}"
 
 
 if __name__ == "__main__":

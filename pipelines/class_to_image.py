@@ -99,6 +99,10 @@ class ClassToImagePipeline:
             condition = Condition(labels=torch.tensor(known, device=device)) if known else Condition()
         elif classes is not None:
             raise UserError("give classes or a condition, not both")
+        elif num_images != 1:
+            raise UserError(
+                "num_images is of classes: give a condition as many rows as there are to be pictures"
+            )
         count = condition.rows or len(numbers)
         seeds = [seed + k for k in range(count)] if isinstance(seed, int) else list(seed)
         if len(seeds) != count:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+_DIGITS = 100  # of a seed: enough to be refused as too large
 # What --interpolate has no use for: it makes one strip, from noise, under one prompt.
 _NOT_BETWEEN = (
     *("file", "from_image", "trust", "grid", "columns", "seed", "preview", "lora_folder"),
+    "infotext",
     *("image", "mask", "outpaint", "control", "ip_adapter", "clip_model", "upscaler", "hires_upscaler"),
 )
 
@@ -43,13 +46,15 @@ def _interpolate(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} does not go with --interpolate: leave it out")
     if len(arguments.prompts) != 1 or arguments.num_images != 1:
         raise UserError("--interpolate goes between pictures of one prompt: give one, and no --num-images")
+    if arguments.batch_size != 1:
+        raise UserError("--batch-size does not go with --interpolate: leave it out")
     ends = [each.strip() for each in arguments.interpolate.split(",")]
-    seeds = [int(each) for each in ends if each.isdecimal()]
+    seeds = [int(each[:_DIGITS]) for each in ends if each.isdecimal()]
     if seeds and len(seeds) < len(ends):
         raise UserError(
             f"--interpolate {arguments.interpolate}: give seeds, or pictures, separated by commas"
         )
-    out = arguments.out or Path("outputs/interpolation.png")
+    out = arguments.out or _unused(Path("outputs"))
     check_path(out)
     settings, (loras, embeddings) = settings_of(arguments), _named(arguments)
     pipe = _load(arguments)
@@ -67,6 +72,12 @@ def _interpolate(arguments: argparse.Namespace) -> None:
     line(str(save(drawn.images, out)))
     for each in dict.fromkeys([*pipe.notes, *drawn.notes]):
         note(each)
+
+
+def _unused(folder: Path) -> Path:
+    """A strip's file that is not there yet: nothing is written over but what the user named."""
+    names = (f"interpolation{f'-{n}' if n > 1 else ''}.png" for n in count(1))
+    return next(path for name in names if not (path := folder / name).exists())
 
 
 def _named(arguments: argparse.Namespace) -> "tuple[tuple[LoRAUse, ...], tuple[EmbeddingUse, ...]]":

@@ -28,6 +28,7 @@ from pipelines.canvas import resized
 from pipelines.drawing import Drawing
 from pipelines.files import check_target
 from pipelines.given import Given
+from pipelines.limits import check_seed
 from pipelines.loaded import Loaded
 from pipelines.originals import Original, use_of
 from pipelines.output import TextToImageOutput
@@ -105,6 +106,8 @@ def noises_of(
     recipe, plan, config = drawing.recipe, drawing.plan, system.autoencoder.config
     assert recipe.height and recipe.width
     if images is None:
+        for each in seeds:
+            check_seed(each)
         shape = (config.latent_channels, recipe.height // config.factor, recipe.width // config.factor)
         return Noise(seeds, shape)()
     shown = [use_of(each, "image")[1] for each in images]

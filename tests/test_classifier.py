@@ -203,6 +203,8 @@ def test_what_does_not_fit_the_data_is_refused_in_one_line() -> None:
         objectives.Objective(objectives.Config(ColoursOfTests(labelled=False), sound))
     with pytest.raises(UserError, match=r"classifier\.levels is 0"):
         objectives.Config(ColoursOfTests(), sound, levels=0).check()
+    with pytest.raises(UserError, match=r"classifier\.bands is 1001: .* at most 1000"):
+        objectives.Config(ColoursOfTests(), sound, bands=1001).check()
 
 
 def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -339,6 +339,7 @@ def test_the_loss_is_that_of_the_pairs_at_their_noise_levels(
     [
         (["clip.clean=1.5"], "clip.clean is 1.5"),
         (["loop.batch_size=1"], "loop.batch_size to 2 or more"),
+        (["loop.batch_size=2", "loop.gradient_accumulation_steps=2"], "gradient_accumulation_steps"),
         (["clip.model.heads=3"], "no multiple of heads"),
         (["clip.model.norm_num_groups=5"], "no multiple of norm_num_groups"),
         (["clip.validation.pictures=8"], "clip.validation.pictures is 8"),

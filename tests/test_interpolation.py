@@ -159,6 +159,8 @@ def test_an_unknown_way_gets_a_line(pipe: TextToImagePipeline) -> None:
         (["--clip-model", "bundled"], "--clip-model does not go with --interpolate"),
         (["--preview", "a.png"], "--preview does not go with --interpolate"),
         (["--trust"], "--trust does not go with --interpolate"),
+        (["--infotext"], "--infotext does not go with --interpolate"),
+        (["--batch-size", "2"], "--batch-size does not go with --interpolate"),
     ],
 )
 def test_options_that_would_do_nothing_between_pictures_are_refused(
@@ -179,3 +181,42 @@ def test_options_of_interpolation_alone_are_refused_without_it(
 
     assert main(["a fox", *more]) == 2
     assert "is of --interpolate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [str(2**64), "9" * 5000])
+def test_seeds_that_no_generator_takes_are_refused(
+    seed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_pipeline_folder(tmp_path, "sd1")
+    capsys.readouterr()
+    strip = ["--model", str(folder), "--out", str(tmp_path / "strip.png"), "--quiet"]
+    assert main(["cat", "--interpolate", f"1,{seed}", *strip]) == 2
+    error = capsys.readouterr().err
+    assert "does not fit in 64 bits" in error and error.count("\n") == 1
+
+
+def test_a_strip_without_a_name_is_written_over_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_pipeline_folder(tmp_path, "sd1")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert (
+            main(
+                [
+                    "cat",
+                    "--interpolate",
+                    "1,2",
+                    "--frames",
+                    "2",
+                    "--steps",
+                    "1",
+                    "--model",
+                    str(folder),
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
+    assert {each.name for each in (tmp_path / "outputs").iterdir()} == {
+        "interpolation.png",
+        "interpolation-2.png",
+    }

@@ -173,6 +173,8 @@ def test_everybodys_files(tmp_path: Path) -> None:
             "vectors for text_encoder and text_encoder_2, where",
         ),
         ({"<x>": vectors(1)}, "two words", "without spaces"),
+        ({"<x>": vectors(1)}, "\u0301", "can't be a new word"),
+        ({"<x>": vectors(1)}, "x\ud800", "can't be a new word"),
     ],
 )
 def test_files_that_do_not_fit(

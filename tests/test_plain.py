@@ -155,6 +155,10 @@ def test_a_network_that_learned_its_variance_draws_by_it(tmp_path: Path) -> None
         (lambda p: p("cat", sampler="eulr"), "euler"),
         (lambda p: p("cat", num_inference_steps=0), "num_inference_steps"),
         (lambda p: p("cat", condition=Condition(labels=torch.tensor([0]))), "classes or a condition"),
+        (
+            lambda p: p(condition=Condition(labels=torch.tensor([0])), num_images=2),
+            "num_images is of classes",
+        ),
         (lambda p: p(condition=Condition(hidden=torch.zeros(1, 2, 3))), "wants labels in its condition"),
     ],
 )
@@ -167,6 +171,8 @@ def test_what_can_not_be_drawn_is_refused_in_one_line(call: Any, message: str) -
 def test_guidance_of_a_model_that_never_learned_without_its_class_is_refused() -> None:
     with pytest.raises(UserError, match="never learned without a class"):
         ClassToImagePipeline(system(null=False))("cat", guidance_scale=3, num_inference_steps=2)
+    with pytest.raises(UserError, match=r"told nothing.* take guidance 1"):
+        ClassToImagePipeline(system(0))(guidance_scale=3, num_inference_steps=2)
     with pytest.raises(UserError, match="knows no classes"):
         ClassToImagePipeline(system(0))("cat")
 
@@ -214,6 +220,8 @@ def test_the_command_draws_a_sheet_or_a_file_each(tmp_path: Path, capsys: pytest
     capsys.readouterr()
     for wrong, said in (
         ([*model, "wolf"], "no class 'wolf'"),
+        ([*model, "\N{SUPERSCRIPT TWO}"], "no class '\N{SUPERSCRIPT TWO}'"),
+        ([*model, "9" * 5000], "no class '999"),
         (["--model", str(tmp_path / "nowhere")], "no such folder"),
         ([*model, "--scale", "0"], "--scale must be"),
         ([*model[:-1], str(tmp_path / "x.jpg")], "PNG"),
@@ -221,3 +229,26 @@ def test_the_command_draws_a_sheet_or_a_file_each(tmp_path: Path, capsys: pytest
         assert main(wrong) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
+
+
+def test_a_class_that_is_called_as_a_path_is_no_path(tmp_path: Path) -> None:
+    """Names are in the model's folder, which may be a stranger's; files stay in the folder that was named."""
+    made = system()
+    made.labels = [f"{tmp_path}/away/cat", "../dog", "..", "x" * 300]
+    made.save(tmp_path / "model")
+    model = ["--model", str(tmp_path / "model"), "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main([*model, "--separate"]) == 0
+    assert {each.name for each in tmp_path.iterdir()} == {"model", "out"}
+    names = sorted(each.name for each in (tmp_path / "out").iterdir())
+    assert len(names) == 4 and all(each.endswith(".png") for each in names)
+    assert {"dog-1.png", "class-2-2.png", f"{'x' * 60}-3.png"} < set(names)
+
+
+def test_a_network_of_twice_the_channels_needs_a_process_that_learns_its_variance(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    twice = randomised(UNet2D(replace(TINY, out_channels=2)))
+    PlainSystem(twice, DDPMConfig(variance_type="learned_range").process()).check("it")
+    PlainSystem(randomised(UNet2D(TINY)), DDPMConfig(variance_type="learned_range").process()).save(tmp_path)
+    with pytest.raises(UserError, match="gives 1 channels, where its process"):
+        PlainSystem.load(tmp_path)

@@ -213,6 +213,32 @@ def test_special_tokens_that_are_none_are_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_a_vocabulary_that_would_fail_at_a_later_word_is_refused(tmp_path: Path, clip: Path) -> None:
+    """Its unknown token stands for what it lacks, and has to be in it; what lacks nothing needs none."""
+    settings = {"unk_token": "<unknown>"}
+    folder = changed(clip, tmp_path / "clip", **settings)
+    assert load_tokenizer(folder, "clip")("zz", add_special_tokens=False).input_ids
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    vocabulary["another"] = vocabulary.pop("z</w>")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(UserError, match="lacks its unk_token '<unknown>'"):
+        load_tokenizer(folder, "clip")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\na\n\N{SNOWMAN}\n")
+    (tmp_path / "bert/tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"lacks its unk_token '\[UNK\]'"):
+        load_tokenizer(tmp_path / "bert", "bert")
+
+
+@pytest.mark.parametrize("content", ["\u0301", "\x07", "\u200b"])
+def test_added_tokens_of_which_cleaning_leaves_nothing_are_refused(tmp_path: Path, content: str) -> None:
+    """The tokenizers library panics at the first text."""
+    added = {"9": {"content": content, "normalized": True}}
+    with pytest.raises(UserError, match="is nothing once a text is cleaned"):
+        load_tokenizer(changed(BERT, tmp_path, added_tokens_decoder=added), "bert")
+
+
 def test_a_place_that_cannot_be_written_to_is_an_oserror(tmp_path: Path, clip: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):

@@ -281,6 +281,13 @@ def test_a_run_from_its_file_and_what_it_exports(tmp_path: Path) -> None:
         ({"condition": {"kind": "labels", "dropout": 2}}, "dropout is 2"),
         ({"validation": {"steps": 0}}, "steps is 0"),
         ({"validation": {"sampler": "eulr"}}, "euler"),
+        ({"validation": {"guidance": 3.0}}, "set it to 1, or give diffusion.condition a dropout"),
+        ({"validation": {"guidance": 3.0}, "condition": {"kind": "labels", "dropout": 0.0}}, "set it to 1"),
+        ({"validation": {"guidance": float("nan")}, "condition": {"kind": "labels"}}, "guidance is nan"),
+        ({"loss": {"variance": True}}, "goes with diffusion.process.variance_type"),
+        ({"process": {"kind": "ddpm", "variance_type": "learned_range"}}, "goes with diffusion.process"),
+        ({"network": {"kind": "points"}}, "kind points is of points"),
+        ({"network": {**UNET, "kind": "unet"}}, "wants hidden in its condition"),
     ],
 )  # fmt: skip
 def test_settings_that_can_not_be_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
@@ -300,6 +307,31 @@ def test_classes_that_are_not_there_are_refused_in_one_line(tmp_path: Path) -> N
         with pytest.raises(UserError, match=message) as caught:
             objective(data=data, condition={"kind": "labels"})
         assert "\n" not in str(caught.value)
+
+
+def test_crops_larger_than_the_pictures_are_refused_in_one_line(tmp_path: Path) -> None:
+    write_folder_of_classes(tmp_path)
+    pictures = {"kind": "pictures", "path": str(tmp_path), "resolution": 16}
+    with pytest.raises(UserError, match=r"crop is 32, more than diffusion\.data\.resolution"):
+        objective(data=pictures, crop=32)
+
+
+@pytest.mark.parametrize("told", [{"kind": "low_resolution", "resolution": 4}, {"kind": "blurred"}])
+def test_validation_of_crops_and_of_more_pictures_than_there_are(
+    tmp_path: Path, told: dict[str, Any]
+) -> None:
+    """It is of squares of the size that is trained on, and those that it draws begin again after the last."""
+    write_folder_of_classes(tmp_path)
+    made = objective(
+        data={"kind": "pictures", "path": str(tmp_path), "resolution": 16},
+        crop=8,
+        condition=told,
+        validation={"pictures": 64, "steps": 1},
+    )
+    count = made.examples.count
+    assert np.isfinite(made.validate(made.model, tmp_path, 0)["held_out_loss"])
+    twice = made.examples.whole(0, 2 * count).pictures
+    assert torch.equal(twice[:count], twice[count:])
 
 
 def test_every_lecture_config_can_be_read() -> None:

@@ -94,7 +94,9 @@ def test_a_map_says_where_the_things_are(sprites: str) -> None:
 
 
 def test_the_map_reaches_the_network_as_one_hot_channels(sprites: str) -> None:
-    made = objective(sprites, {"kind": "semantic_map", "dropout": 0.0})
+    made = objective(
+        sprites, {"kind": "semantic_map", "dropout": 0.0}, validation={"pictures": 4, "steps": 2}
+    )
     batch = made.batch(0, 4, slice(None))
     dropped = torch.tensor([False, True, False, False])
     channels = made._told(batch, dropped).channels

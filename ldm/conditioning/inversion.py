@@ -5,6 +5,7 @@ beside the tokenizer and rows of its own beside the frozen table, so that the en
 """
 
 import copy
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ class NewWords:
         known = {*self.encoder.tokenizer.get_vocab(), *self._spelled()}
         width = self._table().weight.shape[1]
         for word, vectors in words.items():
-            if len(word.split()) != 1:
+            if len(word.split()) != 1 or not _legible(word):
                 raise UserError(
                     f"{word!r} can't be a new word: give a token without spaces, such as <cat-toy>"
                 )
@@ -184,6 +185,12 @@ class NewWords:
 def _module(encoder: WindowedEncoder) -> Any:
     """The encoder's network, with the methods that all but open_clip's have."""
     return encoder.module
+
+
+def _legible(word: str) -> bool:
+    """Whether something is left of a word once a tokenizer cleaned it, and UTF-8 can hold it."""
+    kinds = {unicodedata.category(each) for each in word}
+    return "Cs" not in kinds and not kinds <= {"Mn", "Cc", "Cf"}
 
 
 def _spellings(word: str, count: int) -> list[str]:

@@ -121,6 +121,10 @@ def _add(
     for text, token in tokens.items():
         token.special = token.special or text in special
     rules.add_tokens(list(tokens.values()))
+    for token in tokens.values():
+        # The library would find them between any two letters, and end in a panic, which is no Exception.
+        if token.normalized and token.content and not rules.normalizer.normalize_str(token.content):
+            raise ValueError(f"its token {token.content!r:.60} is nothing once a text is cleaned")
 
 
 def _clip(folder: Path, files: Mapping[str, Any], special: Mapping[str, Any]) -> Tokenizer:
@@ -130,6 +134,9 @@ def _clip(folder: Path, files: Mapping[str, Any], special: Mapping[str, Any]) ->
         merges: Any = [tuple(each.split(" ") if isinstance(each, str) else each) for each in pairs]
     else:
         vocabulary, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    if any(each not in vocabulary or f"{each}</w>" not in vocabulary for each in letters):
+        _check_unknown(special["unk_token"], vocabulary)
     rules = Tokenizer(
         BPE(
             vocabulary,
@@ -156,6 +163,7 @@ def _bert(
         vocabulary = _model(files["tokenizer.json"], "WordPiece")["vocab"]
     else:
         vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
+    _check_unknown(special["unk_token"], vocabulary)
     rules = Tokenizer(WordPiece(vocabulary, unk_token=special["unk_token"]))
     rules.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -166,6 +174,12 @@ def _bert(
     rules.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     rules.decoder = decoders.WordPiece(prefix="##")
     return rules
+
+
+def _check_unknown(token: str, vocabulary: Mapping[str, int]) -> None:
+    """Raise ValueError for a vocabulary that fails at the first word, of any later prompt, that it does not know."""
+    if token not in vocabulary:
+        raise ValueError(f"its vocabulary lacks its unk_token {token!r:.60}")
 
 
 def _model(rules: Mapping[str, Any], kind: str) -> Mapping[str, Any]:

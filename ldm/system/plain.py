@@ -78,10 +78,10 @@ class PlainSystem:
     def check(self, where: str) -> None:
         """Raise UserError where the parts do not belong together."""
         out = self.network.config.out_channels
-        if self.autoencoder is not None and out % self.autoencoder.config.latent_channels:
+        if out != (wanted := self.channels * (2 if self._learns_variance else 1)):
             raise UserError(
-                f"{where}: the network gives {out} channels, the autoencoder's latents have "
-                f"{self.autoencoder.config.latent_channels}: parts of different models"
+                f"{where}: the network gives {out} channels, where its process and its autoencoder need {wanted}: "
+                f"parts of different models"
             )
         rows = self.wants.get("labels", 0)
         if self.labels and rows not in (len(self.labels), len(self.labels) + 1):
@@ -135,9 +135,11 @@ class PlainSystem:
     def without(self, condition: Condition) -> Condition:
         """Return what stands for "no condition" beside this one: the null class, and zeros in all other parts.
 
-        Raises UserError for a model that always learned with its classes.
+        Raises UserError for a model that always learned with its classes, and for a condition of nothing.
         """
         empty = condition.zeros()
+        if not condition.parts():
+            raise UserError("this model is told nothing, and guidance goes away from that: take guidance 1")
         if condition.labels is None:
             return empty
         if self.null_label is None:

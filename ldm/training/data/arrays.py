@@ -35,8 +35,7 @@ class ArrayExamples:
         return self._batch([index for _, index in self._order.places(start, size)[rows]], start)
 
     def whole(self, start: int, size: int) -> Batch:
-        last = self.count - 1
-        return self._batch(list(range(last - start, last - start - size, -1)), start)
+        return self._batch([(self.count - 1 - k) % self.count for k in range(start, start + size)], start)
 
     def notes(self) -> list[str]:
         return [f"the last {self.held_out} of {self.count} pictures were kept for validation"]

@@ -57,7 +57,7 @@ class Examples(Protocol):
         ...
 
     def whole(self, start: int, size: int) -> Batch:
-        """Return whole ones, those that are held out first."""
+        """Return whole ones, those that are held out first; after the last they begin again."""
         ...
 
     def notes(self) -> list[str]:
@@ -106,8 +106,7 @@ class PictureExamples:
         return Batch(drawn, self._labels([index for _, index in places]), start)
 
     def whole(self, start: int, size: int) -> Batch:
-        last = self.count - 1
-        indices = range(last - start, last - start - size, -1)
+        indices = [(self.count - 1 - k) % self.count for k in range(start, start + size)]
         return Batch(to_tensor(list(self._workers.map(self._plain, indices))), self._labels(indices), start)
 
     def notes(self) -> list[str]:

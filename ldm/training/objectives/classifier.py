@@ -47,6 +47,7 @@ class Config:
     def check(self) -> None:
         """Raises UserError for settings that can't be."""
         refuse_outside("classifier", self, ("levels", "bands", "validation_pictures"), 1)
+        refuse_outside("classifier", self, ("bands",), 1, self.schedule.num_train_timesteps)
         self.model.check("classifier.model")
         self.data.check("classifier.data")
 

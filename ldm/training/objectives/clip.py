@@ -118,10 +118,7 @@ class Objective:
 
     def prepare(self, device: torch.device, batch_size: int) -> None:
         """Move everything, and fill the caches, as far as they are not there. Raises UserError for a batch of one."""
-        if batch_size < 2:
-            raise UserError(
-                "a contrastive loss compares pictures of a batch: set loop.batch_size to 2 or more"
-            )
+        _check_negatives(batch_size)
         for module in (self.model, *self.helpers().values()):
             module.to(device)
         self.source.prepare(batch_size)
@@ -140,6 +137,7 @@ class Objective:
         clean = (rng.uniform() < self.config.clean).to(device)
         noised = noised_batch(batch.latents, rng, self.schedule, device)
         captions = batch.draw_captions(rng)
+        _check_negatives(len(captions))
         sigma = torch.where(clean, 0, noised.sigma)
         x = torch.where(per_image(clean, noised.x), noised.x0, noised.x)
         same = equal_captions(captions).to(device)
@@ -195,3 +193,12 @@ class Objective:
         tensors = {name: each.half() for name, each in model.state_dict().items()}
         write_component(folder, "clip", model.config.write(), tensors)
         write_text(folder / "clip" / "training.yaml", config)
+
+
+def _check_negatives(rows: int) -> None:
+    """Raise UserError for a picture alone: its loss is 0, whatever the network says."""
+    if rows < 2:
+        raise UserError(
+            "a contrastive loss compares pictures of a batch: set loop.batch_size to 2 or more for each of the "
+            "processes' gradient_accumulation_steps"
+        )

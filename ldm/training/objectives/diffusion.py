@@ -29,6 +29,7 @@ from ldm.training.data.told import BlurredPicture, Labels, Nothing, SemanticMap,
 from ldm.training.distributed import BatchGenerator
 from ldm.training.networks import PointSettings, UNet2DSettings, UNetSettings
 from ldm.training.noising import noised_batch
+from ldm.training.reconstruction import check_sides
 from ldm.training.start import load_autoencoder
 
 if TYPE_CHECKING:
@@ -82,7 +83,17 @@ class Config:
                 "diffusion.loss.decoder is of pixels, and latents have no levels: leave it gaussian"
             )
         refuse_outside("diffusion.validation", self.validation, ("pictures", "steps"), 1)
+        refuse_outside("diffusion.validation", self.validation, ("guidance",), 0)
+        if self.validation.guidance > 1 and not self.condition.left_out:
+            raise UserError(
+                "diffusion.validation.guidance is of a model that also learns without a condition: set it to 1, or "
+                "give diffusion.condition a dropout"
+            )
         self.data.check("diffusion.data")
+        if bool(self.loss.variance) != (getattr(self.process, "variance_type", "") == "learned_range"):
+            raise UserError(
+                "diffusion.loss.variance goes with diffusion.process.variance_type learned_range: give both or none"
+            )
         process, embedding = (
             self.process.process(),
             getattr(self.network, "time_embedding_type", "positional"),
@@ -121,20 +132,26 @@ class Objective:
             self._network(), process, self.autoencoder, config.condition.names(self.examples)
         )
         self.system.check("diffusion")
+        self._check_network()
         self.drawing = process.plan(config.validation.steps, config.validation.sampler)
         self.model: nn.Module = self.system.network
         self.watched = "loss"
 
     def _network(self) -> DenoisingNetwork:
         """The network, sized by what is in the data."""
-        config, (channels, height, width) = self.config, self._clean(self.examples.whole(0, 1)).shape[1:]
+        config = self.config
+        factor = 1 if self.autoencoder is None else self.autoencoder.config.factor
+        check_sides("diffusion", config.data, config.crop, self.examples.side, factor)
+        channels, height, width = self._clean(self.examples.whole(0, 1)).shape[1:]
         if height != width:
             raise UserError(
                 f"diffusion.data gives {width}x{height}, and squares are learned: set diffusion.crop"
             )
-        side = config.crop or height
-        if self.autoencoder is not None and config.crop:
-            side = config.crop // self.autoencoder.config.factor
+        side = config.crop // factor if config.crop else height
+        if (config.network.kind == "points") != (height == 1):
+            raise UserError(
+                "diffusion.network.kind points is of points, such as those of data.kind toys, and no other network is"
+            )
         sized = config.network.sized(channels, channels * (2 if config.loss.variance else 1), side)
         network = config.condition.sized(sized, self.examples).build()
         if side % network.multiple:
@@ -142,6 +159,11 @@ class Objective:
                 f"diffusion.network halves the sides to an {network.multiple}th, and they are {side}: take fewer levels"
             )
         return network
+
+    def _check_network(self) -> None:
+        """Raise UserError, before anything is trained, for what would fail at the first step or at a validation."""
+        told = self._told(self.examples.cuts(0, 1), torch.zeros(1, dtype=torch.bool))
+        told.require(self.system.wants, "diffusion.network")
 
     def prepare(self, device: torch.device, batch_size: int) -> None:
         for module in (self.model, *self.helpers().values()):
@@ -178,6 +200,16 @@ class Objective:
         side = self.system.shape[-1]
         return self.config.condition.condition(batch, dropped, self.examples, side)
 
+    def _centre(self, start: int, size: int) -> Batch:
+        """Pictures that are held out: of the size that is trained on, cut from their middles."""
+        batch, side = self.examples.whole(start, size), self.config.crop
+        if side is None:
+            return batch
+        top, left = ((each - side) // 2 for each in batch.pictures.shape[2:])
+        cut = slice(top, top + side), slice(left, left + side)
+        maps = None if batch.maps is None else batch.maps[:, *cut]
+        return replace(batch, pictures=batch.pictures[:, :, *cut], maps=maps)
+
     def _clean(self, batch: Batch) -> Tensor:
         """What is denoised: the pictures (B, C, h, w), or their latents."""
         if self.autoencoder is None:
@@ -193,9 +225,9 @@ class Objective:
         for start in range(0, self.examples.held_out, _AT_ONCE):
             size = min(_AT_ONCE, self.examples.held_out - start)
             rng = BatchGenerator(start, size, slice(None))
-            batch, dropped = self.examples.whole(start, size), torch.zeros(size, dtype=torch.bool)
+            batch, dropped = self._centre(start, size), torch.zeros(size, dtype=torch.bool)
             losses.append(self._losses(model, batch, rng, dropped))
-        batch = self.examples.whole(0, shown.pictures)
+        batch = self._centre(0, shown.pictures)
         if batch.labels is not None and self.system.labels:
             turns = torch.arange(shown.pictures) % len(self.system.labels)
             batch = replace(batch, labels=turns)
