@@ -558,7 +558,7 @@ def test_a_tokenizer_that_fails_at_an_unknown_word_is_refused(tmp_path: Path):
     del words[EOS]  # which stands for unknown words
     path.write_text(json.dumps(words))
     with pytest.raises(
-        UserError, match=r"cannot read the clip tokenizer .*Unk token `<\|endoftext\|>` not found"
+        UserError, match=r"cannot read the clip tokenizer .*lacks its unk_token '<\|endoftext\|>'"
     ):
         load_tokenizer(tmp_path, "clip")
 
