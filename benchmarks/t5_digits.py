@@ -2,7 +2,7 @@
 
 t5_digits.py prepare    the pictures with captions, and a T5 made here, into runs/t5
 t5_digits.py judge      draw every digit in every colour, and judge the pictures; a sheet into benchmarks/t5-digits.png
-Between the two: python scripts/train.py configs/lectures/t5-digits.yaml
+Between the two: python scripts/train.py --config configs/lectures/t5-digits.yaml
 
 No weights of a published T5 are in this project: the encoder is T5's architecture (Raffel et al. 2020) with a unigram
 vocabulary trained on the captions, and weights that stay as they were drawn. Words are told apart by their embeddings,

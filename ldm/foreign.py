@@ -74,7 +74,10 @@ def foreign(where: object, complaint: str = "can't be read", advice: str = "") -
         raise
     except RecursionError as error:
         raise UserError(f"{where} {complaint}: it is nested too deeply{advice}") from error
-    except Exception as error:
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
         reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
         raise UserError(f"{where} {complaint}: {reason}{advice}") from error
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ldm.system.plain import PlainSystem
 from pipelines.limits import check_seed
 from pipelines.placement import choose_device
 
+OutputType = Literal["pil", "np", "pt", "raw"]
 STEPS = 50  # where nobody says otherwise
 
 
@@ -73,7 +74,7 @@ class ClassToImagePipeline:
         sampler: str | None = None,
         condition: Condition | None = None,
         wrappers: Sequence[Wrapper] = (),
-        output_type: Literal["pil", "np", "pt", "raw"] = "pil",
+        output_type: OutputType = "pil",
         callback: Callback | None = None,
     ) -> ClassToImageOutput:
         """Draw pictures of these classes.
@@ -90,6 +91,9 @@ class ClassToImagePipeline:
         system, device = self.system, self.system.network.device
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale is {guidance_scale}: give a number, commonly 1 to 15")
+        if output_type not in get_args(OutputType):
+            known = ", ".join(get_args(OutputType))
+            raise UserError(f"output_type {output_type!r:.60} is unknown; known: {known}")
         if num_images < 1:
             raise UserError(f"num_images is {num_images}: make it 1 or more")
         numbers: list[int | None] = []

@@ -150,6 +150,7 @@ def test_a_network_that_learned_its_variance_draws_by_it(tmp_path: Path) -> None
         (lambda p: p(-1), "no class -1"),
         (lambda p: p([]), "at least one class"),
         (lambda p: p("cat", num_images=0), "num_images is 0"),
+        (lambda p: p("cat", output_type="latent"), "output_type 'latent' is unknown"),
         (lambda p: p("cat", guidance_scale=float("nan")), "guidance_scale is nan"),
         (lambda p: p("cat", seed=[1, 2]), "2 seeds for 1 pictures"),
         (lambda p: p("cat", sampler="eulr"), "euler"),
@@ -252,3 +253,15 @@ def test_a_network_of_twice_the_channels_needs_a_process_that_learns_its_varianc
     PlainSystem(randomised(UNet2D(TINY)), DDPMConfig(variance_type="learned_range").process()).save(tmp_path)
     with pytest.raises(UserError, match="gives 1 channels, where its process"):
         PlainSystem.load(tmp_path)
+
+
+def test_names_with_commas_come_back_whole(tmp_path: Path) -> None:
+    """ImageNet's classes have several names each; one's own may have commas, and the same word before them."""
+    made = system()
+    made.labels = ["red, small", "red, large", "tench, Tinca tinca"]
+    made.save(tmp_path)
+    loaded = PlainSystem.load(tmp_path)
+    assert loaded.labels == made.labels
+    assert [loaded.label(each) for each in ("red, large", "small", "tench", "Tinca tinca")] == [1, 0, 2, 2]
+    with pytest.raises(UserError, match="several classes, such as 'red, small' and 'red, large'"):
+        loaded.label("red")

@@ -119,7 +119,10 @@ class PlainSystem:
         return rows - 1 if rows > len(self.labels) > 0 else None
 
     def label(self, name: str | int) -> int:
-        """Return the number of a class, by its name or number. Raises UserError for one that there is not."""
+        """Return the number of a class, by its name or number. Raises UserError for one that there is not.
+
+        name: of a class with several, between commas as ImageNet's are, one that is its alone will do.
+        """
         count = len(self.labels) or self.wants.get("labels", 0)
         if not count:
             raise UserError("this model knows no classes: leave them out")
@@ -129,6 +132,14 @@ class PlainSystem:
             return name
         if name in self.labels:
             return self.labels.index(name)
+        called = [k for k, each in enumerate(self.labels) if name in [one.strip() for one in each.split(",")]]
+        if len(called) == 1:
+            return called[0]
+        if called:
+            several = " and ".join(repr(self.labels[k]) for k in called[:2])
+            raise UserError(
+                f"{name!r:.60} is a name of several classes, such as {several}: give the whole of one"
+            )
         known = ", ".join(self.labels[:20]) + (", ..." if len(self.labels) > 20 else "")
         raise UserError(f"there is no class {name!r:.60}{nearest(str(name), self.labels)}; known: {known}")
 
@@ -176,7 +187,7 @@ def _labels(named: object, path: Path) -> list[str]:
     """The names by number. Raises UserError unless they are numbered from 0 on."""
     if not isinstance(named, Mapping):
         raise UserError(f"{path}: {_LABELS} in model_index.json must name the classes by their numbers")
-    numbered = {str(number): str(name).partition(",")[0] for number, name in named.items()}
+    numbered = {str(number): str(name) for number, name in named.items()}
     if odd := [number for number in map(str, range(len(numbered))) if number not in numbered]:
         raise UserError(
             f"{path}: {_LABELS} in model_index.json has {len(numbered)} names, and none for {odd[0]}"
