@@ -12,6 +12,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from killed import BATCHES, same_bits_after_kills
+from PIL import Image
 from training_runs import LOOP, write_config
 
 from ldm.conditioning.clip import LatentCLIP, autoencoder_probe, text_probe
@@ -26,6 +27,8 @@ from ldm.errors import UserError
 from ldm.models.clip import CLIP, CLIPConfig, cosines
 from ldm.system import System
 from ldm.training.contrastive import contrastive_loss, equal_captions, retrieved
+from ldm.training.data.on_disk import PicturesConfig
+from ldm.training.objectives.clip import Config, ModelConfig, Objective
 from ldm.training.run import read_run, train
 from pipelines import TextToImagePipeline
 from pipelines.cli import main as draw
@@ -343,6 +346,7 @@ def test_the_loss_is_that_of_the_pairs_at_their_noise_levels(
         (["clip.model.heads=3"], "no multiple of heads"),
         (["clip.model.norm_num_groups=5"], "no multiple of norm_num_groups"),
         (["clip.validation.pictures=8"], "clip.validation.pictures is 8"),
+        (["clip.validation.pictures=100"], "make it a multiple of 64"),
     ],
 )
 def test_settings_that_can_not_be_get_one_line(
@@ -351,6 +355,20 @@ def test_settings_that_can_not_be_get_one_line(
     with pytest.raises(UserError, match=said) as error:
         train(run_config(tmp_path, base, sprites, latents), changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("captions", [(), ("a cat",)])
+def test_pictures_of_one_caption_are_refused(tmp_path: Path, base: Path, captions: tuple[str, ...]) -> None:
+    """Their loss is 0 whatever the network says: equal captions are no negatives."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    data = PicturesConfig(path=str(tmp_path), resolution=32, captions=captions, encoding="float32")
+    model = ModelConfig(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, text_width=16, projection_dim=12
+    )
+    made = Objective(Config(base=str(base), data=data, model=model))
+    with pytest.raises(UserError, match=r"^clip\.data: all pictures have one caption: "):
+        made.prepare(torch.device("cpu"), 4)
 
 
 # Drawing

@@ -101,6 +101,7 @@ def test_validation_is_against_the_first_stages_decodings(tmp_path: Path, sprite
         ({"model": TinyConfig(**{**TINY, "num_encoder_blocks": (1,), "encoder_block_out_channels": (8,)})},
          "1 num_encoder_blocks halve a picture 0 times"),
         ({"model": TinyConfig(**{**TINY, "scaling_factor": 0.5})}, "leave scaling_factor at 1"),
+        ({"model": TinyConfig(**{**TINY, "in_channels": 1})}, "preview.model.in_channels is 1"),
         ({"base": "nowhere"}, "preview.base: there is no folder nowhere"),
         ({"crop": 15}, "preview.crop is 15: make it a multiple of 2"),
         ({"latent": -1.0}, "preview.latent"),

@@ -75,6 +75,10 @@ class Config:
         self.data.check("clip.data")
         if self.validation:
             refuse_outside("clip.validation", self.validation, ("pictures",), _AMONG)
+            if self.validation.pictures % _AMONG:
+                raise UserError(
+                    f"clip.validation.pictures is {self.validation.pictures}: make it a multiple of {_AMONG}"
+                )
             self.validation.data.check("clip.validation.data")
 
 
@@ -117,8 +121,13 @@ class Objective:
         return {**self.text.modules, "vae": self.autoencoder}
 
     def prepare(self, device: torch.device, batch_size: int) -> None:
-        """Move everything, and fill the caches, as far as they are not there. Raises UserError for a batch of one."""
+        """Move everything, and fill the caches, as far as they are not there.
+
+        Raises UserError where there is nothing to tell apart.
+        """
         _check_negatives(batch_size)
+        if len(set(self.source.captions)) == 1:  # 0: they are not known before
+            raise UserError("clip.data: all pictures have one caption: give them captions of their own")
         for module in (self.model, *self.helpers().values()):
             module.to(device)
         self.source.prepare(batch_size)

@@ -147,6 +147,10 @@ def _taught(teacher: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
 def _check_fits(config: TinyConfig, teacher: AutoencoderKL) -> None:
     """Raise UserError where the tiny network is of other latents, or doesn't come to the pictures' size."""
     config.check_fits(teacher.config.latent_channels, teacher.config.factor, "preview.model")
+    if config.in_channels != teacher.config.in_channels:
+        raise UserError(
+            f"preview.model.in_channels is {config.in_channels}, and the pictures have {teacher.config.in_channels}"
+        )
     levels = len(config.num_encoder_blocks)
     if 2 ** (levels - 1) != teacher.config.factor:
         raise UserError(
