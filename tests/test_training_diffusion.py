@@ -23,6 +23,7 @@ from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.sampling import plain
 from ldm.system.plain import PlainSystem
 from ldm.training.data.arrays import MIXTURE_RADIUS, MIXTURE_STD, SHAPES, digits
+from ldm.training.data.on_disk import classes_of
 from ldm.training.distributed import BatchGenerator
 from ldm.training.objectives import diffusion
 from ldm.training.run import read_run, train
@@ -294,6 +295,18 @@ def test_settings_that_can_not_be_are_refused_in_one_line(settings: dict[str, An
     with pytest.raises(UserError, match=message) as caught:
         objective(**settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("named", "order"),
+    [
+        (["10", "2", "-3"], ["-3", "2", "10"]),
+        (["10", "2", "-3", "a"], ["-3", "10", "2", "a"]),
+        (["9" * 5000, "8"], ["8", "9" * 5000]),
+    ],
+)
+def test_numbers_are_sorted_by_value_and_names_by_name(named: list[str], order: list[str]) -> None:
+    assert classes_of(named, named, "data")[0] == order
 
 
 def test_classes_that_are_not_there_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pictures and captions from disk, as a config names them."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ldm.training.data.examples import PictureExamples
 from ldm.training.data.kinds import Data
 from ldm.training.data.latents import PictureLatents
 
+_WHOLE = r"-?\d{1,18}"  # what has more digits is a name
 BY_FOLDER = "folder"  # in place of a column's name
 
 
@@ -153,7 +155,7 @@ def classes_of(named: Sequence[str], pictures: Sequence[str], where: str) -> tup
     names = set(named)
     if len(names) < 2:
         raise UserError(f"{where}: all pictures are of one class, {printable(next(iter(names)))}")
-    whole = all(each.isdecimal() for each in names)
+    whole = all(re.fullmatch(_WHOLE, each) for each in names)
     order = sorted(names, key=lambda each: (int(each), each) if whole else (0, each))
     number = {name: k for k, name in enumerate(order)}
     return order, [number[each] for each in named]
