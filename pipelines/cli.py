@@ -116,7 +116,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         old = _from_image(arguments, {"loras": loras, "embeddings": embeddings, **settings})
         expected = old.model_hash
         loras, embeddings = loras or old.loras, embeddings or old.embeddings
-        for name in ("model", "variant", "prediction_type", "dtype", "quantization"):
+        for name in ("model", "variant", "prediction_type", "fast", "dtype", "quantization"):
             setattr(arguments, name, getattr(arguments, name) or getattr(old, name))
         wanted.append(jobs.Job(replace(old, **settings)))
     if not wanted:

@@ -62,6 +62,7 @@ def load(
     device: torch.device | str | None,
     variant: str | None,
     prediction_type: str | None,
+    fast: bool,
     low_memory: LowMemory | None,
     backend: Backend,
     quantization: Quantization | None,
@@ -78,7 +79,7 @@ def load(
     if len(given := [name for name, value in unlike.items() if value]) > 1:
         raise UserError(f"{' and '.join(given)} don't go together: give one of them")
     where, dtype = choose_place(device, backend, torch_dtype)
-    how: dict[str, Any] = {"variant": variant, "prediction_type": prediction_type}
+    how: dict[str, Any] = {"variant": variant, "prediction_type": prediction_type, "fast": fast}
     system = System.load(name, torch_dtype=dtype, **how)
     offload = offload_where_needed(system, where, False if quantization or backend != "torch" else low_memory)
     if not offload:

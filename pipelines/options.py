@@ -24,7 +24,7 @@ examples:
   %(prog)s --from-image outputs/0003-a-fox.png         draws that picture again
 """
 # What is said of how a model is loaded, beside its name, precision and device: of `from_pretrained`, by its names.
-LOADING = ("variant", "prediction_type", "low_memory", "backend", "quantization")
+LOADING = ("variant", "prediction_type", "fast", "low_memory", "backend", "quantization")
 _PICTURE, _CONTROL, _LARGER = "from a picture", "control and image prompts", "large pictures"
 _APPROXIMATE = "faster, and approximate (see docs/speed.md)"
 # The options that are settings of a recipe: group, flag, Recipe's name, type or choices, help.
@@ -270,6 +270,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     add("--variant", help="weights with this word in their file names, e.g. fp16")
     add("--prediction-type", help="epsilon or v_prediction, where a single file does not say")
+    add("--fast", action="store_true", help="the model's few-step form, where it has one")
     add("--low-memory", action="store_true", default=None, help="parts rest on the CPU between uses")
     add(
         "--sequential-offload",

@@ -46,6 +46,7 @@ _STATED = (
     "model",
     "variant",
     "prediction_type",
+    "fast",
     "model_hash",
     "embeddings",
     "version",
@@ -114,6 +115,7 @@ class Recipe:
     model: str | None = None
     variant: str | None = None
     prediction_type: str | None = None
+    fast: bool = False
     model_hash: str | None = None
     loras: tuple[LoRAUse, ...] = ()
     embeddings: tuple[EmbeddingUse, ...] = ()

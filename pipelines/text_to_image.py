@@ -50,10 +50,10 @@ class TextToImagePipeline(DiffusersNames):
         self,
         system: System,
         device: torch.device | str = "cpu",
-        identity: dict[str, str | None] | None = None,
+        identity: dict[str, Any] | None = None,
         placed: Placed | None = None,
     ):
-        """identity: how the system was loaded, for recipes: Recipe's model, variant and prediction_type.
+        """identity: how the system was loaded, for recipes: Recipe's model, variant, prediction_type and fast.
 
         placed: where and how it was placed, if that is not simply on the device.
 
@@ -81,6 +81,7 @@ class TextToImagePipeline(DiffusersNames):
         device: torch.device | str | None = None,
         variant: str | None = None,
         prediction_type: str | None = None,
+        fast: bool = False,
         low_memory: LowMemory | None = None,
         backend: Backend = "torch",
         quantization: Quantization | None = None,
@@ -90,6 +91,7 @@ class TextToImagePipeline(DiffusersNames):
         name: a diffusers folder, a single file (`.safetensors`, `.ckpt`), or a hub id; None is the bundled model.
         torch_dtype: None is bfloat16 on a CPU that multiplies it, else float32, or what LDM_DTYPE says. What was
             rounded so is not saved, nor brought into another precision: that takes the precision given here.
+        fast: the model's few-step form, where it has one, as the bundled model does: see docs/lectures/few-steps.md.
         device: None takes the accelerator that Accelerate finds, else the CPU.
         low_memory: keep each part on the device only while it works; None decides by the device's free memory.
             "sequential" does so with each layer of the network: the least memory, and the slowest way.
@@ -99,9 +101,12 @@ class TextToImagePipeline(DiffusersNames):
             of linear layers (the extra torchao), "fp8" those of convolutions too.
         Raises UserError.
         """
-        placed = load(name, torch_dtype, device, variant, prediction_type, low_memory, backend, quantization)
+        placed = load(
+            name, torch_dtype, device, variant, prediction_type, fast, low_memory, backend, quantization
+        )
         model = None if name is None else whole_path(name)
-        identity = {"model": model, "variant": variant, "prediction_type": prediction_type}
+        how: dict[str, Any] = {"variant": variant, "prediction_type": prediction_type, "fast": fast}
+        identity = {"model": model, **how}
         return cls(placed.system, placed.device, identity, placed)
 
     def to(

@@ -232,6 +232,15 @@ class LoRA(nn.Module):
             _rewrite(base)
         self.merged = True
 
+    def fuse(self) -> None:
+        """Add the change to the network's weights for good: they are the network's own from now on. Raises UserError.
+
+        Nothing else may be merged there.
+        """
+        self.merge()
+        for base in self._bases.values():
+            delattr(base, MERGED)
+
     def unmerge(self) -> None:
         """Take the change out of the weights, which are then the very ones from before, and attach it instead."""
         self.attach()

@@ -31,6 +31,7 @@ from ldm.models.diffusers_config import check_layers
 from ldm.models.feature_reuse import FeatureReuse
 from ldm.models.networks import NETWORKS
 from ldm.models.quantization import Quantization, quantize
+from ldm.system.few_steps import FewSteps, fast_form, read_few_steps
 
 # Whose scheduler diffusers changes where a folder is loaded, whatever the folder says.
 _INSISTENT = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -89,14 +90,20 @@ class System:
         device: torch.device | str = "cpu",
         variant: str | None = None,
         prediction_type: str | None = None,
+        fast: bool = False,
     ) -> "System":
         """Load a diffusers folder, a single file or a hub id; None is the bundled model.
 
         variant: "fp16" reads the files of that name. prediction_type: what a single file's U-Net predicts, where
-        the file does not say. The parts are built without memory of their own and take the file's mapped tensors.
+        the file does not say. fast: its few-step form, see `few_steps`. The parts are built without memory of their own
+        and take the file's mapped tensors.
         Raises UserError that says what is wrong and what to do.
         """
         path = bundled_model() if name is None else resolve(name, variant)
+        path = fast_form(path) if fast else path
+        if few_steps := read_few_steps(path):
+            how: dict[str, Any] = {"variant": variant, "prediction_type": prediction_type}
+            return cls.load(few_steps.model, **how)._in_few_steps(few_steps).to(device, torch_dtype)
         checkpoint = read_checkpoint(path, variant, prediction_type)
         kind = _network_of(checkpoint, path)
         for part in (kind.component, "vae", "scheduler"):
@@ -128,6 +135,19 @@ class System:
         )
         system.check(path)
         return system.to(device, torch_dtype)
+
+    def _in_few_steps(self, form: FewSteps) -> "System":
+        """Return the student that a few-step form makes of this model."""
+        form.merge(self.network, self.text.modules)
+        weights = {name: each.float() for name, each in self.network.state_dict().items()}
+        found = fingerprint({form.folder.name: torch.zeros(0), **weights})
+        digest = f"{self.fingerprint} {found} {json.dumps(form.scheduler.to_dict(), sort_keys=True)}"
+        return replace(
+            self,
+            scheduler=form.scheduler,
+            options={**self.options, **form.options},
+            fingerprint=hashlib.sha256(digest.encode()).hexdigest()[:10],
+        )
 
     def check(self, path: str | Path) -> None:
         """Raise UserError where the parts do not belong together."""

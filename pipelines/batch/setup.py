@@ -45,6 +45,7 @@ class Setup:
     device: str | None = None
     variant: str | None = None
     prediction_type: str | None = None
+    fast: bool = False
     low_memory: LowMemory | None = None
     backend: Backend = "torch"
     quantization: Quantization | None = None

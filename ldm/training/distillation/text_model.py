@@ -1,7 +1,6 @@
 """A text-to-image model that is distilled: its whole U-Net, or a LoRA beside it (LCM-LoRA, Luo et al. 2023)."""
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.folder import write_component
 from ldm.condition import Condition
 from ldm.diffusion.process import Discrete, Process
 from ldm.errors import UserError
-from ldm.files import write_bytes, write_text
+from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
 from ldm.pictures import png
 from ldm.system import System
+from ldm.system.few_steps import write_few_steps
 from ldm.training.bounds import refuse_outside
 from ldm.training.data.conditions import Conditions
 from ldm.training.data.kinds import Data
@@ -25,7 +24,7 @@ from ldm.training.data.latents import LatentBatch
 from ldm.training.distillation.taught import Taught, validation_sheets
 from ldm.training.distributed import BatchGenerator
 from ldm.training.drawing import ValidationConfig
-from ldm.training.start import check_channels, starting_system
+from ldm.training.start import BUNDLED, check_channels, starting_system
 from ldm.training.trainable.lora import TrainLoRA
 from ldm.training.trainable.model import TrainableModel
 from ldm.training.trainable.unet import TrainUNet
@@ -164,9 +163,9 @@ class TaughtTextToImage(Taught):
         system = self._student(student, process, steps, scale)
         self.config.train.export(student, system, folder, {"config": config})
         if isinstance(self.config.train, TrainLoRA):
-            write_component(folder, "scheduler", process.to_dict())
-            few: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale}
-            write_text(folder / "few_steps.json", json.dumps(few, indent=2) + "\n")
+            base = self.config.base
+            base = base if base == BUNDLED or not Path(base).exists() else str(Path(base).resolve())
+            write_few_steps(folder, base, process.to_dict(), system.options)
 
     def notes(self) -> list[str]:
         return self.source.notes() + self.conditions.notes()

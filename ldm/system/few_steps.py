@@ -1,0 +1,91 @@
+"""The few-step form of a model: a LoRA that makes of it a student of few steps, in a folder beside the model's parts.
+
+    MODEL/fast/pytorch_lora_weights.safetensors   as distillation writes it; diffusers loads it as any LoRA
+    MODEL/fast/scheduler/scheduler_config.json    what the student is drawn with
+    MODEL/fast/few_steps.json                     its base, and its numbers of steps and of guidance
+
+Such a folder is a model itself, wherever a model is named.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ldm.checkpoints.folder import read_json, write_component
+from ldm.checkpoints.lora import read_lora_file
+from ldm.diffusion.scheduler_config import SchedulerConfig
+from ldm.errors import UserError
+from ldm.files import write_text
+from ldm.models.denoising import DenoisingNetwork
+from ldm.models.lora import LoRA
+
+FOLDER, FILE, BUNDLED = "fast", "few_steps.json", "bundled"
+_DEFAULTS = ("num_inference_steps", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """What a few-step form's folder says.
+
+    base: the model that its LoRA is for: a path, from this folder on (".." is the model whose part it is), a hub id, or
+        "bundled".
+    options: the entries of model_index.json that it sets.
+    """
+
+    folder: Path
+    base: str
+    scheduler: SchedulerConfig
+    options: Mapping[str, Any]
+
+    @property
+    def model(self) -> Path | str | None:
+        """The base as a path or, where there is no such path, a hub id; None for the bundled model."""
+        if self.base == BUNDLED:
+            return None
+        place = self.folder / self.base
+        return place.resolve() if place.exists() else self.base
+
+    def merge(self, network: DenoisingNetwork, others: Mapping[str, nn.Module]) -> None:
+        """Make the student of its teacher, for good, in the precision that its weights have. Raises UserError."""
+        networks = {network.component: network, **others}
+        found = read_lora_file(self.folder, networks, network.config.to_diffusers())
+        if not found.adapters:
+            raise UserError(f"{self.folder} holds no LoRA")
+        for part, weights in found.adapters.items():
+            LoRA.from_weights(networks[part], weights).fuse()
+
+
+def fast_form(path: Path) -> Path:
+    """Return the folder of a model's few-step form. Raises UserError where it has none."""
+    place = path / FOLDER
+    if not (place / FILE).is_file():
+        raise UserError(
+            f"{path} has no few-step form ({FOLDER}/{FILE}): leave fast out, or distil one (docs/training.md)"
+        )
+    return place
+
+
+def read_few_steps(path: Path) -> FewSteps | None:
+    """Read what a folder says of a few-step form; None where it is none. Raises UserError."""
+    if not path.is_dir() or not (path / FILE).is_file():
+        return None
+    said = read_json(path / FILE)
+    base = said.get("base", "..")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path / FILE}: base is {base!r:.60}: name the model that it is for")
+    where = path / "scheduler" / "scheduler_config.json"
+    scheduler = SchedulerConfig.from_dict(read_json(where), str(where))
+    return FewSteps(path, base, scheduler, {name: said[name] for name in _DEFAULTS if name in said})
+
+
+def write_few_steps(
+    folder: Path, base: str, scheduler: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Write what makes a model of a folder with a LoRA; see `FewSteps`."""
+    write_component(folder, "scheduler", scheduler)
+    chosen = {name: options[name] for name in _DEFAULTS if name in options}
+    write_text(folder / FILE, json.dumps({"base": base, **chosen}, indent=2) + "\n")
