@@ -66,8 +66,8 @@ class TaughtPlain(Taught):
         factor = 1 if autoencoder is None else autoencoder.config.factor
         check_sides(where, config.data, config.crop, examples.side, factor)
         self.source = PlainSource(examples, config.condition, autoencoder, config.crop)
-        self._check_fits(where)
         self.teacher = self.system.network
+        self._check_fits(where)
         self.student: nn.Module = copy.deepcopy(self.teacher)
         thaw(self.student)
 
