@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
+from ldm.diffusion.edm_processes import EDMConfig
 from ldm.diffusion.losses import LossConfig, prediction_loss
 from ldm.diffusion.process import DDPMConfig
 from ldm.diffusion.score_processes import NCSNConfig, SubVPConfig, VEConfig, VPConfig
@@ -57,7 +58,8 @@ class Config:
     data: what it learns from, of a kind: digits, toys, pictures (from disk), or one's own.
     network: of a kind: unet2d, unet (with cross-attention), or points. Its channels, its side and its classes are
         those of the data.
-    process: of a kind: ddpm, in discrete steps; vp, subvp and ve, in continuous time; ncsn, on a ladder of levels.
+    process: of a kind: ddpm, in discrete steps; vp, subvp and ve, in continuous time; ncsn, on a ladder of levels; edm,
+        whose paper's loss is weighting unit.
     condition: what it is told, of a kind: nothing, labels, semantic_map, low_resolution, or blurred.
     autoencoder: a folder that holds a first stage, for a model of its latents; None for one of pixels.
     crop: training sees squares of so many pixels, at random; None for whole pictures.
@@ -66,7 +68,9 @@ class Config:
 
     data: Data
     network: UNet2DSettings | UNetSettings | PointSettings = field(default_factory=UNet2DSettings)
-    process: DDPMConfig | VPConfig | SubVPConfig | VEConfig | NCSNConfig = field(default_factory=DDPMConfig)
+    process: DDPMConfig | VPConfig | SubVPConfig | VEConfig | NCSNConfig | EDMConfig = field(
+        default_factory=DDPMConfig
+    )
     condition: Nothing | Labels | SemanticMap | SmallPicture | BlurredPicture = field(default_factory=Nothing)
     autoencoder: str | None = None
     loss: LossConfig = field(default_factory=LossConfig)
