@@ -9,7 +9,7 @@ whole all the same, as diffusers does. History lives in local variables: nothing
 many runs may stand side by side. `driver.sample` runs one.
 
 With h = log(sigma / sigma_next), the step in log-SNR, "DPM-Solver++" (Lu et al. 2022, arXiv:2211.01095)
-moves x towards an estimate d of x0 by exactly the line of `_step`; the methods differ in d alone.
+moves x towards an estimate d of x0 by exactly the line of `straight_step`; the methods differ in d alone.
 """
 
 import math
@@ -20,6 +20,7 @@ from typing import Literal
 from torch import Tensor
 
 from ldm.diffusion import parameterization
+from ldm.diffusion.parameterization import per_image
 
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Steps = Generator[tuple[Tensor, float], Tensor, Tensor]
@@ -36,9 +37,10 @@ def _whole(sigmas: Sequence[float]) -> range:
     return range(len(sigmas) - 1)
 
 
-def _step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """Go from sigma to sigma_next on the straight line from x to x0."""
-    return x0 + (x - x0) * (sigma_next / sigma)
+def straight_step(x: Tensor, x0: Tensor, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
+    """Go from sigma to sigma_next, one for all images or one each, (B,), on the straight line from x to x0: DDIM."""
+    ratio = sigma_next / sigma
+    return x0 + (x - x0) * (per_image(ratio, x) if isinstance(ratio, Tensor) else ratio)
 
 
 def _split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
@@ -59,7 +61,7 @@ def euler(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, span: range | 
     """Sample by Euler's method (Karras et al. 2022, algorithm 1 without the second order); DDIM with eta 0."""
     for _, sigma, sigma_next in walk(sigmas, span):
         x0 = yield x, sigma
-        x = _step(x, x0, sigma, sigma_next)
+        x = straight_step(x, x0, sigma, sigma_next)
     return x
 
 
@@ -161,12 +163,12 @@ def heun(
     """
     for _, sigma, sigma_next in walk(sigmas, span):
         x0 = yield x, sigma
-        trial = _step(x, x0, sigma, sigma_next)
+        trial = straight_step(x, x0, sigma, sigma_next)
         if sigma_next > 0:
             slope = (x - x0) / sigma
             x0_next = yield trial, sigma_next
             if long_steps and sigma > 2 * sigma_next:
-                trial = _step(x, (x0 + x0_next) / 2, sigma, sigma_next)
+                trial = straight_step(x, (x0 + x0_next) / 2, sigma, sigma_next)
             else:
                 trial = x + (slope + (trial - x0_next) / sigma_next) * ((sigma_next - sigma) / 2)
         x = trial
@@ -261,7 +263,7 @@ def dpmpp_2s(
     i = chosen.start
     while i < chosen.stop:
         x0 = yield x, sigmas[i]
-        between = _step(x, x0, sigmas[i], sigmas[i + 1])
+        between = straight_step(x, x0, sigmas[i], sigmas[i + 1])
         # Pairs are those of the whole: a run that begins or ends inside one takes half of it, in first order.
         if i % 2 or i + 1 == chosen.stop or (i + 2 == last and lower_order_final):
             x, i = between, i + 1
@@ -269,7 +271,7 @@ def dpmpp_2s(
         x0_between = yield between, sigmas[i + 1]
         h, h_between = math.log(sigmas[i] / sigmas[i + 2]), math.log(sigmas[i] / sigmas[i + 1])
         d = x0 + (x0_between - x0) * (h / (2 * h_between))
-        x, i = _step(x, d, sigmas[i], sigmas[i + 2]), i + 2
+        x, i = straight_step(x, d, sigmas[i], sigmas[i + 2]), i + 2
     return x
 
 
@@ -292,11 +294,11 @@ def dpmpp_sde(
         middle = math.sqrt(sigma * sigma_next)
         down, up = _split(sigma, middle, eta)
         z = noise()
-        x0 = yield _step(x, x0, sigma, down) + z * up, middle
+        x0 = yield straight_step(x, x0, sigma, down) + z * up, middle
         down, up = _split(sigma, sigma_next, eta)
         share = (sigma - middle) / (sigma - sigma_next)
         z = z * math.sqrt(share) + noise() * math.sqrt(1 - share)
-        x = _step(x, x0, sigma, down) + z * up
+        x = straight_step(x, x0, sigma, down) + z * up
     return x
 
 
@@ -317,12 +319,14 @@ def unipc(
     for i, sigma, sigma_next in walk(sigmas, span):
         x0 = yield x, sigma
         if history:
-            x = _step(start, _unic(x0, history, sigmas[i - len(history) : i + 1]), sigmas[i - 1], sigma)
+            x = straight_step(
+                start, _unic(x0, history, sigmas[i - len(history) : i + 1]), sigmas[i - 1], sigma
+            )
         history = [x0, *history[:1]]
         start, d = x, x0
         if len(history) > 1 and sigma_next > 0 and not (i == last and lower_order_final):
             d = _extrapolate(*history, math.log(sigma / sigma_next), math.log(sigmas[i - 1] / sigma))
-        x = _step(x, d, sigma, sigma_next)
+        x = straight_step(x, d, sigma, sigma_next)
     return x
 
 
@@ -365,7 +369,7 @@ def pndm(
         mean = sum(weight * each for weight, each in zip(weights, outputs, strict=True))
         assert isinstance(mean, Tensor)
         x0 = parameterization.x0_from(prediction_type, mean, x, x.new_full((1,), sigma))
-        return _step(x, x0, sigma, sigma_next)
+        return straight_step(x, x0, sigma, sigma_next)
 
     history: list[Tensor] = []
     for i, sigma, sigma_next in walk(sigmas, span):

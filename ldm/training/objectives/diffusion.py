@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ldm.condition import Condition
 from ldm.diffusion.edm_processes import EDMConfig
 from ldm.diffusion.losses import LossConfig, prediction_loss
 from ldm.diffusion.process import DDPMConfig
@@ -16,16 +14,14 @@ from ldm.diffusion.score_processes import NCSNConfig, SubVPConfig, VEConfig, VPC
 from ldm.errors import UserError
 from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
-from ldm.pictures import grid, png, scatter, to_pil, to_unit_range
-from ldm.sampling import Guidance
-from ldm.sampling.plain import draw, prepare
+from ldm.pictures import png
 from ldm.system.plain import PlainSystem
 from ldm.training.bounds import refuse_outside
 from ldm.training.data.arrays import DigitsConfig, ToysConfig
 from ldm.training.data.examples import Batch
 from ldm.training.data.kinds import Data
-from ldm.training.data.latents import encode
 from ldm.training.data.on_disk import PicturesConfig
+from ldm.training.data.plain import PlainSource
 from ldm.training.data.told import BlurredPicture, Labels, Nothing, SemanticMap, SmallPicture
 from ldm.training.distributed import BatchGenerator
 from ldm.training.networks import PointSettings, UNet2DSettings, UNetSettings
@@ -33,12 +29,7 @@ from ldm.training.noising import noised_batch
 from ldm.training.reconstruction import check_sides
 from ldm.training.start import load_autoencoder
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 BROUGHT = (DigitsConfig, ToysConfig, PicturesConfig)  # the kinds of data that come with this objective
-_AT_ONCE = 64
-_SEEN = 64  # pixels along the side of a picture that is seen
 
 
 @dataclass(frozen=True)
@@ -130,6 +121,7 @@ class Objective:
         if folder and not Path(folder).is_dir():
             raise UserError(f"diffusion.autoencoder: there is no folder {folder}: give one that holds a vae")
         self.autoencoder = load_autoencoder(Path(folder)) if folder else None
+        self.source = PlainSource(self.examples, config.condition, self.autoencoder, config.crop)
         process = config.process.process()
         self.schedule = process.schedule
         self.system = PlainSystem(
@@ -146,7 +138,7 @@ class Objective:
         config = self.config
         factor = 1 if self.autoencoder is None else self.autoencoder.config.factor
         check_sides("diffusion", config.data, config.crop, self.examples.side, factor)
-        channels, height, width = self._clean(self.examples.whole(0, 1)).shape[1:]
+        channels, height, width = self.source.clean(self.examples.whole(0, 1)).shape[1:]
         if height != width:
             raise UserError(
                 f"diffusion.data gives {width}x{height}, and squares are learned: set diffusion.crop"
@@ -166,7 +158,7 @@ class Objective:
 
     def _check_network(self) -> None:
         """Raise UserError, before anything is trained, for what would fail at the first step or at a validation."""
-        told = self._told(self.examples.cuts(0, 1), torch.zeros(1, dtype=torch.bool))
+        told = self.source.told(self.examples.cuts(0, 1), self.system.shape[-1])
         told.require(self.system.wants, "diffusion.network")
 
     def prepare(self, device: torch.device, batch_size: int) -> None:
@@ -188,7 +180,7 @@ class Objective:
         device, loss, process = next(model.parameters()).device, self.config.loss, self.system.process
         batch = batch.to(device)
         noised = noised_batch(
-            self._clean(batch),
+            self.source.clean(batch),
             rng,
             self.schedule,
             device,
@@ -196,49 +188,21 @@ class Objective:
             offset_noise=loss.offset_noise,
             input_perturbation=loss.input_perturbation,
         )
-        told = self._told(batch, dropped)
+        told = self.source.told(batch, self.system.shape[-1], dropped)
         output = model(noised.sample(process.prediction_type), noised.timestep.float(), told)
         return prediction_loss(output, noised, self.schedule, process.prediction_type, loss)
-
-    def _told(self, batch: Batch, dropped: Tensor) -> Condition:
-        side = self.system.shape[-1]
-        return self.config.condition.condition(batch, dropped, self.examples, side)
-
-    def _centre(self, start: int, size: int) -> Batch:
-        """Pictures that are held out: of the size that is trained on, cut from their middles."""
-        batch, side = self.examples.whole(start, size), self.config.crop
-        if side is None:
-            return batch
-        top, left = ((each - side) // 2 for each in batch.pictures.shape[2:])
-        cut = slice(top, top + side), slice(left, left + side)
-        maps = None if batch.maps is None else batch.maps[:, *cut]
-        return replace(batch, pictures=batch.pictures[:, :, *cut], maps=maps)
-
-    def _clean(self, batch: Batch) -> Tensor:
-        """What is denoised: the pictures (B, C, h, w), or their latents."""
-        if self.autoencoder is None:
-            return batch.pictures
-        return encode(self.autoencoder, batch.pictures, torch.float32).mean
 
     @torch.no_grad()
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
         """Return the loss on pictures never trained on, at the same noise each time; draw some."""
         assert isinstance(model, DenoisingNetwork)
         system, shown = replace(self.system, network=model), self.config.validation
-        losses = []
-        for start in range(0, self.examples.held_out, _AT_ONCE):
-            size = min(_AT_ONCE, self.examples.held_out - start)
-            rng = BatchGenerator(start, size, slice(None))
-            batch, dropped = self._centre(start, size), torch.zeros(size, dtype=torch.bool)
-            losses.append(self._losses(model, batch, rng, dropped))
-        batch = self._centre(0, shown.pictures)
-        if batch.labels is not None and self.system.labels:
-            turns = torch.arange(shown.pictures) % len(self.system.labels)
-            batch = replace(batch, labels=turns)
-        told = self._told(batch, torch.zeros(len(batch.pictures), dtype=torch.bool))
-        guidance = Guidance(shown.guidance)
-        request = prepare(system, self.drawing, told, range(len(batch.pictures)), guidance)
-        write_bytes(folder / f"drawn-{seen:08d}.png", png(_sheet(draw(system, request))))
+        losses = [
+            self._losses(model, batch, rng, torch.zeros(rng.size, dtype=torch.bool))
+            for batch, rng in self.source.held_out()
+        ]
+        drawn = self.source.drawn(system, self.drawing, shown.pictures, shown.guidance)
+        write_bytes(folder / f"drawn-{seen:08d}.png", png(drawn))
         return {"held_out_loss": float(torch.cat(losses).mean())} if losses else {}
 
     def notes(self) -> list[str]:
@@ -248,12 +212,3 @@ class Objective:
         """Write a folder that `PlainSystem.load` reads: unet, scheduler, the classes' names, and the vae if any."""
         assert isinstance(model, DenoisingNetwork)
         replace(self.system, network=model).save(folder)
-
-
-def _sheet(drawn: Tensor) -> "Image":
-    """A sheet of pictures, those that are small enlarged so that they can be seen; of points where they lie."""
-    side = drawn.shape[-1]
-    if side == 1:
-        return scatter(drawn)
-    larger = to_unit_range(drawn).repeat_interleave(max(1, _SEEN // side), 2)
-    return grid(to_pil(larger.repeat_interleave(max(1, _SEEN // side), 3)), min(10, len(drawn)))

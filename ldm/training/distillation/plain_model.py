@@ -1,0 +1,148 @@
+"""A model without text that is distilled: of pixels, points or latents, of classes or of none."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm.condition import Condition
+from ldm.diffusion.process import Process
+from ldm.errors import UserError
+from ldm.files import write_bytes
+from ldm.models.denoising import DenoisingNetwork
+from ldm.pictures import png
+from ldm.system.plain import PlainSystem
+from ldm.training.bounds import refuse_outside
+from ldm.training.data.examples import Batch
+from ldm.training.data.kinds import Data
+from ldm.training.data.plain import PlainSource
+from ldm.training.data.told import BlurredPicture, Labels, Nothing, SemanticMap, SmallPicture
+from ldm.training.distillation.taught import Taught, validation_sheets
+from ldm.training.distributed import BatchGenerator
+from ldm.training.reconstruction import check_sides
+from ldm.training.trainable.model import thaw
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """A model without text, as the objective `diffusion` trains it.
+
+    base: its folder. data, condition, crop: see the settings of `ldm.training.objectives.diffusion`.
+    pictures: how many validation draws.
+    """
+
+    kind: ClassVar[str] = "plain"
+
+    base: str
+    data: Data
+    condition: Nothing | Labels | SemanticMap | SmallPicture | BlurredPicture = field(default_factory=Nothing)
+    crop: int | None = None
+    pictures: int = 60
+
+    def check(self, where: str) -> None:
+        """Raise UserError for settings that can't be."""
+        refuse_outside(where, self, ("pictures", "crop"), 1)
+        self.data.check(f"{where}.data")
+
+    def open(self, where: str) -> "TaughtPlain":
+        """Load it. Raises UserError."""
+        return TaughtPlain(self, where)
+
+
+class TaughtPlain(Taught):
+    """See `Taught`."""
+
+    def __init__(self, config: PlainModel, where: str):
+        if not Path(config.base).is_dir():
+            raise UserError(f"{where}.base: there is no folder {config.base}: give one of a trained model")
+        self.config, self.system = config, PlainSystem.load(config.base)
+        autoencoder = self.system.autoencoder
+        examples = config.data.examples(f"{where}.data", config.crop, config.pictures)
+        config.condition.check(f"{where}.condition", examples)
+        factor = 1 if autoencoder is None else autoencoder.config.factor
+        check_sides(where, config.data, config.crop, examples.side, factor)
+        self.source = PlainSource(examples, config.condition, autoencoder, config.crop)
+        self._check_fits(where)
+        self.teacher = self.system.network
+        self.student: nn.Module = copy.deepcopy(self.teacher)
+        thaw(self.student)
+
+    def _check_fits(self, where: str) -> None:
+        """Raise UserError where the data are of other sides or conditions than the model's."""
+        batch, shape = self.source.examples.cuts(0, 1), self.system.shape
+        found = tuple(self.source.clean(batch).shape[1:])
+        if found != shape:
+            raise UserError(
+                f"{where}.data gives {found} of channels, height and width, and {self.config.base} is of {shape}"
+            )
+        self.told(batch, BatchGenerator(0, 1, slice(None))).require(self.system.wants, self.config.base)
+        names = self.config.condition.names(self.source.examples)
+        if names and names != self.system.labels:
+            raise UserError(f"{where}.data has other classes than {self.config.base}")
+
+    @property
+    def process(self) -> Process:
+        return self.system.process
+
+    @property
+    def wants(self) -> Mapping[str, int]:
+        return self.system.wants
+
+    def prepare(self, device: torch.device, batch_size: int) -> None:
+        for each in (self.teacher, *self.helpers().values()):
+            each.to(device)
+
+    def helpers(self) -> Mapping[str, nn.Module]:
+        return {} if self.system.autoencoder is None else {"vae": self.system.autoencoder}
+
+    def batch(self, start: int, size: int, rows: slice) -> Batch:
+        return self.source.examples.cuts(start, size, rows)
+
+    def clean(self, batch: Batch) -> Tensor:
+        return self.source.clean(batch.to(self.teacher.device))
+
+    def told(self, batch: Batch, rng: BatchGenerator) -> Condition:
+        return self.source.told(batch.to(self.teacher.device), self.system.shape[-1])
+
+    def without(self, condition: Condition) -> Condition:
+        return self.system.without(condition)
+
+    def call(self, module: nn.Module, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        return module(x, timestep, condition)
+
+    def mean(self, batch: Batch, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return losses.mean(), {}
+
+    def _student(self, student: nn.Module, process: Process, steps: int) -> PlainSystem:
+        assert isinstance(student, DenoisingNetwork)
+        options = {**self.system.options, "num_inference_steps": steps, "guidance_scale": 1.0}
+        return replace(self.system, network=student, process=process, options=options)
+
+    def validate(
+        self,
+        student: nn.Module,
+        process: Process,
+        steps: Sequence[int],
+        scale: float,
+        folder: Path,
+        seen: int,
+    ) -> None:
+        system = self._student(student, process, steps[-1])
+
+        def drawn(count: int) -> bytes:
+            return png(self.source.drawn(system, process.plan(count), self.config.pictures, 1.0))
+
+        for name, sheet in validation_sheets(drawn, steps, seen):
+            write_bytes(folder / name, sheet)
+
+    def export(
+        self, student: nn.Module, process: Process, steps: int, scale: float, folder: Path, config: str
+    ) -> None:
+        self._student(student, process, steps).save(folder)
+
+    def notes(self) -> list[str]:
+        return self.source.examples.notes()

@@ -1,0 +1,180 @@
+"""A text-to-image model that is distilled: its whole U-Net, or a LoRA beside it (LCM-LoRA, Luo et al. 2023)."""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints.folder import write_component
+from ldm.condition import Condition
+from ldm.diffusion.process import Discrete, Process
+from ldm.errors import UserError
+from ldm.files import write_bytes, write_text
+from ldm.models.denoising import DenoisingNetwork
+from ldm.pictures import png
+from ldm.system import System
+from ldm.training.bounds import refuse_outside
+from ldm.training.data.conditions import Conditions
+from ldm.training.data.kinds import Data
+from ldm.training.data.latents import LatentBatch
+from ldm.training.distillation.taught import Taught, validation_sheets
+from ldm.training.distributed import BatchGenerator
+from ldm.training.drawing import ValidationConfig
+from ldm.training.start import check_channels, starting_system
+from ldm.training.trainable.lora import TrainLoRA
+from ldm.training.trainable.model import TrainableModel
+from ldm.training.trainable.unet import TrainUNet
+
+
+@dataclass(frozen=True)
+class TextToImageModel:
+    """A text-to-image model, and what its student is.
+
+    base, variant, data, caption_windows: see the settings of `ldm.training.objectives.text_to_image`.
+    train: of a kind: the whole `unet`, or a `lora` beside it.
+    teaching: the precision in which the teacher computes.
+    prompts, seeds: what validation draws.
+    """
+
+    kind: ClassVar[str] = "text_to_image"
+
+    base: str
+    data: Data
+    variant: str | None = None
+    train: TrainUNet | TrainLoRA = field(default_factory=TrainUNet)
+    teaching: Literal["float32", "bfloat16", "float16"] = "float32"
+    caption_windows: int = 1
+    prompts: tuple[str, ...] = ()
+    seeds: int = 2
+
+    def check(self, where: str) -> None:
+        """Raise UserError for settings that can't be."""
+        refuse_outside(where, self, ("caption_windows", "seeds"), 1)
+        if self.train.text_encoder:
+            raise UserError(
+                f"{where}.train.text_encoder: a student has its teacher's text encoder: leave it out"
+            )
+        self.train.check_data(self.data.conditioned, prior=False)
+        self.data.check(f"{where}.data")
+
+    def open(self, where: str) -> "TaughtTextToImage":
+        """Load it. Raises UserError."""
+        return TaughtTextToImage(self, where)
+
+
+class TaughtTextToImage(Taught):
+    """See `Taught`."""
+
+    def __init__(self, config: TextToImageModel, where: str):
+        self.config = config
+        self.system = starting_system(config.base, config.variant, {}, torch.float32, False, False)
+        check_channels(self.system, variance=False, inpainting=False)
+        self.teacher = _apart(self.system.network).to(getattr(torch, config.teaching))
+        self.source = config.data.latents(f"{where}.data", self.system, False)
+        self.trained = config.train.model(self.system)
+        self.student: nn.Module = self.trained
+        self.conditions = Conditions(self.system.text, config.caption_windows, config.data.text_cache)
+
+    @property
+    def process(self) -> Process:
+        return Discrete(self.system.scheduler)
+
+    @property
+    def wants(self) -> Mapping[str, int]:
+        return replace(self.system, network=self.teacher).wants
+
+    @property
+    def student_wants(self) -> Mapping[str, int]:
+        return self.system.wants
+
+    def prepare(self, device: torch.device, batch_size: int) -> None:
+        for each in (self.teacher, *self.system.modules().values()):
+            each.to(device)
+        self.source.prepare(batch_size)
+        self.conditions.prepare(self.source.captions)
+
+    def helpers(self) -> Mapping[str, nn.Module]:
+        modules = self.system.modules()
+        return {name: each for name, each in modules.items() if name != self.trained.component}
+
+    def batch(self, start: int, size: int, rows: slice) -> LatentBatch:
+        return self.source.read(start, size, rows)
+
+    def clean(self, batch: LatentBatch) -> Tensor:
+        return batch.latents.to(self.teacher.device)
+
+    def told(self, batch: LatentBatch, rng: BatchGenerator) -> Condition:
+        captions = batch.draw_captions(rng)
+        return self._condition(captions, torch.zeros(len(captions), dtype=torch.bool), batch.time_ids)
+
+    def without(self, condition: Condition) -> Condition:
+        rows = condition.rows
+        times = torch.zeros(1, 6) if condition.time_ids is None else condition.time_ids[:1]
+        nothing = self._condition([""], torch.ones(1, dtype=torch.bool), times)
+        nothing = nothing.map(lambda part: part.expand(rows, *part.shape[1:]))
+        return nothing if condition.time_ids is None else replace(nothing, time_ids=condition.time_ids)
+
+    def _condition(self, captions: list[str], dropped: Tensor, time_ids: Tensor) -> Condition:
+        device = self.teacher.device
+        with torch.no_grad():
+            text = self.conditions(captions, dropped).to(device)
+        return self.system.condition(text, time_ids.to(device))
+
+    def call(self, module: nn.Module, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        return module(x, timestep, lambda: condition)
+
+    def mean(self, batch: LatentBatch, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return batch.mean(losses)
+
+    def _student(self, student: nn.Module, process: Process, steps: int, scale: float) -> System:
+        assert isinstance(student, TrainableModel) and isinstance(process, Discrete)
+        options = {**self.system.options, "num_inference_steps": steps, "guidance_scale": scale}
+        return replace(student.within(self.system), scheduler=process.scheduler, options=options)
+
+    def validate(
+        self,
+        student: nn.Module,
+        process: Process,
+        steps: Sequence[int],
+        scale: float,
+        folder: Path,
+        seen: int,
+    ) -> None:
+        if not self.config.prompts:
+            return
+        system = self._student(student, process, steps[-1], scale)
+
+        def drawn(count: int) -> bytes:
+            shown = ValidationConfig(self.config.prompts, self.config.seeds, count, scale)
+            return png(shown.draw(system, self.source.resolution))
+
+        for name, sheet in validation_sheets(drawn, steps, seen):
+            write_bytes(folder / name, sheet)
+
+    def export(
+        self, student: nn.Module, process: Process, steps: int, scale: float, folder: Path, config: str
+    ) -> None:
+        """Write a diffusers folder in float16; or a LoRA's file and, beside it, how it is drawn with."""
+        assert isinstance(student, TrainableModel)
+        system = self._student(student, process, steps, scale)
+        self.config.train.export(student, system, folder, {"config": config})
+        if isinstance(self.config.train, TrainLoRA):
+            write_component(folder, "scheduler", process.to_dict())
+            few: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale}
+            write_text(folder / "few_steps.json", json.dumps(few, indent=2) + "\n")
+
+    def notes(self) -> list[str]:
+        return self.source.notes() + self.conditions.notes()
+
+
+def _apart(network: DenoisingNetwork) -> DenoisingNetwork:
+    """Return the same network as modules of its own on the same frozen weights: adapters of one are not the other's."""
+    memo: dict[int, Any] = {
+        id(each): nn.Parameter(each.detach(), requires_grad=False) for each in network.parameters()
+    }
+    return copy.deepcopy(network, memo).eval()
