@@ -14,40 +14,45 @@ PICTURES = 400_000
 
 def test_growing_levels_are_those_of_the_first_paper():
     """From N(0) = ceil(s0 - 1) + 1 = s0 to N(K) = ceil(s1 + 1 - 1) + 1 = s1 + 1 (app. C); mu0 at the first."""
-    each = Growing(start=2, end=150, decay=0.9)
-    counts = [each.count(seen, PICTURES) for seen in range(0, PICTURES + 1, 1000)]
+    each = Growing(PICTURES, start=2, end=150, decay=0.9)
+    counts = [each.count(seen) for seen in range(0, PICTURES + 1, 1000)]
     assert counts[0] == 2 and counts[-1] == 151 and counts == sorted(counts)
-    assert each.count(2 * PICTURES, PICTURES) == 151  # a run that goes on
+    assert each.count(2 * PICTURES) == 151  # a run that goes on
     # Half of the way: sqrt((151^2 - 4) / 2 + 4) = 106.78
-    assert each.count(PICTURES // 2, PICTURES) == 107
-    assert each.target_decay(0, PICTURES) == pytest.approx(0.9)
-    assert each.target_decay(PICTURES, PICTURES) == pytest.approx(0.9 ** (2 / 151))
-    assert Growing(decay=0.0).target_decay(5, PICTURES) == 0
+    assert each.count(PICTURES // 2) == 107
+    assert each.target_decay(0) == pytest.approx(0.9)
+    assert each.target_decay(PICTURES) == pytest.approx(0.9 ** (2 / 151))
+    assert Growing(PICTURES, decay=0.0).target_decay(5) == 0
 
 
 def test_doubling_levels_are_those_of_the_second_paper():
     """10, 20, ... 1280 steps, an eighth of the training each (table 1: s0 = 10, s1 = 1280)."""
-    each = Doubling()
+    each = Doubling(PICTURES)
     stage = PICTURES // 8
     for number in range(8):
         for seen in (number * stage, (number + 1) * stage - 1):
-            assert each.count(seen, PICTURES) == 10 * 2**number + 1
-    assert each.count(PICTURES, PICTURES) == 1281 and each.target_decay(3, PICTURES) == 0
+            assert each.count(seen) == 10 * 2**number + 1
+    assert each.count(PICTURES) == 1281 and each.target_decay(3) == 0
     # An end that is no power of two times the start: floor(log2(floor(150 / 20)) + 1 = 3.8 stages.
-    odd = Doubling(20, 150)
+    odd = Doubling(PICTURES, 20, 150)
     stage = math.floor(PICTURES / (math.log2(7) + 1))
-    assert [odd.count(k * stage, PICTURES) for k in range(4)] == [21, 41, 81, 151]
+    assert [odd.count(k * stage) for k in range(4)] == [21, 41, 81, 151]
 
 
 def test_fixed_levels_stay():
     each = Fixed(18, 0.95)
-    assert each.count(0, PICTURES) == each.count(PICTURES, PICTURES) == 18
-    assert each.target_decay(7, PICTURES) == 0.95
+    assert each.count(0) == each.count(PICTURES) == 18
+    assert each.target_decay(7) == 0.95
 
 
 @pytest.mark.parametrize(
     ("each", "said"),
-    [(Fixed(1), "levels"), (Fixed(18, 1.0), "decay"), (Growing(5, 4), "start"), (Doubling(0, 4), "start")],
+    [
+        (Fixed(1), "levels"),
+        (Fixed(18, 1.0), "decay"),
+        (Growing(9, 5, 4), "start"),
+        (Doubling(9, 0, 4), "start"),
+    ],
 )
 def test_curricula_that_can_not_be_get_a_line(each: Fixed | Growing | Doubling, said: str):
     with pytest.raises(UserError, match=said):

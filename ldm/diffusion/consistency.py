@@ -2,10 +2,11 @@
 
 Song et al. 2023, arXiv:2303.01469 ("the first paper"), and Song & Dhariwal 2023, arXiv:2310.14189 ("the second").
 Noise levels are sigma_1 = eps < ... < sigma_N = T; a network learns to put out the same at the two ends of a step
-between neighbours. Training counts pictures, `seen`, where the papers count steps k of K: a run of `pictures` in all.
+between neighbours. Training counts pictures, `seen`, where the papers count steps k of K.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,14 +35,21 @@ class Fixed:
     decay: float = 0.0
 
     def check(self, where: str) -> None:
-        _check_levels(where, self.levels)
+        """Raise UserError for values that can't be."""
+        if self.levels < 2:
+            raise UserError(f"{where}.levels must be at least 2, not {self.levels}")
         _check_decay(where, self.decay)
 
-    def count(self, seen: int, pictures: int) -> int:
-        """Return N when so many of the pictures were seen."""
+    @property
+    def last(self) -> int:
+        """N at the end."""
         return self.levels
 
-    def target_decay(self, seen: int, pictures: int) -> float:
+    def count(self, seen: int) -> int:
+        """Return N when so many pictures were seen."""
+        return self.levels
+
+    def target_decay(self, seen: int) -> float:
         """Return mu, of the moving average that the target is; 0 is the student itself."""
         return self.decay
 
@@ -50,53 +58,65 @@ class Fixed:
 class Growing:
     """N that grows as the square root of the time, and mu with it (the first paper, app. C).
 
-    start, end: s0 and s1, the steps at first and last. decay: mu0, at the first N.
+    pictures: K, after which it grows no more. start, end: s0 and s1, the steps at first and last. decay: mu0, at the
+    first N.
     """
 
     kind: ClassVar[str] = "growing"
 
+    pictures: int
     start: int = 2
     end: int = 150
     decay: float = 0.9
 
     def check(self, where: str) -> None:
-        _check_range(where, self.start, self.end)
+        """Raise UserError for values that can't be."""
+        _check_growth(where, self.pictures, self.start, self.end)
         _check_decay(where, self.decay)
 
-    def count(self, seen: int, pictures: int) -> int:
-        """Return N(k) = ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1."""
-        share, start = min(seen / pictures, 1), self.start**2
-        return math.ceil(math.sqrt(share * ((self.end + 1) ** 2 - start) + start) - 1) + 1
+    @property
+    def last(self) -> int:
+        """N at the end."""
+        return self.end + 1
 
-    def target_decay(self, seen: int, pictures: int) -> float:
+    def count(self, seen: int) -> int:
+        """Return N(k) = ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1, of at least 2."""
+        share, start = min(seen / self.pictures, 1), self.start**2
+        return max(2, math.ceil(math.sqrt(share * ((self.end + 1) ** 2 - start) + start) - 1) + 1)
+
+    def target_decay(self, seen: int) -> float:
         """Return mu(k) = exp(s0 ln(mu0) / N(k))."""
-        if self.decay == 0:
-            return 0.0
-        return math.exp(self.start * math.log(self.decay) / self.count(seen, pictures))
+        return 0.0 if self.decay == 0 else math.exp(self.start * math.log(self.decay) / self.count(seen))
 
 
 @dataclass(frozen=True)
 class Doubling:
     """N that doubles every so often, and a target that is the student (the second paper, sec. 3.2, 3.4, table 1).
 
-    start, end: s0 and s1, the steps at first and last.
+    pictures: K, after which it doubles no more. start, end: s0 and s1, the steps at first and last.
     """
 
     kind: ClassVar[str] = "doubling"
 
+    pictures: int
     start: int = 10
     end: int = 1280
 
     def check(self, where: str) -> None:
-        _check_range(where, self.start, self.end)
+        """Raise UserError for values that can't be."""
+        _check_growth(where, self.pictures, self.start, self.end)
 
-    def count(self, seen: int, pictures: int) -> int:
+    @property
+    def last(self) -> int:
+        """N at the end."""
+        return self.end + 1
+
+    def count(self, seen: int) -> int:
         """Return N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2(floor(s1 / s0)) + 1))."""
-        stages = math.log2(self.end // self.start) + 1
-        stage = seen // max(1, math.floor(pictures / stages))
+        stage = seen // max(1, math.floor(self.pictures / (math.log2(self.end // self.start) + 1)))
         return min(self.start * 2 ** min(stage, 64), self.end) + 1
 
-    def target_decay(self, seen: int, pictures: int) -> float:
+    def target_decay(self, seen: int) -> float:
         """Return 0."""
         return 0.0
 
@@ -150,6 +170,21 @@ def noised_pair(x0: Tensor, noise: Tensor, low: Tensor, high: Tensor) -> tuple[T
     return x0 + per_image(low, x0) * noise, x0 + per_image(high, x0) * noise
 
 
+def solver_step(
+    teacher: Callable[[Tensor, Tensor], Tensor], x: Tensor, high: Tensor, low: Tensor, heun: bool = True
+) -> Tensor:
+    """Solve a teacher's ODE from x at the levels `high` (B,) down to `low` (the first paper, eq. 6 and sec. 4).
+
+    One step of Heun's method, or of Euler's. teacher: (x, sigma) to x0.
+    """
+    above, below = per_image(high, x), per_image(low, x)
+    slope = (x - teacher(x, high)) / above
+    end = x + (below - above) * slope
+    if not heun:
+        return end
+    return x + (below - above) / 2 * (slope + (end - teacher(end, low)) / below)
+
+
 def latent_boundary(denoise: Denoise, schedule: NoiseSchedule, timestep_scaling: float = 10.0) -> Denoise:
     """Apply the boundary condition of a latent consistency model, f(x, 0) = x (Luo et al. 2023, appendix B).
 
@@ -165,14 +200,11 @@ def latent_boundary(denoise: Denoise, schedule: NoiseSchedule, timestep_scaling:
     return bounded
 
 
-def _check_levels(where: str, count: int) -> None:
-    if count < 2:
-        raise UserError(f"{where}.levels must be at least 2, not {count}")
-
-
-def _check_range(where: str, start: int, end: int) -> None:
-    if not 1 <= start <= end:
-        raise UserError(f"{where}: 1 <= start <= end, not {start} and {end}")
+def _check_growth(where: str, pictures: int, start: int, end: int) -> None:
+    if pictures < 1 or not 1 <= start <= end:
+        raise UserError(
+            f"{where}: pictures is at least 1, and 1 <= start <= end, not {pictures}, {start} and {end}"
+        )
 
 
 def _check_decay(where: str, decay: float) -> None:

@@ -16,7 +16,9 @@ from ldm.diffusion.samplers import euler, heun, lcm
 from ldm.diffusion.score_processes import ScoreDrawing, ScoreProcess, Solve
 from ldm.errors import UserError, nearest
 
-_OWN_CLASS = "EDMScheduler"  # of timesteps that diffusers' class does not tell
+# Of timesteps that diffusers' classes do not tell.
+_OWN_EDM, _OWN_CONSISTENCY = "EDMScheduler", "ConsistencyScheduler"
+_DIFFUSERS_SCALE = 1000.0
 
 
 def _check_sigma_data(sigma_data: float) -> None:
@@ -32,8 +34,8 @@ class EDMConfig(ScoreProcess):
 
     sigma_min, sigma_max, rho: of the levels that are drawn with. p_mean, p_std: of ln(sigma) in training.
     timestep_scale: a network is told so many times ln(sigma) / 4. The paper and diffusers have 1; a teacher of
-        consistency models has 1000, for its students are told so (OpenAI's teachers are), and diffusers has no class
-        for it.
+        consistency models has 1000, for diffusers tells its students so (OpenAI's teachers are told so too), and there
+        diffusers has no class for the teacher.
     """
 
     kind: ClassVar[str] = "edm"
@@ -76,7 +78,7 @@ class EDMConfig(ScoreProcess):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what stands in scheduler_config.json; the prediction is "epsilon" in diffusers' words."""
-        name = self.class_name if self.timestep_scale == 1 else _OWN_CLASS
+        name = self.class_name if self.timestep_scale == 1 else _OWN_EDM
         return {**super().to_dict(), "_class_name": name, "prediction_type": "epsilon"}
 
     @classmethod
@@ -93,6 +95,7 @@ class ConsistencyConfig(ScoreProcess):
 
     num_train_timesteps: N, the levels it learned last; what drawing in several steps chooses from. s_noise: scale of
     the noise that is put back between steps. clip_denoised: limit the estimates to [-1, 1], where pixels lie.
+    timestep_scale: a network is told so many times ln(sigma) / 4; diffusers has 1000 and no class for another.
     """
 
     kind: ClassVar[str] = "consistency"
@@ -105,6 +108,7 @@ class ConsistencyConfig(ScoreProcess):
     s_noise: float = 1.0
     rho: float = 7.0
     clip_denoised: bool = True
+    timestep_scale: float = _DIFFUSERS_SCALE
 
     def process(self) -> ScoreProcess:
         """Return the process itself. Raises UserError for values that can't be."""
@@ -123,7 +127,7 @@ class ConsistencyConfig(ScoreProcess):
 
     @property
     def schedule(self) -> EDM:
-        return EDM(self.sigma_min, self.sigma_max, self.rho, scale=1000.0)
+        return EDM(self.sigma_min, self.sigma_max, self.rho, self.timestep_scale)
 
     def samplers(self, steps: int) -> dict[str, Solve]:
         clip = (lambda x0: x0.clamp(-1, 1)) if self.clip_denoised else None
@@ -148,9 +152,20 @@ class ConsistencyConfig(ScoreProcess):
         levels = karras_levels(self.sigma_min, self.sigma_max, share, self.rho).tolist()
         return ScoreDrawing(self.schedule, self.prediction_type, (*levels, self.sigma_min), known[name])
 
+    @property
+    def diffusers_draws(self) -> bool:
+        """Whether diffusers has a class for it."""
+        return self.timestep_scale == _DIFFUSERS_SCALE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what stands in scheduler_config.json."""
+        name = self.class_name if self.diffusers_draws else _OWN_CONSISTENCY
+        return {**super().to_dict(), "_class_name": name}
+
 
 EDM_PROCESSES: dict[str, type[ScoreProcess]] = {
     EDMConfig.class_name: EDMConfig,
-    _OWN_CLASS: EDMConfig,
+    _OWN_EDM: EDMConfig,
     ConsistencyConfig.class_name: ConsistencyConfig,
+    _OWN_CONSISTENCY: ConsistencyConfig,
 }

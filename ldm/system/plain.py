@@ -184,7 +184,8 @@ class PlainSystem:
         if isinstance(self.network, UNet2D) and self.autoencoder is None:
             if isinstance(self.process, Discrete) and not self.wants:
                 return "DDPMPipeline"
-            if isinstance(self.process, ConsistencyConfig) and set(self.wants) <= {"labels"}:
+            consistency = isinstance(self.process, ConsistencyConfig) and self.process.diffusers_draws
+            if consistency and set(self.wants) <= {"labels"}:
                 return "ConsistencyModelPipeline"
         return CLASS
 
