@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-from ldm.diffusion import guidance
+from ldm.diffusion import consistency, guidance
 from ldm.diffusion.denoiser import Denoiser, answered
 from ldm.diffusion.driver import sample
 from ldm.diffusion.parameterization import x0_from
@@ -113,7 +113,7 @@ def test_known_pixels_stay_known():
 
 
 def test_consistency_boundary():
-    denoise = guidance.consistency(lambda x, sigma: torch.zeros_like(x), SCHEDULE)
+    denoise = consistency.latent_boundary(lambda x, sigma: torch.zeros_like(x), SCHEDULE)
     at_zero = answered(denoise(X, torch.full((3,), SCHEDULE.sigma_min)))
     assert torch.allclose(at_zero, X / (1 + SCHEDULE.sigma_min**2) ** 0.5, atol=1e-6)  # f(x, 0) = x
     assert answered(denoise(X, torch.full((3,), SCHEDULE.sigma_max))).abs().max() < 1e-6

@@ -123,6 +123,9 @@ def test_parameterization_round_trip_and_formulas(prediction_type):
         "score": score,
         "ve_score": -noise / s,  # the variance-exploding pair: x0 + s noise
         "ve_epsilon": noise,
+        # data of deviation 1/2 (Karras et al. 2022, eq. 8 with table 1), and a boundary at 0.002
+        "edm": (s * x0 - noise / 4) / (s**2 / 4 + 1 / 16).sqrt(),
+        "consistency": 2 * (x0 - x / (4 * (s - 0.002) ** 2 + 1)) * (s**2 + 0.25).sqrt() / (s - 0.002),
     }
     assert torch.allclose(target, formulas[prediction_type], rtol=1e-9, atol=1e-9)
 
@@ -142,7 +145,7 @@ def test_epsilon_is_refused_at_zero_terminal_snr():
 
 @pytest.mark.parametrize("prediction_type", parameterization.PREDICTION_TYPES)
 def test_denoiser_of_a_perfect_network(prediction_type):
-    """A network that puts out the target makes a denoiser that finds x0; it sees unit variance, or x, and whole t."""
+    """A network that puts out the target makes a denoiser that finds x0; it sees unit variance, or x, and t."""
     schedule = NoiseSchedule.build()
     timestep = torch.tensor([0, 1, 300, 998, 999])
     x0, noise = torch.randn(2, 5, 3, 4, 4)
@@ -152,8 +155,11 @@ def test_denoiser_of_a_perfect_network(prediction_type):
 
     def network(x_in, t):
         assert t.dtype == torch.float32 and torch.equal(t, timestep.float())
-        preserving = (alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise).float()
-        assert torch.allclose(x_in, x if prediction_type.startswith("ve_") else preserving, atol=1e-5)
+        seen = (alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise).float()
+        seen = x if prediction_type.startswith("ve_") else seen
+        if prediction_type in ("edm", "consistency"):
+            seen = x / (sigma**2 + 0.25).sqrt().view(-1, 1, 1, 1)
+        assert torch.allclose(x_in, seen, atol=1e-5)
         return parameterization.target(prediction_type, x0, x, sigma).half()
 
     denoised = answered(Denoiser(network, schedule, prediction_type)(x, sigma))

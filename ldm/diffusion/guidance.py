@@ -1,4 +1,4 @@
-"""Wrappers that return another `Denoise`: guidance, change by step, limits on x0, known pixels, consistency."""
+"""Wrappers that return another `Denoise`: guidance, change by step, limits on x0, known pixels."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Asking, Denoise, Denoiser, awaited, change_x0
-from ldm.diffusion.parameterization import per_image, unit_variance
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.parameterization import per_image
 
 Limit = Callable[[Tensor], Tensor]  # of estimates of x0 (B, ...), each image alone
 
@@ -133,18 +132,3 @@ def known_pixels(
         return change_x0(lambda x0: known + mask * (x0 - known), estimate, x)
 
     return denoised
-
-
-def consistency(denoise: Denoise, schedule: NoiseSchedule, timestep_scaling: float = 10.0) -> Denoise:
-    """Apply the boundary condition of a latent consistency model, f(x, 0) = x (Luo et al. 2023, appendix B).
-
-    The published models have sigma_data 0.5.
-    """
-
-    def bounded(x: Tensor, sigma: Tensor) -> Asking:
-        time = timestep_scaling * schedule.to(sigma.device).timestep(sigma).to(x.dtype)
-        skip, out = 0.25 / (time**2 + 0.25), time / (time**2 + 0.25).sqrt()
-        estimate = yield from awaited(denoise(x, sigma))
-        return per_image(skip * unit_variance(sigma), x) * x + per_image(out, x) * estimate
-
-    return bounded

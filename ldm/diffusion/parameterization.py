@@ -6,7 +6,9 @@ A network's output F stands for the clean picture through three functions of the
 
 with x = x0 + sigma * noise (the scalings of Karras et al. 2022, eq. 7). What is here is of variance-preserving
 networks, whose c_in is 1 / sqrt(1 + sigma^2); networks of another kind are rows with a c_in of their own: `ve_score`
-and `ve_epsilon` see x as it is, and put out the score of x (Song et al. 2021, as diffusers' NCSN++ does) or its noise.
+and `ve_epsilon` see x as it is, and put out the score of x (Song et al. 2021, as diffusers' NCSN++ does) or its noise;
+`edm` is table 1 of Karras et al. 2022, and `consistency` that with a boundary at SIGMA_MIN, where x itself comes out
+(Song et al. 2023, app. C).
 """
 
 from collections.abc import Callable
@@ -17,6 +19,9 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError, nearest
+
+SIGMA_DATA = 0.5  # the standard deviation of data in the papers of the rows `edm` and `consistency`
+SIGMA_MIN = 0.002
 
 
 def unit_variance(sigma: Tensor) -> Tensor:
@@ -32,6 +37,20 @@ class _Scalings:
     scale_in: Callable[[Tensor], Tensor] = unit_variance
 
 
+def _with_data(sigma: Tensor) -> Tensor:
+    """The standard deviation of x where the data's is SIGMA_DATA."""
+    return (sigma**2 + SIGMA_DATA**2).sqrt()
+
+
+def _edm(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    return (SIGMA_DATA / _with_data(sigma)) ** 2, sigma * SIGMA_DATA / _with_data(sigma)
+
+
+def _consistency(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    above = sigma - SIGMA_MIN
+    return (SIGMA_DATA / _with_data(above)) ** 2, above * SIGMA_DATA / _with_data(sigma)
+
+
 _TABLE = {
     "epsilon": _Scalings(lambda s: (torch.ones_like(s), -s)),
     "sample": _Scalings(lambda s: (torch.zeros_like(s), torch.ones_like(s))),
@@ -39,6 +58,8 @@ _TABLE = {
     "score": _Scalings(lambda s: (torch.ones_like(s), s**2 / (1 + s**2).sqrt())),
     "ve_score": _Scalings(lambda s: (torch.ones_like(s), s**2), torch.ones_like),
     "ve_epsilon": _Scalings(lambda s: (torch.ones_like(s), -s), torch.ones_like),
+    "edm": _Scalings(_edm, lambda s: 1 / _with_data(s)),
+    "consistency": _Scalings(_consistency, lambda s: 1 / _with_data(s)),
 }
 PREDICTION_TYPES = tuple(_TABLE)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.diffusion import driver, guidance, parameterization
+from ldm.diffusion import consistency, driver, guidance, parameterization
 from ldm.diffusion.denoiser import Asking, Denoise, Denoiser, Network, Rounding, answered
 from ldm.diffusion.guidance import Limit
 from ldm.diffusion.samplers import SAMPLERS, NoiseSource, Steps
@@ -210,7 +210,9 @@ def plan(
         wrappers.append(partial(guidance.limited, limit=limit))
     if name == "lcm":
         scaling = config.get("timestep_scaling")
-        wrappers.append(partial(guidance.consistency, schedule=noise_schedule, timestep_scaling=scaling))
+        wrappers.append(
+            partial(consistency.latent_boundary, schedule=noise_schedule, timestep_scaling=scaling)
+        )
     return Plan(
         sampler=name,
         sigmas=tuple(sigmas),

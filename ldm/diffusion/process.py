@@ -1,8 +1,8 @@
 """Diffusion processes: the noise levels that a network was trained at, what it predicts, and how it is drawn with.
 
 A process is written as diffusers' scheduler_config.json and read from it. That in discrete steps (DDPM, Ho et al. 2020)
-is here; those of continuous noise are in `score_processes`. A process of another kind is a class with the same members
-and a line in READERS, and settings with its `kind` that training takes.
+is here; those of continuous noise are in `score_processes` and `edm_processes`. A process of another kind is a class
+with the same members and a line in READERS, and settings with its `kind` that training takes.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.diffusion import driver
 from ldm.diffusion.denoiser import Asking, Denoise, Denoiser, Network
+from ldm.diffusion.edm_processes import EDM_PROCESSES
 from ldm.diffusion.parameterization import check
 from ldm.diffusion.plan import plan
 from ldm.diffusion.samplers import NoiseSource
@@ -109,6 +110,7 @@ READERS: dict[str, Callable[[Mapping[str, Any], str], Process]] = {
         (*CLASSES, *COMPATIBLE), lambda mapping, where: Discrete(SchedulerConfig.from_dict(mapping, where))
     ),
     **{each.class_name: each.read for each in SCORE_PROCESSES},
+    **{name: each.read for name, each in EDM_PROCESSES.items()},
 }
 
 

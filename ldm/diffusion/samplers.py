@@ -402,12 +402,25 @@ _PNDM_WEIGHTS = {
 }
 
 
-def lcm(x: Tensor, sigmas: Sequence[float], noise: NoiseSource, span: range | None = None) -> Steps:
-    """Sample by multistep consistency sampling (Luo et al. 2023, arXiv:2310.04378): to x0 and back up, each step."""
+def lcm(
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    span: range | None = None,
+    floor: float = 0.0,
+    s_noise: float = 1.0,
+    clip: Callable[[Tensor], Tensor] | None = None,
+) -> Steps:
+    """Sample by multistep consistency sampling: to x0 and back up, each step (Luo et al. 2023, arXiv:2310.04378).
+
+    floor: the noise level at which a consistency function ends, which then stays in x0 (Song et al. 2023, algorithm 1:
+    epsilon). s_noise: scale of the noise. clip: applied to the estimates of x0.
+    """
     for _, sigma, sigma_next in walk(sigmas, span):
         x = yield x, sigma
-        if sigma_next > 0:
-            x = x + noise() * sigma_next
+        x = clip(x) if clip else x
+        if sigma_next > floor:
+            x = x + noise() * (s_noise * math.sqrt(sigma_next**2 - floor**2))
     return x
 
 

@@ -16,6 +16,7 @@ from ldm.config.kinds import KIND
 from ldm.config.typed import from_dict
 from ldm.diffusion import driver, parameterization
 from ldm.diffusion.denoiser import Asking, Denoise, Denoiser, Network, answered
+from ldm.diffusion.edm import EDM
 from ldm.diffusion.langevin import annealed_langevin, step_size
 from ldm.diffusion.noise_rates import LinearBeta
 from ldm.diffusion.samplers import SAMPLERS, NoiseSource, Steps
@@ -31,7 +32,7 @@ Solve = Callable[..., Steps]
 class ScoreDrawing:
     """The way pictures are drawn: a sampler over noise levels, from the prior's noise. A `process.Drawing`."""
 
-    schedule: SDE | Ladder
+    schedule: SDE | Ladder | EDM
     prediction_type: str
     sigmas: tuple[float, ...]
     solve: Solve
@@ -58,7 +59,7 @@ class ScoreProcess:
     prediction_type: str
 
     @property
-    def schedule(self) -> SDE | Ladder:
+    def schedule(self) -> SDE | Ladder | EDM:
         raise NotImplementedError
 
     def samplers(self, steps: int) -> dict[str, Solve]:

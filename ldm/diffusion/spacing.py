@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ldm.diffusion.edm import karras_levels
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, nearest
 
@@ -89,7 +90,7 @@ def spaced_sigmas(
         total = schedule.num_train_timesteps
         sigmas = schedule.sigma(spaced_timesteps(spacing, n, total, steps_offset, whole, extra_point))
     elif spacing == "karras":
-        sigmas = torch.linspace(high ** (1 / 7), low ** (1 / 7), n, dtype=torch.float64) ** 7
+        sigmas = karras_levels(low, high, torch.linspace(0, 1, n, dtype=torch.float64))
     elif spacing == "exponential":
         sigmas = torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64).exp()
     else:

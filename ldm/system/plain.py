@@ -1,7 +1,8 @@
 """A whole system without text: a denoising network, its process and, of latents, a first stage; from and to disk.
 
 Unconditional models, those of classes, and those that are told a picture (a map, a low resolution). On disk it is a
-diffusers folder: a DDPMPipeline where that draws it, and where not each component is one of diffusers' all the same.
+diffusers folder: a DDPMPipeline or ConsistencyModelPipeline where that draws it, and where not each component is one of
+diffusers' all the same.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.folder import read_folder, write_folder
 from ldm.condition import Condition
 from ldm.conditioning.bound import BoundNetwork
+from ldm.diffusion.edm_processes import ConsistencyConfig
 from ldm.diffusion.process import Discrete, Process, read_process
 from ldm.errors import UserError, nearest
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -173,10 +175,19 @@ class PlainSystem:
         options = dict(self.options)
         if self.labels:
             options[_LABELS] = {str(number): name for number, name in enumerate(self.labels)}
-        plain = isinstance(self.network, UNet2D) and isinstance(self.process, Discrete) and not self.wants
-        kind = "DDPMPipeline" if plain and self.autoencoder is None else CLASS
         tensors = {name: each.state_dict() for name, each in parts.items()}
-        return Checkpoint(kind, configs | {"scheduler": self.process.to_dict()}, tensors, options)
+        return Checkpoint(self._class, configs | {"scheduler": self.process.to_dict()}, tensors, options)
+
+    @property
+    def _class(self) -> str:
+        """The name of the pipeline of diffusers that draws this one; a name of our own where there is none."""
+        if isinstance(self.network, UNet2D) and self.autoencoder is None:
+            if isinstance(self.process, Discrete) and not self.wants:
+                return "DDPMPipeline"
+            consistency = isinstance(self.process, ConsistencyConfig) and self.process.diffusers_draws
+            if consistency and set(self.wants) <= {"labels"}:
+                return "ConsistencyModelPipeline"
+        return CLASS
 
     def save(self, folder: str | Path) -> None:
         """Write a diffusers folder, whole or not at all."""

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ldm.diffusion import guidance
+from ldm.diffusion.consistency import latent_boundary
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.parameterization import per_image
 from ldm.diffusion.process import Discrete, Process
@@ -21,7 +21,7 @@ class LatentConsistency(Method):
     """The student says the same at a noise level and at the one that a step of its guided teacher leads to.
 
     solver_steps: of the teacher's DDIM, from noise to the picture: 50 of 1,000 timesteps are steps of k = 20.
-    timestep_scaling: of the boundary condition, see `ldm.diffusion.guidance.consistency`.
+    timestep_scaling: of the boundary condition, see `ldm.diffusion.consistency.latent_boundary`.
     loss: "huber" is the pseudo-Huber loss of each number, with `huber_c`; or "l2".
     ema_decay: of the target, a share a step; None takes the student itself, as LCM-LoRA does.
     """
@@ -56,7 +56,7 @@ class LatentConsistency(Method):
 
     def around(self, denoise: Denoise, process: Process) -> Denoise:
         assert isinstance(process, Discrete)
-        return guidance.consistency(denoise, process.schedule, self.timestep_scaling)
+        return latent_boundary(denoise, process.schedule, self.timestep_scaling)
 
     def averaging(self, seen: int) -> float | None:
         return self.ema_decay

@@ -21,6 +21,7 @@ from ldm.training.data.examples import Batch
 from ldm.training.data.kinds import Data
 from ldm.training.data.plain import PlainSource
 from ldm.training.data.told import BlurredPicture, Labels, Nothing, SemanticMap, SmallPicture
+from ldm.training.distillation.new_plain import NewPlain
 from ldm.training.distillation.taught import Taught, validation_sheets
 from ldm.training.distributed import BatchGenerator
 from ldm.training.reconstruction import check_sides
@@ -31,13 +32,14 @@ from ldm.training.trainable.model import thaw
 class PlainModel:
     """A model without text, as the objective `diffusion` trains it.
 
-    base: its folder. data, condition, crop: see the settings of `ldm.training.objectives.diffusion`.
+    base: its folder, or the network of a new one. data, condition, crop: see the settings of
+        `ldm.training.objectives.diffusion`.
     pictures: how many validation draws.
     """
 
     kind: ClassVar[str] = "plain"
 
-    base: str
+    base: str | NewPlain
     data: Data
     condition: Nothing | Labels | SemanticMap | SmallPicture | BlurredPicture = field(default_factory=Nothing)
     crop: int | None = None
@@ -57,14 +59,18 @@ class TaughtPlain(Taught):
     """See `Taught`."""
 
     def __init__(self, config: PlainModel, where: str):
-        if not Path(config.base).is_dir():
-            raise UserError(f"{where}.base: there is no folder {config.base}: give one of a trained model")
-        self.config, self.system = config, PlainSystem.load(config.base)
-        autoencoder = self.system.autoencoder
-        examples = config.data.examples(f"{where}.data", config.crop, config.pictures)
+        self.config, base, data = config, config.base, config.data
+        examples = data.examples(f"{where}.data", config.crop, config.pictures)
         config.condition.check(f"{where}.condition", examples)
+        if isinstance(base, NewPlain):
+            self.new, self.system = True, base.system(data, examples, config.condition, config.crop, where)
+        elif Path(base).is_dir():
+            self.system = PlainSystem.load(base)
+        else:
+            raise UserError(f"{where}.base: there is no folder {base}: give one of a trained model")
+        autoencoder = self.system.autoencoder
         factor = 1 if autoencoder is None else autoencoder.config.factor
-        check_sides(where, config.data, config.crop, examples.side, factor)
+        check_sides(where, data, config.crop, examples.side, factor)
         self.source = PlainSource(examples, config.condition, autoencoder, config.crop)
         self.teacher = self.system.network
         self._check_fits(where)
@@ -77,12 +83,12 @@ class TaughtPlain(Taught):
         found = tuple(self.source.clean(batch).shape[1:])
         if found != shape:
             raise UserError(
-                f"{where}.data gives {found} of channels, height and width, and {self.config.base} is of {shape}"
+                f"{where}.data gives {found} of channels, height and width, and {where}.base is of {shape}"
             )
-        self.told(batch, BatchGenerator(0, 1, slice(None))).require(self.system.wants, self.config.base)
+        self.told(batch, BatchGenerator(0, 1, slice(None))).require(self.system.wants, f"{where}.base")
         names = self.config.condition.names(self.source.examples)
         if names and names != self.system.labels:
-            raise UserError(f"{where}.data has other classes than {self.config.base}")
+            raise UserError(f"{where}.data has other classes than {where}.base")
 
     @property
     def process(self) -> Process:

@@ -17,10 +17,12 @@ class Taught:
     """A teacher and its student, with what both learn from. A kind of `model` opens one.
 
     student: what is trained; its parameters that require a gradient. teacher: frozen; it shares no weight that changes.
+    new: there is no teacher, and what stands in its place learned nothing.
     """
 
     student: nn.Module
     teacher: DenoisingNetwork
+    new: bool = False
 
     @property
     def process(self) -> Process:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.edm_processes import EDMConfig
 from ldm.diffusion.losses import LossConfig, prediction_loss
 from ldm.diffusion.process import DDPMConfig
 from ldm.diffusion.score_processes import NCSNConfig, SubVPConfig, VEConfig, VPConfig
@@ -23,9 +24,8 @@ from ldm.training.data.on_disk import PicturesConfig
 from ldm.training.data.plain import PlainSource
 from ldm.training.data.told import BlurredPicture, Labels, Nothing, SemanticMap, SmallPicture
 from ldm.training.distributed import BatchGenerator
-from ldm.training.networks import PointSettings, UNet2DSettings, UNetSettings
+from ldm.training.networks import NetworkSettings, UNet2DSettings, built_for
 from ldm.training.noising import noised_batch
-from ldm.training.reconstruction import check_sides
 from ldm.training.start import load_autoencoder
 
 BROUGHT = (DigitsConfig, ToysConfig, PicturesConfig)  # the kinds of data that come with this objective
@@ -48,7 +48,8 @@ class Config:
     data: what it learns from, of a kind: digits, toys, pictures (from disk), or one's own.
     network: of a kind: unet2d, unet (with cross-attention), or points. Its channels, its side and its classes are
         those of the data.
-    process: of a kind: ddpm, in discrete steps; vp, subvp and ve, in continuous time; ncsn, on a ladder of levels.
+    process: of a kind: ddpm, in discrete steps; vp, subvp and ve, in continuous time; ncsn, on a ladder of levels; edm,
+        whose paper's loss is weighting unit.
     condition: what it is told, of a kind: nothing, labels, semantic_map, low_resolution, or blurred.
     autoencoder: a folder that holds a first stage, for a model of its latents; None for one of pixels.
     crop: training sees squares of so many pixels, at random; None for whole pictures.
@@ -56,8 +57,10 @@ class Config:
     """
 
     data: Data
-    network: UNet2DSettings | UNetSettings | PointSettings = field(default_factory=UNet2DSettings)
-    process: DDPMConfig | VPConfig | SubVPConfig | VEConfig | NCSNConfig = field(default_factory=DDPMConfig)
+    network: NetworkSettings = field(default_factory=UNet2DSettings)
+    process: DDPMConfig | VPConfig | SubVPConfig | VEConfig | NCSNConfig | EDMConfig = field(
+        default_factory=DDPMConfig
+    )
     condition: Nothing | Labels | SemanticMap | SmallPicture | BlurredPicture = field(default_factory=Nothing)
     autoencoder: str | None = None
     loss: LossConfig = field(default_factory=LossConfig)
@@ -120,37 +123,16 @@ class Objective:
         self.source = PlainSource(self.examples, config.condition, self.autoencoder, config.crop)
         process = config.process.process()
         self.schedule = process.schedule
-        self.system = PlainSystem(
-            self._network(), process, self.autoencoder, config.condition.names(self.examples)
+        network = built_for(
+            config.network, self.source, config.data, "diffusion", variance=bool(config.loss.variance)
         )
+        names = config.condition.names(self.examples)
+        self.system = PlainSystem(network, process, self.autoencoder, names)
         self.system.check("diffusion")
         self._check_network()
         self.drawing = process.plan(config.validation.steps, config.validation.sampler)
         self.model: nn.Module = self.system.network
         self.watched = "loss"
-
-    def _network(self) -> DenoisingNetwork:
-        """The network, sized by what is in the data."""
-        config = self.config
-        factor = 1 if self.autoencoder is None else self.autoencoder.config.factor
-        check_sides("diffusion", config.data, config.crop, self.examples.side, factor)
-        channels, height, width = self.source.clean(self.examples.whole(0, 1)).shape[1:]
-        if height != width:
-            raise UserError(
-                f"diffusion.data gives {width}x{height}, and squares are learned: set diffusion.crop"
-            )
-        side = config.crop // factor if config.crop else height
-        if (config.network.kind == "points") != (height == 1):
-            raise UserError(
-                "diffusion.network.kind points is of points, such as those of data.kind toys, and no other network is"
-            )
-        sized = config.network.sized(channels, channels * (2 if config.loss.variance else 1), side)
-        network = config.condition.sized(sized, self.examples).build()
-        if side % network.multiple:
-            raise UserError(
-                f"diffusion.network halves the sides to an {network.multiple}th, and they are {side}: take fewer levels"
-            )
-        return network
 
     def _check_network(self) -> None:
         """Raise UserError, before anything is trained, for what would fail at the first step or at a validation."""

@@ -21,6 +21,7 @@ from ldm.errors import UserError
 from ldm.training.bounds import refuse_outside
 from ldm.training.data.arrays import DigitsConfig, ToysConfig
 from ldm.training.data.on_disk import PicturesConfig
+from ldm.training.distillation.consistency import ConsistencyDistillation, ConsistencyTraining
 from ldm.training.distillation.latent_consistency import LatentConsistency
 from ldm.training.distillation.lesson import Estimate, Lesson
 from ldm.training.distillation.plain_model import PlainModel
@@ -36,14 +37,16 @@ class Config:
     """The settings.
 
     model: what is distilled, of a kind: plain (a model without text), or text_to_image.
-    method: of a kind: latent_consistency.
+    method: of a kind: latent_consistency, consistency_distillation, or consistency_training, which has no teacher.
     guidance: of the teacher. A number is put into the student for good, which is then drawn without; of two, each
         picture has a scale between them, which a student is told that has a `time_cond_proj_dim`. None is no guidance.
     steps: what validation draws the student in; the last is what the finished one is drawn in by default.
     """
 
     model: PlainModel | TextToImageModel
-    method: LatentConsistency = field(default_factory=LatentConsistency)
+    method: LatentConsistency | ConsistencyDistillation | ConsistencyTraining = field(
+        default_factory=LatentConsistency
+    )
     guidance: float | tuple[float, float] | None = None
     steps: tuple[int, ...] = (1, 2, 4)
 
@@ -80,6 +83,12 @@ class Objective:
         config.check()
         self.config, self.method = config, config.method
         self.taught = config.model.open("distillation.model")
+        if self.taught.new and self.method.taught:
+            raise UserError(
+                f"distillation.method.kind {self.method.kind} has a teacher: give its folder as distillation.model.base"
+            )
+        if config.scales and not self.method.taught:
+            raise UserError("distillation.guidance is of a teacher, and this method has none: leave it out")
         self.process = self.method.process(self.taught.process)
         for steps in config.steps:
             self.process.plan(steps)  # what can't be drawn is refused now
@@ -99,7 +108,8 @@ class Objective:
         self.taught.prepare(device, batch_size)
 
     def helpers(self) -> Mapping[str, nn.Module]:
-        return {"teacher": self.taught.teacher, **self.taught.helpers()}
+        teacher = {"teacher": self.taught.teacher} if self.method.taught else {}
+        return {**teacher, **self.taught.helpers()}
 
     def batch(self, start: int, size: int, rows: slice) -> tuple[int, Any]:
         return start, self.taught.batch(start, size, rows)
