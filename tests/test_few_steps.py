@@ -100,7 +100,7 @@ def test_the_command_lines_take_it_and_a_picture_of_it_is_drawn_again(
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     (tmp_path / "rows.txt").write_text("a cat\nthe dog\n")
     assert batch([str(tmp_path / "rows.txt"), "--out", str(tmp_path / "batch"), *told]) == 0
-    assert len(list((tmp_path / "batch").glob("*.png"))) == 2
+    assert len(list((tmp_path / "batch").rglob("*.png"))) == 2
 
 
 def test_a_form_can_lie_anywhere_and_name_its_base(model: Path, tmp_path: Path) -> None:
