@@ -36,6 +36,8 @@ class TextToImageModel:
 
     base, variant, data, caption_windows: see the settings of `ldm.training.objectives.text_to_image`.
     train: of a kind: the whole `unet`, or a `lora` beside it.
+    time_cond_proj_dim: the student is told the guidance scale, as so many features (Meng et al. 2023), such as LCM's
+        256: of a whole U-Net, whose teacher is not told it.
     teaching: the precision in which the teacher computes.
     prompts, seeds: what validation draws.
     """
@@ -46,6 +48,7 @@ class TextToImageModel:
     data: Data
     variant: str | None = None
     train: TrainUNet | TrainLoRA = field(default_factory=TrainUNet)
+    time_cond_proj_dim: int | None = None
     teaching: Literal["float32", "bfloat16", "float16"] = "float32"
     caption_windows: int = 1
     prompts: tuple[str, ...] = ()
@@ -58,6 +61,8 @@ class TextToImageModel:
             raise UserError(
                 f"{where}.train.text_encoder: a student has its teacher's text encoder: leave it out"
             )
+        if self.time_cond_proj_dim and isinstance(self.train, TrainLoRA):
+            raise UserError(f"{where}.time_cond_proj_dim is of a whole student: set train.kind to unet")
         self.train.check_data(self.data.conditioned, prior=False)
         self.data.check(f"{where}.data")
 
@@ -74,6 +79,12 @@ class TaughtTextToImage(Taught):
         self.system = starting_system(config.base, config.variant, {}, torch.float32, False, False)
         check_channels(self.system, variance=False, inpainting=False)
         self.teacher = _apart(self.system.network).to(getattr(torch, config.teaching))
+        if config.time_cond_proj_dim:
+            if self.system.told_guidance:
+                raise UserError(
+                    f"{where}.base is told its guidance scale already: leave time_cond_proj_dim out"
+                )
+            self.system.network.take_guidance(config.time_cond_proj_dim)
         self.source = config.data.latents(f"{where}.data", self.system, False)
         self.trained = config.train.model(self.system)
         self.student: nn.Module = self.trained

@@ -94,6 +94,10 @@ class Objective:
             self.process.plan(steps)  # what can't be drawn is refused now
         self.pupil = Pupil(self.taught.student, self.method.averaging(0) is not None)
         self.model: nn.Module = self.pupil
+        if "guidance" in self.taught.student_wants and not config.scales:
+            raise UserError(
+                "distillation.guidance: the student is told it: give two scales, from least to greatest"
+            )
         if config.scales and not self._told_scale and not self.taught.wants:
             raise UserError(
                 "distillation.guidance: this model is told nothing, so there is nothing to guide by"
