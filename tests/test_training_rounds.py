@@ -11,7 +11,7 @@ import pytest
 import torch
 from killed import BATCHES, same_bits_after_kills
 from test_distillation import ALL, LORA, V, built, moved, plain_setup, plain_teacher, text_setup
-from training_runs import TOY, Toy
+from training_runs import TOY, Toy, side_by_side
 
 from ldm.checkpoints.files import read_tensors
 from ldm.diffusion.process import DDPMConfig, Discrete
@@ -52,7 +52,7 @@ def toys(folder: Path, pictures: int = 64, meddle: Callable[[int], None] = lambd
 
     def round_in(place: Path) -> Round:
         def trained(seconds: float | None) -> bool:
-            loop = replace(TOY, pictures=pictures, max_seconds=seconds)
+            loop = replace(TOY, pictures=pictures, max_seconds=seconds, diverged=0)
             return Trainer(Toy(meddle=meddle), loop, place).run()
 
         return Round(place, pictures, trained)
@@ -199,7 +199,7 @@ def test_a_student_is_drawn_on_the_levels_that_it_learned_by_diffusers_too(
     levels = method.levels(process)
     drawn: Any = process.plan(steps)
     assert list(drawn.sigmas) == levels[::2].tolist() and len(levels) == 2 * steps + 1
-    assert drawn.sampler == ("euler" if process.schedule.num_train_timesteps % steps else "ddim")
+    assert drawn.sampler == ("euler" if settings.get("num_train_timesteps", 1000) % steps else "ddim")
     x, visited, ends = torch.randn(1, 1, 2, 2), list[float](), list[torch.Tensor]()
 
     def network(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,9 @@ def test_a_student_is_drawn_on_the_levels_that_it_learned_by_diffusers_too(
         state = scheduler.step(network(scheduler.scale_model_input(state, t), t), t, state).prev_sample
     assert visited[:steps] == visited[steps:]
     assert visited[:steps] == process.schedule.timestep(levels[:-1:2]).tolist()
-    torch.testing.assert_close(ends[0], state, rtol=1e-4, atol=1e-4)
+    # What float32 rounds of a state at the first level, diffusers' Euler keeps in all of its steps.
+    atol = 1e-4 + (2.0**-21 * drawn.sigmas[0] if drawn.sampler == "euler" else 0)
+    torch.testing.assert_close(ends[0], state, rtol=1e-4, atol=atol)
 
 
 def test_the_teachers_levels_of_a_round_are_those_that_the_round_before_learned() -> None:
@@ -277,14 +279,14 @@ def test_a_text_model_keeps_float32_between_rounds(tmp_path: Path) -> None:
 
 
 def test_killed_within_rounds_and_between_them_the_bits_are_the_same(tmp_path: Path) -> None:
-    """A kill in the first round, one between its export and the second round, and two in the second."""
+    """A kill in the first round, one between its export and the second round, and one in the second."""
     loop = {"pictures": 8 * BATCHES, "save_every": 8, "validate_every": 1000}
     teacher = plain_teacher(tmp_path, process=COSINE)
     paths = []
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         paths.append(progressive_setup(tmp_path / name, teacher, 2, 1, loop=loop))
-    same_bits_after_kills(*paths, kills=2, first=[("step", 3, 0.5), ("round", 1)], last_round="round-1")
+    same_bits_after_kills(*paths, kills=1, first=[("step", 3, 0.5), ("round", 1)], last_round="round-1")
     one, other = (weights(path.parent / "run" / "export") for path in paths)
     assert same(one, other)
 
@@ -317,3 +319,28 @@ def test_what_can_not_be_taught_in_rounds_is_refused(tmp_path: Path) -> None:
     path = text_setup(tmp_path, train=LORA, method={"kind": "progressive", "steps": [2, 1]})
     with pytest.raises(UserError, match=r"model\.train: rounds follow each other in the whole weights"):
         train(path)
+
+
+def test_two_processes_walk_through_the_rounds_together(tmp_path: Path) -> None:
+    teacher = plain_teacher(tmp_path, process=COSINE)
+    path = progressive_setup(tmp_path, teacher, 2, 1)
+    script = f"""
+        from contextlib import nullcontext
+        from pathlib import Path
+        from ldm.errors import UserError
+        from ldm.training.distributed import processes
+        from ldm.training.folders import held
+        from ldm.training.run import train
+
+        assert processes().num_processes == 2
+        assert train({str(path)!r})
+        with held(Path({str(tmp_path / "run")!r})) if processes().is_main_process else nullcontext():
+            try:
+                train({str(path)!r})
+            except UserError as error:
+                print(error)
+        """
+    first, second = side_by_side(script)
+    assert "round 2 of 2" in first and "round 2" not in second
+    assert all("another training writes to" in said for said in (first, second))
+    assert PlainSystem.load(tmp_path / "run" / "export").options["num_inference_steps"] == 1
