@@ -59,6 +59,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "attention_head_dim": 5,  # which divides nothing, and nothing asks for it
         "add_attention": False,
     },
+    "resized in residual blocks": {  # as openai's consistency models of ImageNet are
+        **SMALL,
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 8,
+        "num_class_embeds": 10,
+    },
     "no middle": {**SMALL, "mid_block_type": None, "attention_head_dim": 8},
     "one level": {
         **SMALL,
@@ -170,7 +181,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"num_class_embeds": 0}, "num_class_embeds is 0"),
     ({"time_embedding_type": "learned"}, "time_embedding_type"),
     ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
-    ({"downsample_type": "resnet"}, "downsample_type = 'resnet' is not supported"),
+    ({"downsample_type": "pool"}, "downsample_type"),
     ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block_type"),
     ({"freq_shift": 8}, "freq_shift is 8"),
     ({"dropout": 1.5}, "dropout is 1.5"),

@@ -8,14 +8,18 @@ import pytest
 import torch
 import yaml
 from killed import BATCHES, same_bits_after_kills
+from test_training_diffusion import UNET, write_folder_of_classes
 from torch import Tensor
+from training_runs import TINY_VAE
 
+from ldm.checkpoints.folder import write_component
 from ldm.condition import Condition
 from ldm.diffusion import consistency
 from ldm.diffusion.consistency import Doubling, Fixed, Growing
 from ldm.diffusion.edm_processes import ConsistencyConfig, EDMConfig
 from ldm.diffusion.process import DDPMConfig
 from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.points import PointConfig, PointNetwork
 from ldm.system.plain import PlainSystem
 from ldm.training.distillation.consistency import ConsistencyDistillation, ConsistencyTraining
@@ -228,6 +232,23 @@ def test_a_run_and_what_it_exports(tmp_path: Path, method: dict[str, Any], new: 
     last = 6 if method is DISTILL else 13
     assert system.process == ConsistencyConfig(last, clip_denoised=False)
     assert system.options["num_inference_steps"] == 2
+
+
+def test_training_from_nothing_in_latents_of_a_first_stage(tmp_path: Path):
+    vae = AutoencoderKL(AutoencoderConfig.from_diffusers(TINY_VAE))
+    write_component(tmp_path / "first", "vae", vae.config.to_diffusers(), vae.state_dict())
+    write_folder_of_classes(tmp_path / "pictures")
+    data = {
+        "kind": "pictures",
+        "path": str(tmp_path / "pictures"),
+        "resolution": 16,
+        "label_column": "folder",
+    }
+    given = settings(TRAIN, {"network": UNET, "autoencoder": str(tmp_path / "first")}, classes=True)
+    given["model"] |= {"data": data, "pictures": 4}
+    assert train(written(tmp_path, given, pictures=16))
+    system = PlainSystem.load(tmp_path / "run" / "export")
+    assert system.shape == (4, 8, 8) and system.labels == ["cat", "dog"] and system.autoencoder is not None
 
 
 def test_killed_and_resumed_with_a_target_it_ends_in_the_same_bits(tmp_path: Path):

@@ -235,6 +235,7 @@ PROCESSES = {
     "ve": {"kind": "ve", "sigma_max": 5.0},
     "vp": {"kind": "vp"},
     "subvp": {"kind": "subvp", "beta_max": 15.0},
+    "edm": {"kind": "edm", "p_mean": -0.8, "timestep_scale": 1000.0},
 }
 
 
@@ -247,7 +248,7 @@ def test_a_run_of_continuous_noise_and_what_it_exports(tmp_path: Path, kind: str
         process=PROCESSES[kind],
         network={**UNET, **fourier},
         condition={"kind": "nothing"},
-        loss={"weighting": "snr"},
+        loss={"weighting": "unit" if kind == "edm" else "snr"},
     )
     assert train(path)
     system = PlainSystem.load(tmp_path / "run" / "export")

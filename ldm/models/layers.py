@@ -1,7 +1,7 @@
 """Layers that the networks share: residual blocks, transformers, resampling, sinusoidal embeddings."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -97,8 +97,14 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
+    def forward(
+        self, x: Tensor, time: Tensor | None = None, resized: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Return (B, out_channels, H, W). resized: changes the sides of both branches, before the first convolution."""
+        h = F.silu(self.norm1(x))
+        if resized is not None:
+            h, x = resized(h), resized(x)
+        h = self.conv1(h)  # (B, out, H, W)
         if time is None:
             h = self.norm2(h)
         else:

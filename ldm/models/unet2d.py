@@ -6,6 +6,7 @@ Parameter names are those of diffusers' UNet2DModel, so its weights load without
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +27,7 @@ from ldm.models.layers import (
     with_more_channels,
 )
 from ldm.models.packed import Conv2d
-from ldm.models.unet2d_config import UNet2DConfig
+from ldm.models.unet2d_config import LevelConfig, UNet2DConfig
 
 _FOURIER_SCALE = 16.0  # of the random frequencies (Song et al. 2021, app. H.1)
 
@@ -59,17 +60,24 @@ class TimeProjection(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks of one resolution, each with attention where the level has it, then a halving."""
+    """Residual blocks of one resolution, each with attention where the level has it, then a halving.
 
-    def __init__(self, width: int, out: int, attends: bool, last: bool, config: UNet2DConfig):
+    That is a convolution, or where the level resizes in residual blocks one of these, on means of 2x2 positions
+    (Song et al. 2021, app. H; Dhariwal & Nichol 2021).
+    """
+
+    def __init__(self, width: int, out: int, level: LevelConfig, last: bool, config: UNet2DConfig):
         super().__init__()
         channels = [width] + [out] * (config.layers_per_block - 1)
         self.resnets = nn.ModuleList(resnet(c, out, config) for c in channels)
         self.attentions = nn.ModuleList(
-            attention(out, config, config.norm_num_groups) for _ in channels if attends
+            attention(out, config, config.norm_num_groups) for _ in channels if level.attends
         )
-        halving = [] if last else [Downsample(out, asymmetric=config.downsample_padding == 0)]
-        self.downsamplers = nn.ModuleList(halving)
+        self.downsamplers = nn.ModuleList()
+        if not last and level.resizes_in_resnets:
+            self.downsamplers.append(resnet(out, out, config))
+        elif not last:
+            self.downsamplers.append(Downsample(out, asymmetric=config.downsample_padding == 0))
 
     def forward(self, x: Tensor, time: Tensor) -> list[Tensor]:
         """Return every feature map on the way; the last is what goes on."""
@@ -78,22 +86,26 @@ class DownBlock(nn.Module):
             x = block(x, time)
             x = self.attentions[i](x) if self.attentions else x
             maps.append(x)
-        return maps + [sampler(x) for sampler in self.downsamplers]
+        for sampler in self.downsamplers:
+            halved = isinstance(sampler, ResnetBlock)
+            maps.append(sampler(x, time, lambda each: F.avg_pool2d(each, 2)) if halved else sampler(x))
+        return maps
 
 
 class UpBlock(nn.Module):
     """As a DownBlock, upwards: each residual block also takes a feature map of the way down."""
 
     def __init__(
-        self, width: int, skips: list[int], out: int, attends: bool, last: bool, config: UNet2DConfig
+        self, width: int, skips: list[int], out: int, level: LevelConfig, last: bool, config: UNet2DConfig
     ):
         super().__init__()
         widths = [width] + [out] * (len(skips) - 1)
         self.resnets = nn.ModuleList(resnet(w + s, out, config) for w, s in zip(widths, skips, strict=True))
         self.attentions = nn.ModuleList(
-            attention(out, config, config.norm_num_groups) for _ in skips if attends
+            attention(out, config, config.norm_num_groups) for _ in skips if level.attends
         )
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(out)])
+        doubling = resnet(out, out, config) if level.resizes_in_resnets else Upsample(out)
+        self.upsamplers = nn.ModuleList([] if last else [doubling])
 
     def forward(self, x: Tensor, maps: list[Tensor], time: Tensor) -> Tensor:
         """Take from `maps`, in the order of the way down, what is used."""
@@ -101,7 +113,9 @@ class UpBlock(nn.Module):
             x = block(torch.cat([x, maps.pop()], dim=1), time)
             x = self.attentions[i](x) if self.attentions else x
         for sampler in self.upsamplers:
-            x = sampler(x, maps[-1].shape[-2:])  # odd sizes come back as they were
+            size = maps[-1].shape[-2:]  # odd sizes come back as they were
+            doubled = partial(F.interpolate, size=tuple(size))
+            x = sampler(x, time, doubled) if isinstance(sampler, ResnetBlock) else sampler(x, size)
         return x
 
 
@@ -143,7 +157,7 @@ class UNet2D(DenoisingNetwork):
         self.down_blocks = down_blocks(config)
         self.mid_block = MidBlock(widths[-1], config) if config.mid_block_type else None
 
-        width, up = widths[-1], config.attends("Up")[::-1]
+        width, up = widths[-1], config.levels("Up")[::-1]
         kept = [widths[0]] + [out for out in widths for _ in range(config.layers_per_block + 1)]
         kept.pop()  # the last level has no halving
         self.up_blocks = nn.ModuleList()
@@ -222,10 +236,10 @@ def time_projection(config: UNet2DConfig) -> tuple[nn.Module, int]:
 def down_blocks(config: UNet2DConfig) -> nn.ModuleList:
     """Return the blocks of the way down, one a level."""
     widths = config.block_out_channels
-    rows = zip(pairwise((widths[0], *widths)), config.attends("Down"), strict=True)
+    rows = zip(pairwise((widths[0], *widths)), config.levels("Down"), strict=True)
     return nn.ModuleList(
-        DownBlock(width, out, attends, i == len(widths) - 1, config)
-        for i, ((width, out), attends) in enumerate(rows)
+        DownBlock(width, out, level, i == len(widths) - 1, config)
+        for i, ((width, out), level) in enumerate(rows)
     )
 
 

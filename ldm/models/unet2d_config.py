@@ -14,11 +14,17 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
-    "downsample_type": ("conv",),
     "mid_block_scale_factor": (1,),
     "num_train_timesteps": (None,),
-    "upsample_type": ("conv",),
 }
+
+
+@dataclass(frozen=True)
+class LevelConfig:
+    """What stands at a level: attention after each residual block; a residual block where the sides change."""
+
+    attends: bool
+    resizes_in_resnets: bool
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class UNet2DConfig:
     attention_head_dim: the WIDTH of a head (in UNet2DConditionModel it is their number); None for one head.
     time_embedding_type: "positional" for sinusoidal features of timesteps; "fourier" for random features of the
     logarithm of sigma, by which the output is divided (Song et al. 2021, NCSN++).
+    downsample_type, upsample_type: of levels with attention, "conv" or "resnet"; levels without have their own name
+    for the latter, ResnetDownsampleBlock2D.
     downsample_padding: 1, or 0 for a padding at the right and below only, as in DDPM's own networks.
     attn_norm_num_groups: of the norm before the middle block's attention; None for norm_num_groups, or for no norm
     where resnet_time_scale_shift is "scale_shift".
@@ -48,6 +56,8 @@ class UNet2DConfig:
     block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
     layers_per_block: int = 2
     downsample_padding: Literal[0, 1] = 1
+    downsample_type: Literal["conv", "resnet"] = "conv"
+    upsample_type: Literal["conv", "resnet"] = "conv"
     dropout: float = 0.0
     attention_head_dim: int | None = 8
     norm_num_groups: int = 32
@@ -89,18 +99,23 @@ class UNet2DConfig:
             )
         attended = [False] * (len(self.block_out_channels) - 1)
         attended += [self.mid_block_type is not None and self.add_attention]
-        ways = (self.attends("Down", where), self.attends("Up", where)[::-1], attended)
-        for width, *here in zip(self.block_out_channels, *ways, strict=True):
-            if any(here) and width % (self.attention_head_dim or width):
+        ways = self.levels("Down", where), self.levels("Up", where)[::-1]
+        for width, down, up, mid in zip(self.block_out_channels, *ways, attended, strict=True):
+            if (down.attends or up.attends or mid) and width % (self.attention_head_dim or width):
                 raise UserError(
                     f"{where}: attention_head_dim {self.attention_head_dim} (the width of a head) does not divide "
                     f"the block_out_channels {width}"
                 )
 
-    def attends(self, way: Literal["Down", "Up"], where: str = "the U-Net's config") -> list[bool]:
-        """Return for each level, in the order of the block types' names, whether it has attention."""
+    def levels(self, way: Literal["Down", "Up"], where: str = "the U-Net's config") -> list[LevelConfig]:
+        """Return what each level has, in the order of the block types' names."""
         types: tuple[str, ...] = getattr(self, f"{way.lower()}_block_types")
-        known = {f"{way}Block2D": False, f"Attn{way}Block2D": True}
+        resnets = (self.downsample_type if way == "Down" else self.upsample_type) == "resnet"
+        known = {
+            f"{way}Block2D": LevelConfig(False, False),
+            f"Attn{way}Block2D": LevelConfig(True, resnets),
+            f"Resnet{way}sampleBlock2D": LevelConfig(False, True),
+        }
         if len(types) != len(self.block_out_channels):
             raise UserError(
                 f"{where}: {way.lower()}_block_types has {len(types)} names for a U-Net of "

@@ -50,6 +50,10 @@ class PlainModel:
         refuse_outside(where, self, ("pictures", "crop"), 1)
         self.data.check(f"{where}.data")
 
+    def in_round(self, where: str, base: Path | None, last: bool) -> "PlainModel":
+        """Return the same for one of several rounds; see `TextToImageModel.in_round`."""
+        return self if base is None else replace(self, base=str(base))
+
     def open(self, where: str) -> "TaughtPlain":
         """Load it. Raises UserError."""
         return TaughtPlain(self, where)

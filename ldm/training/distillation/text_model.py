@@ -66,6 +66,20 @@ class TextToImageModel:
         self.train.check_data(self.data.conditioned, prior=False)
         self.data.check(f"{where}.data")
 
+    def in_round(self, where: str, base: Path | None, last: bool) -> "TextToImageModel":
+        """Return the same for one of several rounds: taught by the student in `base`, None for the first.
+
+        What another round begins from keeps float32. Raises UserError for a LoRA.
+        """
+        if not isinstance(self.train, TrainUNet):
+            raise UserError(
+                f"{where}.train: rounds follow each other in the whole weights: take kind unet, or one round"
+            )
+        train = self.train if last else replace(self.train, export_precision="float32")
+        if base is None:
+            return replace(self, train=train)
+        return replace(self, train=train, base=str(base), variant=None)
+
     def open(self, where: str) -> "TaughtTextToImage":
         """Load it. Raises UserError."""
         return TaughtTextToImage(self, where)
@@ -169,7 +183,7 @@ class TaughtTextToImage(Taught):
     def export(
         self, student: nn.Module, process: Process, steps: int, scale: float, folder: Path, config: str
     ) -> None:
-        """Write a diffusers folder in float16; or a LoRA's file and, beside it, how it is drawn with."""
+        """Write a diffusers folder; or a LoRA's file and, beside it, how it is drawn with."""
         assert isinstance(student, TrainableModel)
         system = self._student(student, process, steps, scale)
         self.config.train.export(student, system, folder, {"config": config})
