@@ -48,8 +48,8 @@ def test_the_decoder_of_pixels_is_a_distribution_over_their_levels(mean, deviati
 @pytest.mark.parametrize("count", [2, 4096, 65536])
 def test_pixels_of_more_bits_or_fewer_have_two_levels_that_reach_to_infinity(decoder, count):
     x0 = torch.linspace(-1, 1, count, dtype=torch.float64)
-    mean, log_variance = torch.tensor([0.9, 0.05], dtype=torch.float64).log()
-    found = log_likelihood(x0, mean.exp().expand(count), 2 * log_variance, decoder, count)
+    mean, log_variance = torch.tensor([0.9, 2 * math.log(0.05)], dtype=torch.float64)
+    found = log_likelihood(x0, mean.expand(count), log_variance, decoder, count)
     assert found.exp().sum().item() == pytest.approx(1, abs=1e-6)
 
 
