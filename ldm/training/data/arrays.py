@@ -105,7 +105,7 @@ class ToysConfig(Data, kind="toys"):
 class Toys:
     """An endless supply of points of one shape.
 
-    Those of a training batch are a function of the seed, its start and its size; a whole one, of the seed and its number.
+    Those of a training batch are a function of the seed, its start and size; a whole one is of the seed and its number.
     """
 
     def __init__(self, shape: str, held_out: int, seed: int):
