@@ -117,6 +117,10 @@ def test_bad_settings_get_a_line():
         VEConfig().plan(10, "predictor_correcter")
     with pytest.raises(UserError, match="at least 1"):
         VEConfig().plan(0)
+    with pytest.raises(UserError, match="at most 100,000"):
+        VEConfig().plan(10**11)
+    with pytest.raises(UserError, match="100,000 at the most"):
+        NCSNConfig(levels=10**11).process()
     with pytest.raises(UserError, match="sigma_max"):
         read_process({"_class_name": "ScoreSdeVeScheduler", "sigma_max": "high"})
     schedule = DDPMConfig().process().schedule

@@ -20,6 +20,7 @@ from ldm.diffusion.denoiser import Asking, Denoise, Denoiser, Network, answered
 from ldm.diffusion.langevin import annealed_langevin, step_size
 from ldm.diffusion.noise_rates import LinearBeta
 from ldm.diffusion.samplers import SAMPLERS, NoiseSource, Steps
+from ldm.diffusion.schedule import MOST_TIMESTEPS
 from ldm.diffusion.sde import SDE, VP, Embedding, SubVP
 from ldm.diffusion.sde_samplers import euler_maruyama, predictor_corrector
 from ldm.diffusion.variance_exploding import VE, Ladder
@@ -83,8 +84,10 @@ class ScoreProcess:
 
     def plan(self, steps: int, sampler: str | None = None) -> ScoreDrawing:
         """Plan so many steps. sampler: one of the process's own or of SAMPLERS. Raises UserError for an unknown one."""
-        if steps < 1:
-            raise UserError(f"num_inference_steps must be at least 1, not {steps}")
+        if not 1 <= steps <= MOST_TIMESTEPS:
+            raise UserError(
+                f"num_inference_steps must be at least 1, and at most {MOST_TIMESTEPS:,}, not {steps!s:.40}"
+            )
         known = {name: each.solve for name, each in SAMPLERS.items()} | self.samplers(steps)
         name = next(iter(self.samplers(steps))) if sampler is None else sampler
         if name not in known:

@@ -74,7 +74,7 @@ class Settings:
         ):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                raise UserError(f"{name} is {value:.6g}: give it {least:,} to {most:,}")
+                raise UserError(f"{name} is {value!s:.40}: give it {least:,} to {most:,}")
         if self.levels is not None and self.levels < 2:
             raise UserError(f"levels is {self.levels}: a pixel has 2 or more, 256 where it has 8 bits")
         if self.scale is not None and not 0 < self.scale < math.inf:
