@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from killed import BATCHES, same_bits_after_kills
+from test_training_diffusion import UNET
 from test_training_finetune import pictures
 from tiny import Family, tiny_pipeline_folder
 from torch import Tensor
@@ -261,15 +262,6 @@ def test_a_scale_that_can_not_be_told_is_refused(
 
 
 # A model without text
-
-UNET = {
-    "kind": "unet2d",
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D"] * 2,
-    "up_block_types": ["UpBlock2D"] * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
 
 
 def plain_teacher(tmp: Path, **settings: Any) -> Path:
