@@ -33,6 +33,7 @@ def text_setup(
         tiny_pipeline_folder(tmp / "models", family, scheduler)
     data = {"kind": "pictures", "path": str(pictures(tmp / "pictures")), "resolution": 32}
     model = {"kind": "text_to_image", "base": str(base), "data": data, "train": settings.pop("train", LORA)}
+    model |= settings.pop("model", {})
     loop = {**LOOP, "optimizer": {"learning_rate": 1e-3, "warmup": 0}, **settings.pop("loop", {})}
     sections = {
         "loop": loop,

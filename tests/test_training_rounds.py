@@ -278,6 +278,41 @@ def test_a_text_model_keeps_float32_between_rounds(tmp_path: Path) -> None:
     assert System.load(tmp_path / "run" / "export").options["num_inference_steps"] == 1
 
 
+def test_a_student_that_is_told_the_scale_is_told_it_in_every_round(tmp_path: Path) -> None:
+    """The first teacher is guided by two passes, the later ones by what they are told."""
+    path = text_setup(
+        tmp_path,
+        scheduler=V,
+        guidance=[2.0, 6.0],
+        train={"kind": "unet"},
+        model={"time_cond_proj_dim": 8},
+        loop={"pictures": 8, "save_every": 8},
+        method={"kind": "progressive", "steps": [2, 1]},
+    )
+    first, second = read_run(path).rounds()
+    assert first.settings.guidance == second.settings.guidance == (2.0, 6.0)
+    begun: Any = first.objective()
+    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 0.5])
+    told = begun.taught.told(begun.taught.batch(0, 2, ALL), BatchGenerator(0, 2, ALL))
+    begun.prepare(torch.device("cpu"), 2)
+    scales = [torch.tensor(each) for each in ((2.0, 2.0), (6.0, 6.0), (4.0, 6.0))]
+    with torch.no_grad():
+        low, high, mixed = [begun._teacher(told, each)(x, sigma) for each in scales]
+    torch.testing.assert_close(mixed, torch.stack([(low[0] + high[0]) / 2, high[1]]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(low, high, atol=1e-2)
+    assert train(path)
+    made = System.load(tmp_path / "run" / "export")
+    assert made.told_guidance and made.options["guidance_scale"] == 4.0
+    later: Any = second.objective()
+    later.prepare(torch.device("cpu"), 2)
+    assert later.taught.teacher.config.time_cond_proj_dim == 8
+    seen = list[int]()
+    later.taught.teacher.conv_in.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    with torch.no_grad():
+        drawn = [later._teacher(told, each)(x, sigma) for each in scales[:2]]
+    assert seen == [2, 2] and not torch.equal(*drawn)
+
+
 def test_killed_within_rounds_and_between_them_the_bits_are_the_same(tmp_path: Path) -> None:
     """A kill in the first round, one between its export and the second round, and one in the second."""
     loop = {"pictures": 8 * BATCHES, "save_every": 8, "validate_every": 1000}

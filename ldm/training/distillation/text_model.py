@@ -14,6 +14,7 @@ from ldm.diffusion.process import Discrete, Process
 from ldm.errors import UserError
 from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
+from ldm.models.unet import UNet
 from ldm.pictures import png
 from ldm.system import System
 from ldm.system.few_steps import write_few_steps
@@ -37,6 +38,8 @@ class TextToImageModel:
     base, variant, data, caption_windows: see the settings of `ldm.training.objectives.text_to_image`.
     train: of a kind: the whole `unet`, or a `lora` beside it.
     teaching: the precision in which the teacher computes.
+    time_cond_proj_dim: of a student that is told the scale of guidance, though its teacher is not: in so many features
+        (256 in Meng et al. 2023), which begin without a say.
     prompts, seeds: what validation draws.
     """
 
@@ -47,6 +50,7 @@ class TextToImageModel:
     variant: str | None = None
     train: TrainUNet | TrainLoRA = field(default_factory=TrainUNet)
     teaching: Literal["float32", "bfloat16", "float16"] = "float32"
+    time_cond_proj_dim: int | None = None
     caption_windows: int = 1
     prompts: tuple[str, ...] = ()
     seeds: int = 2
@@ -54,6 +58,8 @@ class TextToImageModel:
     def check(self, where: str) -> None:
         """Raise UserError for settings that can't be."""
         refuse_outside(where, self, ("caption_windows", "seeds"), 1)
+        if self.time_cond_proj_dim is not None and not isinstance(self.train, TrainUNet):
+            raise UserError(f"{where}.time_cond_proj_dim is of whole weights: set {where}.train.kind to unet")
         if self.train.text_encoder:
             raise UserError(
                 f"{where}.train.text_encoder: a student has its teacher's text encoder: leave it out"
@@ -88,6 +94,9 @@ class TaughtTextToImage(Taught):
         self.system = starting_system(config.base, config.variant, {}, torch.float32, False, False)
         check_channels(self.system, variance=False, inpainting=False)
         self.teacher = _apart(self.system.network).to(getattr(torch, config.teaching))
+        if config.time_cond_proj_dim is not None:
+            told = _told(self.system.network, config.time_cond_proj_dim, where)
+            self.system = replace(self.system, network=told)
         self.source = config.data.latents(f"{where}.data", self.system, False)
         self.trained = config.train.model(self.system)
         self.student: nn.Module = self.trained
@@ -191,3 +200,15 @@ def _apart(network: DenoisingNetwork) -> DenoisingNetwork:
         id(each): nn.Parameter(each.detach(), requires_grad=False) for each in network.parameters()
     }
     return copy.deepcopy(network, memo).eval()
+
+
+def _told(network: DenoisingNetwork, features: int, where: str) -> DenoisingNetwork:
+    """Return a U-Net of these weights that is told the scale of guidance. Raises UserError where it can't be."""
+    known = network.config.time_cond_proj_dim if isinstance(network, UNet) else None
+    if not isinstance(network, UNet) or known not in (None, features):
+        raise UserError(f"{where}.time_cond_proj_dim: the base is of {known or 'another kind of network'}")
+    if known:
+        return network
+    made = UNet(replace(network.config, time_cond_proj_dim=features))
+    made.load_state_dict({**made.state_dict(), **network.state_dict()})
+    return made.to(network.device).requires_grad_(False).eval()
