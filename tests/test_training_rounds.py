@@ -258,6 +258,12 @@ def test_rounds_of_a_guided_teacher_of_classes(tmp_path: Path) -> None:
     assert [each.settings.model.base for each in rounds] == [str(teacher), str(out / "round-4" / "export")]
     assert [each.rounds() for each in rounds] == [[each] for each in rounds]
     assert read_run(out / "config.yaml").resolved == run.resolved
+    # One more round takes nothing from those that are finished.
+    before = weights(out / "round-2" / "export")
+    assert train(path, ["distillation.method.steps=[4, 2, 1]"])
+    assert same(weights(out / "round-2" / "export"), before)
+    assert same(weights(out / "export"), weights(out / "round-1" / "export"))
+    assert not same(weights(out / "export"), before)
 
 
 def test_a_text_model_keeps_float32_between_rounds(tmp_path: Path) -> None:
@@ -352,6 +358,9 @@ def test_settings_that_can_not_be_get_one_line(tmp_path: Path, settings: dict[st
 def test_what_can_not_be_taught_in_rounds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="discrete timesteps"):
         built(progressive_setup(tmp_path, plain_teacher(tmp_path, process={"kind": "vp"}), 2))
+    learned = {"process": {**COSINE, "variance_type": "learned_range"}, "loss": {"variance": True}}
+    with pytest.raises(UserError, match="learned its variance"):
+        built(progressive_setup(tmp_path, plain_teacher(tmp_path / "learned", **learned), 2))
     path = text_setup(tmp_path, train=LORA, method={"kind": "progressive", "steps": [2, 1]})
     with pytest.raises(UserError, match=r"model\.train: rounds follow each other in the whole weights"):
         train(path)
