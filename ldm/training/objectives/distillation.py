@@ -44,7 +44,7 @@ class Config:
     guidance: of the teacher. A number is put into the student for good, which is then drawn without; of two, each
         picture has a scale between them, which a student is told that has a `time_cond_proj_dim`. None is no guidance.
     steps: what validation draws the student in; the last is what the finished one is drawn in by default. A student of
-        progressive distillation is drawn in the steps that it learned.
+        progressive distillation is drawn in those that it learned, and fewer.
     """
 
     model: PlainModel | TextToImageModel
