@@ -25,6 +25,7 @@ from ldm.models.layers import (
     TransformerBlock,
     Upsample,
     context_of,
+    guidance_embedding,
     with_more_channels,
 )
 from ldm.models.layers import sinusoidal_embedding as sinusoidal
@@ -99,6 +100,8 @@ class UNet(DenoisingNetwork):
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionXLInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
     )
     block_types = (ResnetBlock, TransformerBlock)
     gives_features = True
@@ -111,7 +114,7 @@ class UNet(DenoisingNetwork):
         widths = config.block_out_channels
         down = levels(config, config.down_block_types, "Down")
         up = levels(config, config.up_block_types, "Up")[::-1]
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], config.time_cond_proj_dim)
         self.add_embedding = size_embedding(config)
         if config.num_class_embeds:
             self.class_embedding = nn.Embedding(config.num_class_embeds, 4 * widths[0])
@@ -135,7 +138,7 @@ class UNet(DenoisingNetwork):
         return UNetConfig.from_diffusers(mapping, where)
 
     def wants(self, latent_channels: int) -> dict[str, int]:
-        """See `DenoisingNetwork`: the text, SDXL's pooled text and sizes, inpainting's mask and masked latents."""
+        """See `DenoisingNetwork`: the text, SDXL's pooled text and sizes, inpainting's channels, the guidance."""
         return self.config.wants(latent_channels)
 
     def wants_scored(self, latent_channels: int) -> dict[str, int]:
@@ -148,6 +151,11 @@ class UNet(DenoisingNetwork):
         """See `DenoisingNetwork`."""
         self.conv_in = with_more_channels(self.conv_in, in_channels)
         self.config = replace(self.config, in_channels=in_channels)
+
+    def take_guidance(self, dim: int) -> None:
+        """See `DenoisingNetwork`."""
+        self.time_embedding.take(dim)
+        self.config = replace(self.config, time_cond_proj_dim=dim)
 
     @property
     def multiple(self) -> int:
@@ -166,8 +174,8 @@ class UNet(DenoisingNetwork):
 
         sample: (B, C, h, w), unit variance. timestep: (B,), 0..999, may be fractional.
         condition: hidden (B, L, cross_attention_dim); SDXL's pooled (B, P) and time_ids (B, 6 or 5); channels (B,
-        in_channels - C, h, w), which are joined to the sample; labels (B,), of num_class_embeds classes; images, for
-        adapters. residuals: what is added to the
+        in_channels - C, h, w), which are joined to the sample; labels (B,), of num_class_embeds classes; guidance (B,),
+        where there is a time_cond_proj_dim; images, for adapters. residuals: what is added to the
         feature maps. features: what all levels below the finest gave before, or what they give now is put there.
         """
         context = context_of(condition)
@@ -249,10 +257,15 @@ def embed_time(
     timestep: Tensor,
     condition: Condition,
 ) -> Tensor:
-    """Embed timesteps (B,), with SDXL's pooled text and sizes where there is an embedding for them: (B, 4*C0)."""
+    """Embed timesteps (B,), with the guidance scale, and SDXL's pooled text and sizes, where it is told: (B, 4*C0)."""
     c = config
     features = sinusoidal(timestep, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
-    time = time_embedding(features.to(dtype))
+    told = None
+    if c.time_cond_proj_dim is not None:
+        if condition.guidance is None:
+            raise ValueError("this network, of a time_cond_proj_dim, needs guidance (B,) in its condition")
+        told = guidance_embedding(condition.guidance, c.time_cond_proj_dim).to(dtype)
+    time = time_embedding(features.to(dtype), told)
     if add_embedding is None:
         return time
     ids, pooled = condition.time_ids, condition.pooled

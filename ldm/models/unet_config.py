@@ -33,7 +33,6 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -48,6 +47,8 @@ class UNetConfig:
     attention_head_dim: the NUMBER of heads a level (diffusers' historical misnomer).
     upcast_attention: kept for other programs' sake; SDPA accumulates in float32 anyway.
     addition_embed_type: "text_time" for SDXL's pooled text and size/crop conditions.
+    time_cond_proj_dim: features of the guidance scale, for a network that is told it (Meng et al. 2023), 256 in Luo et
+        al. 2023; None for one that is not.
     num_class_embeds: classes that it is told beside the text, by a table of so many rows; None for none.
     """
 
@@ -73,6 +74,7 @@ class UNetConfig:
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     num_class_embeds: int | None = None
+    time_cond_proj_dim: int | None = None
 
     @classmethod
     def from_diffusers(cls, mapping: Mapping[str, Any], where: str = "unet/config.json") -> "UNetConfig":
@@ -87,6 +89,7 @@ class UNetConfig:
         more = ("attention_head_dim", "cross_attention_dim", "sample_size", "num_class_embeds", *_ADDED)
         diffusers_config.check_sizes(self, where, *sizes, *more)
         diffusers_config.check_sizes(self, where, "transformer_layers_per_block", least=0)
+        diffusers_config.check_sizes(self, where, "time_cond_proj_dim", least=4)  # two frequencies
         diffusers_config.check_layers(self.layers, where)
         diffusers_config.check_finite(self, where, "norm_eps", "dropout")
         if self.norm_eps < 0:
@@ -134,6 +137,7 @@ class UNetConfig:
             told = sizes * (self.addition_time_embed_dim or 0)
             pooled = (self.projection_class_embeddings_input_dim or 0) - told
             parts |= {"pooled": pooled, "time_ids": sizes}
+        parts |= {"guidance": 1} if self.time_cond_proj_dim else {}
         return parts | ({"labels": self.num_class_embeds} if self.num_class_embeds else {})
 
     def to_diffusers(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ldm.training.distributed import BatchGenerator
 from ldm.training.networks import PointSettings, UNet2DSettings, UNetSettings
 from ldm.training.noising import noised_batch
 from ldm.training.reconstruction import check_sides
-from ldm.training.start import load_autoencoder
+from ldm.training.start import check_untold, load_autoencoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,6 +163,7 @@ class Objective:
     def _check_network(self) -> None:
         """Raise UserError, before anything is trained, for what would fail at the first step or at a validation."""
         told = self._told(self.examples.cuts(0, 1), torch.zeros(1, dtype=torch.bool))
+        check_untold("diffusion", self.system.wants)
         told.require(self.system.wants, "diffusion.network")
 
     def prepare(self, device: torch.device, batch_size: int) -> None:
