@@ -175,13 +175,6 @@ def _size_of(system: System, recipe: Recipe, original: np.ndarray | Tensor | Non
     return size
 
 
-def _defaults(system: System) -> dict[str, Any]:
-    """What diffusers' pipeline of such a model draws with."""
-    if system.pipeline.startswith("LatentConsistency"):
-        return {"num_inference_steps": 4, "guidance_scale": 8.5}
-    return {"num_inference_steps": 50, "guidance_scale": 5.0 if system.is_xl else 7.5}
-
-
 def _filled(
     system: System, recipe: Recipe, given: Given, stated: Mapping[str, Any], size: tuple[int, int]
 ) -> Recipe:
@@ -250,11 +243,6 @@ def _check_given(system: System, recipe: Recipe, given: Given) -> None:
     if recipe.denoising_start is not None and latents_of(given.image) is None:
         raise UserError(
             "denoising_start goes on with latents: give those of a call with denoising_end as image"
-        )
-    if system.told_guidance and (recipe.guidance_rescale or recipe.guidance_interval):
-        raise UserError(
-            "guidance_rescale and guidance_interval are of guidance by two passes, and this model is told its "
-            "guidance_scale: leave them out"
         )
     check_scores(system, recipe.aesthetic_score, recipe.negative_aesthetic_score)
     if recipe.token_merging:

@@ -56,8 +56,6 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, cond_proj_dim: int | None = None):
         super().__init__()
-        if cond_proj_dim is not None:
-            self.project(cond_proj_dim, in_channels)
         self.linear_1 = nn.Linear(in_channels, out_channels)  # of a few rows: nothing to gain by packing
         self.linear_2 = nn.Linear(out_channels, out_channels)
         if cond_proj_dim is not None:

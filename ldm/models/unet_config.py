@@ -50,8 +50,6 @@ class UNetConfig:
     time_cond_proj_dim: features of the guidance scale, for a network that is told it (Meng et al. 2023), 256 in Luo et
         al. 2023; None for one that is not.
     num_class_embeds: classes that it is told beside the text, by a table of so many rows; None for none.
-    time_cond_proj_dim: of the features of the guidance scale, for a network that is told it (Meng et al. 2023; LCM, Luo
-        et al. 2023) and so draws guided in one pass; None for one that is not.
     """
 
     sample_size: int | None = 64
@@ -112,13 +110,6 @@ class UNetConfig:
                         f"block_out_channels {width}"
                     )
 
-        if (
-            self.time_cond_proj_dim is not None
-            and not 4 <= self.time_cond_proj_dim <= diffusers_config.LARGEST
-        ):
-            raise UserError(
-                f"{where}: time_cond_proj_dim is {self.time_cond_proj_dim!r:.60}, where a number of 4 or more is needed"
-            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"{where}: dropout is {self.dropout}, where a share of less than 1 is meant")
         if self.addition_embed_type not in (None, "text_time"):

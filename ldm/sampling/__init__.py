@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.condition import AESTHETIC_SCORES, Condition, concatenate
 from ldm.conditioning.control import Control, Controls
 from ldm.conditioning.image_prompt import ImagePrompt, image_parts
-from ldm.conditioning.prompts.weighted import Prompt, as_prompts, plain
+from ldm.conditioning.prompts.weighted import Prompt, as_prompts
 from ldm.conditioning.text import TextEncoder, encode_pair
 from ldm.diffusion.denoiser import Asking, Denoise, answered
 from ldm.diffusion.driver import Callback, Noise

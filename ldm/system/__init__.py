@@ -184,11 +184,6 @@ class System:
         return "time_ids" in self.wants
 
     @property
-    def told_guidance(self) -> bool:
-        """Whether the network is told the scale of its guidance, and so is drawn with in one pass."""
-        return "guidance" in self.wants
-
-    @property
     def requires_aesthetics_score(self) -> bool:
         """Whether the network is told an aesthetic score in place of the target size: SDXL's refiner."""
         return bool(self.options.get("requires_aesthetics_score"))

@@ -95,7 +95,7 @@ class TaughtTextToImage(Taught):
         check_channels(self.system, variance=False, inpainting=False)
         self.teacher = _apart(self.system.network).to(getattr(torch, config.teaching))
         if config.time_cond_proj_dim is not None:
-            if self.system.told_guidance:
+            if "guidance" in self.system.wants:
                 raise UserError(
                     f"{where}.base is told its guidance scale already: leave time_cond_proj_dim out"
                 )
@@ -148,7 +148,7 @@ class TaughtTextToImage(Taught):
         device = self.teacher.device
         with torch.no_grad():
             text = self.conditions(captions, dropped).to(device)
-        return replace(self.system, network=self.teacher).condition(text, time_ids.to(device))
+        return replace(self.system, network=self.teacher).condition(text, time_ids.to(device), guidance=1.0)
 
     def call(self, module: nn.Module, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         return module(x, timestep, lambda: condition)
