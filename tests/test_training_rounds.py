@@ -292,7 +292,7 @@ def test_a_student_that_is_told_the_scale_is_told_it_in_every_round(tmp_path: Pa
         scheduler=V,
         guidance=[2.0, 6.0],
         train={"kind": "unet"},
-        model={"time_cond_proj_dim": 8},
+        time_cond_proj_dim=8,
         loop={"pictures": 8, "save_every": 8},
         method={"kind": "progressive", "steps": [2, 1]},
     )

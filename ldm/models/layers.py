@@ -42,10 +42,14 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, cond_proj_dim: int | None = None):
         super().__init__()
         if cond_proj_dim is not None:
-            self.cond_proj = nn.Linear(cond_proj_dim, in_channels, bias=False)
-            nn.init.zeros_(self.cond_proj.weight)
+            self.project(cond_proj_dim, in_channels)
         self.linear_1 = nn.Linear(in_channels, out_channels)  # of a few rows: nothing to gain by packing
         self.linear_2 = nn.Linear(out_channels, out_channels)
+
+    def project(self, cond_proj_dim: int, in_channels: int) -> None:
+        """Take more features from now on."""
+        self.cond_proj = nn.Linear(cond_proj_dim, in_channels, bias=False)
+        nn.init.zeros_(self.cond_proj.weight)
 
     def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
         """x: (B, in_channels). more: (B, cond_proj_dim)."""

@@ -151,6 +151,14 @@ class UNet(DenoisingNetwork):
         self.conv_in = with_more_channels(self.conv_in, in_channels)
         self.config = replace(self.config, in_channels=in_channels)
 
+    def take_guidance(self, time_cond_proj_dim: int) -> None:
+        """See `DenoisingNetwork`."""
+        config = replace(self.config, time_cond_proj_dim=time_cond_proj_dim)
+        config.check()
+        self.time_embedding.project(time_cond_proj_dim, config.block_out_channels[0])
+        self.time_embedding.cond_proj.to(self.device, self.dtype)
+        self.config = config
+
     @property
     def multiple(self) -> int:
         """The levels below the first halve the sides."""

@@ -174,7 +174,7 @@ def prepare(
 
 
 def _without_effect(system: System, negatives: Sequence[str | Prompt] | None) -> list[str]:
-    if not system.told_guidance or all(each == plain("") for each in as_prompts(negatives or ())):
+    if not system.told_guidance or not negatives or all(each == plain("") for each in as_prompts(negatives)):
         return []
     return [
         "a negative prompt has no effect: this model is told its guidance_scale, and draws without a second pass"

@@ -16,7 +16,7 @@ from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
 from ldm.pictures import png
 from ldm.system.plain import PlainSystem
-from ldm.training.bounds import refuse_outside
+from ldm.training.bounds import refuse_loss, refuse_outside
 from ldm.training.data.arrays import DigitsConfig, ToysConfig
 from ldm.training.data.examples import Batch
 from ldm.training.data.kinds import Data
@@ -71,7 +71,7 @@ class Config:
     def check(self) -> None:
         """Raises UserError for settings that do not go together."""
         refuse_outside("diffusion", self, ("validation_pictures", "crop"), 1)
-        refuse_outside("diffusion.loss", self.loss, ("levels",), 2)
+        refuse_loss("diffusion.loss", self.loss)
         if self.autoencoder and self.loss.decoder != "gaussian":
             raise UserError(
                 "diffusion.loss.decoder is of pixels, and latents have no levels: leave it gaussian"

@@ -27,6 +27,7 @@ from ldm.training.distillation.lesson import Estimate, Lesson
 from ldm.training.distillation.plain_model import PlainModel
 from ldm.training.distillation.progressive import Progressive
 from ldm.training.distillation.target import Pupil
+from ldm.training.distillation.taught import Student
 from ldm.training.distillation.text_model import TextToImageModel
 from ldm.training.distributed import BatchGenerator
 
@@ -122,6 +123,10 @@ class Objective:
             self.process.plan(steps)  # what can't be drawn is refused now
         self.pupil = Pupil(self.taught.student, self.method.averaging(0) is not None)
         self.model: nn.Module = self.pupil
+        if "guidance" in self.taught.student_wants and not config.scales:
+            raise UserError(
+                "distillation.guidance: the student is told it: give two scales, from least to greatest"
+            )
         if config.scales and not self._told_scale and not self.taught.wants:
             raise UserError(
                 "distillation.guidance: this model is told nothing, so there is nothing to guide by"
@@ -198,7 +203,7 @@ class Objective:
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
         """Draw sheets in each number of steps."""
         assert isinstance(model, Pupil)
-        self.taught.validate(model.student, self.process, self.steps, self._drawn_scale, folder, seen)
+        self.taught.validate(self._student(model), self.steps, folder, seen)
         return {}
 
     @property
@@ -214,8 +219,10 @@ class Objective:
     def export(self, model: nn.Module, folder: Path, config: str) -> None:
         """Write the student: a model's folder, or a LoRA with what it is drawn with."""
         assert isinstance(model, Pupil)
-        arguments = model.student, self.process, self.steps[-1], self._drawn_scale
-        self.taught.export(*arguments, folder, config)
+        self.taught.export(self._student(model), self.steps[-1], folder, config)
+
+    def _student(self, model: Pupil) -> Student:
+        return Student(model.student, self.process, self._drawn_scale)
 
 
 def estimated(denoise: Denoise) -> Estimate:
