@@ -296,6 +296,8 @@ def test_a_student_that_is_told_the_scale_is_told_it_in_every_round(tmp_path: Pa
         loop={"pictures": 8, "save_every": 8},
         method={"kind": "progressive", "steps": [2, 1]},
     )
+    with pytest.raises(UserError, match="the student is told it: give two scales"):
+        train(path, ["distillation.guidance=3.0"])
     first, second = read_run(path).rounds()
     assert first.settings.guidance == second.settings.guidance == (2.0, 6.0)
     begun: Any = first.objective()
