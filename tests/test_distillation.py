@@ -36,6 +36,7 @@ def text_setup(
     data = {"kind": "pictures", "path": str(pictures(tmp / "pictures")), "resolution": 32}
     model = {"kind": "text_to_image", "base": str(base), "data": data, "train": settings.pop("train", LORA)}
     model |= {name: settings.pop(name) for name in ("time_cond_proj_dim",) if name in settings}
+    model |= settings.pop("model", {})
     loop = {**LOOP, "optimizer": {"learning_rate": 1e-3, "warmup": 0}, **settings.pop("loop", {})}
     sections = {
         "loop": loop,

@@ -28,7 +28,7 @@ from ldm.training.data.prior import PriorConfig
 from ldm.training.distributed import BatchGenerator, processes
 from ldm.training.drawing import ValidationConfig, check_steps
 from ldm.training.noising import noised_batch
-from ldm.training.start import NewConfig, check_channels, starting_system
+from ldm.training.start import NewConfig, check_channels, check_untold, starting_system
 from ldm.training.trainable.controlnet import TrainControlNet
 from ldm.training.trainable.lora import TrainLoRA
 from ldm.training.trainable.model import TrainableModel
@@ -133,6 +133,7 @@ class Objective:
         self.model: nn.Module = self.trained
         self.watched = "loss"
         check_channels(self.system, bool(config.loss.variance), config.inpainting)
+        check_untold("text_to_image", self.system.wants)
         if self.source.captions:
             config.train.check_captions(self.source.captions)
         cache = config.data.text_cache if self.trained.text is None else None
