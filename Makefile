@@ -6,7 +6,7 @@
 # make clean                                remove .venv, builds and caches
 #
 # Variables: PROMPT, SEED, OUT (the file), UPSCALE (4: the bundled model draws 128 pixels, shown at 512),
-# ARGS (more options of scripts/generate.py), PYTHON, JOBS.
+# FAST (1: in four steps), ARGS (more options of scripts/generate.py), PYTHON, JOBS.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -38,7 +38,7 @@ help:
 
 image: $(VENV)/.installed
 	@mkdir -p "$$(dirname "$$IMAGE_OUT")"
-	@$(BIN)/python scripts/generate.py --seed "$$IMAGE_SEED" --out "$$IMAGE_OUT" --upscale "$$IMAGE_UPSCALE" $(value ARGS) -- "$$IMAGE_PROMPT"
+	@$(BIN)/python scripts/generate.py --seed "$$IMAGE_SEED" --out "$$IMAGE_OUT" --upscale "$$IMAGE_UPSCALE" $(if $(filter-out 0 no,$(FAST)),--fast) $(value ARGS) -- "$$IMAGE_PROMPT"
 	@echo "The picture is in $$IMAGE_OUT"
 
 # One thread a worker: JOBS workers with torch's own thread pools would fight for the cores.

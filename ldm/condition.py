@@ -20,8 +20,9 @@ class Condition:
     time_ids: (B, 6), SDXL's sizes in pixels: original height and width, crop top and left, target height and width;
     (B, 5) for its refiner, to which an aesthetic score is told in place of the target's size.
     labels: (B,) int64, classes. channels: (B, c, h, w), what is joined to the noisy latents, such as inpainting's mask
-    and masked latents. images: of image prompts, for each adapter that takes part by a key of its own: KEY.tokens
-    (B, T, D), and KEY.scale (B,), how much of it.
+    and masked latents. guidance: (B,), the scale of classifier-free guidance, of a network that is told it. images: of
+    image prompts, for each adapter that takes part by a key of its own: KEY.tokens (B, T, D), and KEY.scale (B,), how
+    much of it.
     """
 
     hidden: Tensor | None = None
@@ -29,6 +30,7 @@ class Condition:
     time_ids: Tensor | None = None
     labels: Tensor | None = None
     channels: Tensor | None = None
+    guidance: Tensor | None = None
     images: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,7 +68,7 @@ class Condition:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Condition":
         """Move it; parts of real numbers are cast to `dtype`, but for sizes and scales, which bfloat16 would round."""
-        exact = ("time_ids", ".scale")
+        exact = ("time_ids", "guidance", ".scale")
         moved = {
             name: part.to(device, dtype if part.is_floating_point() and not name.endswith(exact) else None)
             for name, part in self.parts().items()

@@ -30,10 +30,11 @@ def request_for(system: System, drawings: Sequence[Drawing], loaded: Loaded, dev
     assert shared.height and shared.width
     interval = shared.guidance_interval or (0.0, math.inf)
     guidance = Guidance(shared.guidance_scale, shared.guidance_rescale, interval)
+    guides = guidance.by_passes(system).guides
     size = (shared.height, shared.width)
     none = all(recipe.negative_prompt is None for recipe in recipes)
     images = [shown_images(recipe, each) for recipe, each in zip(recipes, given, strict=True)]
-    text, notes = _encoded(system, drawings, guidance.guides)
+    text, notes = _encoded(system, drawings, guides)
     latents = [each.latents for each in given if each.latents is not None]
     request = prepare(
         system,

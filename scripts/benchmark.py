@@ -129,12 +129,17 @@ def _plot(results: list[Path], path: Path | None) -> int:
 def _model(name: str | None) -> tuple[str, Path]:
     """What to call the model, and its folder; a system of random weights is made where it isn't there."""
     from benchmarks.true_sizes import FAMILY_OF, true_size
-    from ldm.system import bundled_model
+    from ldm.system import System, bundled_model
+    from ldm.system.few_steps import read_few_steps
 
     if name is None or name == "bundled":
         return "bundled", bundled_model()
     if name in FAMILY_OF and not Path(name).exists():
         return name, true_size(name, _MADE)
+    if read_few_steps(Path(name)):  # diffusers draws with a whole folder
+        whole = _MADE / f"{Path(name).resolve().parent.name}-fast"
+        System.load(name).save(whole)
+        return whole.name, whole
     if not (Path(name) / "model_index.json").is_file():
         raise UserError(f"--model {name} is no diffusers folder: it has no model_index.json")
     return Path(name).resolve().name, Path(name).resolve()

@@ -34,14 +34,22 @@ def sinusoidal_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers with SiLU between: (B, in_channels) -> (B, out_channels)."""
+    """Two linear layers with SiLU between: (B, in_channels) -> (B, out_channels).
 
-    def __init__(self, in_channels: int, out_channels: int):
+    cond_proj_dim: of more features, which are projected and added to x; they begin without a say.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, cond_proj_dim: int | None = None):
         super().__init__()
+        if cond_proj_dim is not None:
+            self.cond_proj = nn.Linear(cond_proj_dim, in_channels, bias=False)
+            nn.init.zeros_(self.cond_proj.weight)
         self.linear_1 = nn.Linear(in_channels, out_channels)  # of a few rows: nothing to gain by packing
         self.linear_2 = nn.Linear(out_channels, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        """x: (B, in_channels). more: (B, cond_proj_dim)."""
+        x = x if more is None else x + self.cond_proj(more)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

@@ -99,6 +99,8 @@ class UNet(DenoisingNetwork):
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionXLInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
     )
     block_types = (ResnetBlock, TransformerBlock)
     gives_features = True
@@ -111,7 +113,7 @@ class UNet(DenoisingNetwork):
         widths = config.block_out_channels
         down = levels(config, config.down_block_types, "Down")
         up = levels(config, config.up_block_types, "Up")[::-1]
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], config.time_cond_proj_dim)
         self.add_embedding = size_embedding(config)
         if config.num_class_embeds:
             self.class_embedding = nn.Embedding(config.num_class_embeds, 4 * widths[0])
@@ -166,9 +168,9 @@ class UNet(DenoisingNetwork):
 
         sample: (B, C, h, w), unit variance. timestep: (B,), 0..999, may be fractional.
         condition: hidden (B, L, cross_attention_dim); SDXL's pooled (B, P) and time_ids (B, 6 or 5); channels (B,
-        in_channels - C, h, w), which are joined to the sample; labels (B,), of num_class_embeds classes; images, for
-        adapters. residuals: what is added to the
-        feature maps. features: what all levels below the finest gave before, or what they give now is put there.
+        in_channels - C, h, w), which are joined to the sample; labels (B,), of num_class_embeds classes; guidance (B,),
+        of a network with time_cond_proj_dim; images, for adapters. residuals: what is added to the feature maps.
+        features: what all levels below the finest gave before, or what they give now is put there.
         """
         context = context_of(condition)
         time = embed_time(
@@ -252,7 +254,15 @@ def embed_time(
     """Embed timesteps (B,), with SDXL's pooled text and sizes where there is an embedding for them: (B, 4*C0)."""
     c = config
     features = sinusoidal(timestep, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
-    time = time_embedding(features.to(dtype))
+    scale = None
+    if c.time_cond_proj_dim:
+        if condition.guidance is None:
+            raise ValueError(
+                "this network is told its guidance scale: it needs guidance (B,) in its condition"
+            )
+        # As diffusers has it: w of the paper is the scale less 1, in thousands, of which the sines come first.
+        scale = sinusoidal(1000 * (condition.guidance - 1), c.time_cond_proj_dim, False, 1).to(dtype)
+    time = time_embedding(features.to(dtype), scale)
     if add_embedding is None:
         return time
     ids, pooled = condition.time_ids, condition.pooled

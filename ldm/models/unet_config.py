@@ -33,7 +33,6 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -49,6 +48,8 @@ class UNetConfig:
     upcast_attention: kept for other programs' sake; SDPA accumulates in float32 anyway.
     addition_embed_type: "text_time" for SDXL's pooled text and size/crop conditions.
     num_class_embeds: classes that it is told beside the text, by a table of so many rows; None for none.
+    time_cond_proj_dim: of the features of the guidance scale, for a network that is told it (Meng et al. 2023; LCM, Luo
+        et al. 2023) and so draws guided in one pass; None for one that is not.
     """
 
     sample_size: int | None = 64
@@ -73,6 +74,7 @@ class UNetConfig:
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     num_class_embeds: int | None = None
+    time_cond_proj_dim: int | None = None
 
     @classmethod
     def from_diffusers(cls, mapping: Mapping[str, Any], where: str = "unet/config.json") -> "UNetConfig":
@@ -107,6 +109,13 @@ class UNetConfig:
                         f"block_out_channels {width}"
                     )
 
+        if (
+            self.time_cond_proj_dim is not None
+            and not 4 <= self.time_cond_proj_dim <= diffusers_config.LARGEST
+        ):
+            raise UserError(
+                f"{where}: time_cond_proj_dim is {self.time_cond_proj_dim!r:.60}, where a number of 4 or more is needed"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"{where}: dropout is {self.dropout}, where a share of less than 1 is meant")
         if self.addition_embed_type not in (None, "text_time"):
@@ -134,7 +143,8 @@ class UNetConfig:
             told = sizes * (self.addition_time_embed_dim or 0)
             pooled = (self.projection_class_embeddings_input_dim or 0) - told
             parts |= {"pooled": pooled, "time_ids": sizes}
-        return parts | ({"labels": self.num_class_embeds} if self.num_class_embeds else {})
+        parts |= {"labels": self.num_class_embeds} if self.num_class_embeds else {}
+        return parts | ({"guidance": 1} if self.time_cond_proj_dim else {})
 
     def to_diffusers(self) -> dict[str, Any]:
         return diffusers_config.to_diffusers(self, _CLASS)

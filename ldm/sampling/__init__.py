@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.condition import AESTHETIC_SCORES, Condition, concatenate
 from ldm.conditioning.control import Control, Controls
 from ldm.conditioning.image_prompt import ImagePrompt, image_parts
-from ldm.conditioning.prompts.weighted import Prompt, as_prompts
+from ldm.conditioning.prompts.weighted import Prompt, as_prompts, plain
 from ldm.conditioning.text import TextEncoder, encode_pair
 from ldm.diffusion.denoiser import Asking, Denoise, answered
 from ldm.diffusion.driver import Callback, Noise
@@ -44,6 +44,10 @@ class Guidance:
     def guides(self) -> bool:
         """Whether any image is guided, so that the condition without the prompt is needed."""
         return bool((torch.as_tensor(self.scale) > 1).any())
+
+    def by_passes(self, system: System) -> "Guidance":
+        """Return what of it is done by an unconditional pass: nothing, for a network that is told the scale."""
+        return Guidance(1.0) if system.told_guidance else self
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ def prepare(
     than latents. images: pictures as prompts. latents: see `Request`. device: where the network computes; None is where
     its weights are. Raises UserError.
     """
-    guidance = guidance or Guidance()
+    guidance, scale = guidance or Guidance(), 1.0 if guidance is None else guidance.scale
+    guidance = guidance.by_passes(system)
     device = torch.device(device or system.network.device)
     height, width = size or (system.default_size, system.default_size)
     shown = image_parts(images, system.network, len(seeds), guidance.guides) if images else None
@@ -143,7 +148,7 @@ def prepare(
             more = torch.cat([more, more])
         halves = told if guidance.guides else told[1:]
         rows = halves.repeat_interleave(text.rows // len(halves), dim=0)
-        condition = system.condition(text, rows[:, :6], more, rows[:, 6])
+        condition = system.condition(text, rows[:, :6], more, rows[:, 6], scale)
         if shown:
             condition = replace(condition, images=shown)
         return condition.to(device, system.network.dtype)
@@ -164,8 +169,16 @@ def prepare(
         guidance,
         None if latents is None else latents.to(device),
         changes=tuple(later),
-        notes=tuple(notes),
+        notes=(*notes, *_without_effect(system, negatives)),
     )
+
+
+def _without_effect(system: System, negatives: Sequence[str | Prompt] | None) -> list[str]:
+    if not system.told_guidance or all(each == plain("") for each in as_prompts(negatives or ())):
+        return []
+    return [
+        "a negative prompt has no effect: this model is told its guidance_scale, and draws without a second pass"
+    ]
 
 
 def _told(

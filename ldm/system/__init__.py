@@ -14,7 +14,7 @@ import ldm
 from ldm.checkpoints import read_checkpoint
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.files import load_strict
-from ldm.checkpoints.folder import PREVIEW, read_component, write_component, write_folder
+from ldm.checkpoints.folder import MODEL_INDEX, PREVIEW, read_component, write_component, write_folder
 from ldm.checkpoints.hub import resolve
 from ldm.checkpoints.single_file import write_single_file
 from ldm.condition import AESTHETIC_SCORES, Condition
@@ -31,6 +31,7 @@ from ldm.models.diffusers_config import check_layers
 from ldm.models.feature_reuse import FeatureReuse
 from ldm.models.networks import NETWORKS
 from ldm.models.quantization import Quantization, quantize
+from ldm.system.few_steps import FILE as FEW_STEPS
 from ldm.system.few_steps import FewSteps, fast_form, read_few_steps
 
 # Whose scheduler diffusers changes where a folder is loaded, whatever the folder says.
@@ -102,6 +103,7 @@ class System:
         path = bundled_model() if name is None else resolve(name, variant)
         path = fast_form(path) if fast else path
         if few_steps := read_few_steps(path):
+            _check_options(few_steps.options, path / FEW_STEPS)
             how: dict[str, Any] = {"variant": variant, "prediction_type": prediction_type}
             return cls.load(few_steps.model, **how)._in_few_steps(few_steps).to(device, torch_dtype)
         checkpoint = read_checkpoint(path, variant, prediction_type)
@@ -112,7 +114,7 @@ class System:
         scheduler = SchedulerConfig.from_dict(checkpoint.configs["scheduler"], f"{path}: scheduler")
         if checkpoint.pipeline in _INSISTENT:
             scheduler = scheduler.with_values(steps_offset=1, clip_sample=False)
-        _check_options(checkpoint.options, path)
+        _check_options(checkpoint.options, path / MODEL_INDEX)
         try:
             scheduler.noise_schedule()  # a schedule that cannot be is refused now, not at the first picture
         except UserError as error:
@@ -182,6 +184,11 @@ class System:
         return "time_ids" in self.wants
 
     @property
+    def told_guidance(self) -> bool:
+        """Whether the network is told the scale of its guidance, and so is drawn with in one pass."""
+        return "guidance" in self.wants
+
+    @property
     def requires_aesthetics_score(self) -> bool:
         """Whether the network is told an aesthetic score in place of the target size: SDXL's refiner."""
         return bool(self.options.get("requires_aesthetics_score"))
@@ -220,18 +227,20 @@ class System:
         sizes: Tensor | None = None,
         channels: Tensor | None = None,
         aesthetic_score: float | Tensor = AESTHETIC_SCORES[0],
+        guidance: float | Tensor = 1.0,
     ) -> Condition:
         """Build the condition that the network wants; all that is trained and drawn gets its condition here.
 
         text: the text encoder's. sizes: (B, 6), SDXL's (see `Condition.time_ids`). channels: see `Condition`.
-        aesthetic_score: one for all or (B,), commonly 1 to 10, for SDXL's refiner. Of the text, the sizes and the
-        score, what is not wanted is left out. Raises UserError where a part is missing, or there are channels that the
-        network does not take.
+        aesthetic_score: one for all or (B,), commonly 1 to 10, for SDXL's refiner. guidance: the scale, one or (B,).
+        Of the text, the sizes, the score and the scale, what is not wanted is left out. Raises UserError where a part
+        is missing, or there are channels that the network does not take.
         """
         if sizes is not None and self.requires_aesthetics_score:
             score = torch.as_tensor(aesthetic_score).to(sizes).expand(len(sizes))
             sizes = torch.cat([sizes[:, :4], score[:, None]], dim=1)
-        wants, parts = self.wants, {**text.parts(), "time_ids": sizes}
+        scale = torch.as_tensor(guidance, dtype=torch.float32, device=text.text.device).expand(text.rows)
+        wants, parts = self.wants, {**text.parts(), "time_ids": sizes, "guidance": scale}
         wanted = {name: part for name, part in parts.items() if name in wants and part is not None}
         condition = replace(Condition.of(wanted), channels=channels)
         condition.require(wants, f"the {self.network.component}")
@@ -358,15 +367,13 @@ def _in_precision(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> d
 
 
 def _check_options(options: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError for defaults of a model_index.json that no call could use."""
+    """Raise UserError for defaults of a model_index.json, or a like file at `path`, that no call could use."""
     for name, kinds in (("num_inference_steps", int), ("guidance_scale", int | float)):
         if name in options and (isinstance(options[name], bool) or not isinstance(options[name], kinds)):
-            raise UserError(f"{path}: model_index.json gives {name} as {options[name]!r}: make it a number")
+            raise UserError(f"{path} gives {name} as {options[name]!r:.60}: make it a number")
     if not isinstance(options.get("requires_aesthetics_score", False), bool):
         said = f"{options['requires_aesthetics_score']!r:.60}"
-        raise UserError(
-            f"{path}: model_index.json gives requires_aesthetics_score as {said}: make it true or false"
-        )
+        raise UserError(f"{path} gives requires_aesthetics_score as {said}: make it true or false")
 
 
 def filled(kind: type[M], config: Any, checkpoint: Checkpoint, part: str, path: Path) -> M:

@@ -77,6 +77,8 @@ def read_few_steps(path: Path) -> FewSteps | None:
     base = said.get("base", "..")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path / FILE}: base is {base!r:.60}: name the model that it is for")
+    if (path / base / FILE).is_file():
+        raise UserError(f"{path / FILE}: its base {base!r:.60} is a few-step form itself: name a whole model")
     where = path / "scheduler" / "scheduler_config.json"
     scheduler = SchedulerConfig.from_dict(read_json(where), str(where))
     return FewSteps(path, base, scheduler, {name: said[name] for name in _DEFAULTS if name in said})

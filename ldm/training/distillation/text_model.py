@@ -122,7 +122,7 @@ class TaughtTextToImage(Taught):
         device = self.teacher.device
         with torch.no_grad():
             text = self.conditions(captions, dropped).to(device)
-        return self.system.condition(text, time_ids.to(device))
+        return replace(self.system, network=self.teacher).condition(text, time_ids.to(device))
 
     def call(self, module: nn.Module, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         return module(x, timestep, lambda: condition)

@@ -116,6 +116,11 @@ class Objective:
             bool(config.loss.variance),
             config.inpainting,
         )
+        if self.system.told_guidance:
+            raise UserError(
+                "text_to_image.base is told its guidance scale (time_cond_proj_dim), which only a teacher can teach: "
+                "take a model that is not, or the objective distillation"
+            )
         self.schedule = self.system.scheduler.noise_schedule()
         self.prediction_type: str = self.system.scheduler.get("prediction_type")
         check(self.prediction_type, self.schedule)
