@@ -22,6 +22,7 @@ from ldm.sampling.plain import Wrapper, draw, prepare
 from ldm.system.plain import PlainSystem
 from pipelines.limits import check_seed
 from pipelines.placement import choose_device
+from pipelines.rows import MOST_PICTURES
 
 OutputType = Literal["pil", "np", "pt", "raw"]
 STEPS = 50  # where nobody says otherwise
@@ -94,8 +95,10 @@ class ClassToImagePipeline:
         if output_type not in get_args(OutputType):
             known = ", ".join(get_args(OutputType))
             raise UserError(f"output_type {output_type!r:.60} is unknown; known: {known}")
-        if num_images < 1:
-            raise UserError(f"num_images is {num_images}: make it 1 or more")
+        if not 1 <= num_images <= MOST_PICTURES:
+            raise UserError(
+                f"num_images is {num_images!s:.40}: make it 1 or more, and at most {MOST_PICTURES:,}"
+            )
         numbers: list[int | None] = []
         if condition is None:
             numbers = self._numbers(classes, num_images)

@@ -14,10 +14,11 @@ from ldm.conditioning.prompts.weighted import Lora
 from ldm.diffusion.plan import Plan, plan
 from ldm.errors import UserError
 from ldm.models import feature_reuse, token_merging
-from ldm.sampling import check_scores
+from ldm.sampling import Guidance, check_scores
 from ldm.sampling.editing import check_masked, first_step
 from ldm.system import System
 from pipelines.canvas import Canvas, canvas_of, fitting
+from pipelines.defaults import defaults_of
 from pipelines.drawing import Drawing
 from pipelines.enlarging import second_plan, second_size
 from pipelines.given import Given, shown_controls, shown_images
@@ -69,7 +70,10 @@ def completed(
         if like and _sampling(like.recipe) == _sampling(complete)
         else (_plan_of(system, complete), second_plan(system, complete))
     )
-    drawing = Drawing(complete, how, read_prompts(complete).with_loras(loras), given, second=second)
+    assert complete.guidance_scale is not None
+    guides = Guidance(complete.guidance_scale).of(system.wants).guides
+    prompts = read_prompts(complete).with_loras(loras)
+    drawing = Drawing(complete, how, prompts, given, second=second, guided=guides)
     canvas = canvas_for(complete, given, original) if isinstance(original, np.ndarray) else None
     if complete.upscale is not None:
         size = _drawn_size(system, complete, canvas)
@@ -186,7 +190,7 @@ def _filled(
     strength = recipe.strength
     if strength is None and recipe.image is not None and recipe.denoising_start is None:  # as in diffusers
         strength = (0.9999 if system.is_xl else 1.0) if recipe.masked else (0.3 if system.is_xl else 0.8)
-    defaults = {**_defaults(system), **system.options}
+    defaults = defaults_of(system)
     sizes = {"original_size": (height, width), "target_size": (height, width)} if system.is_xl else {}
     steps = (
         defaults["num_inference_steps"] if recipe.num_inference_steps is None else recipe.num_inference_steps

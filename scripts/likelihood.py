@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from ldm.console import Parser, command, note
 
+_LARGEST = 16_384  # pixels of a side
+
 
 @command()
 def main() -> int:
@@ -66,6 +68,8 @@ def main() -> int:
         chosen.scale,
     )
     settings.check()
+    if chosen.resolution is not None and not 1 <= chosen.resolution <= _LARGEST:
+        raise UserError(f"--resolution must be 1 to {_LARGEST:,}")
     subject = open_subject(chosen.model)
     if chosen.pictures.suffix == ".yaml":
         trained = read_run(chosen.pictures).settings

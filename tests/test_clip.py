@@ -118,6 +118,15 @@ def test_a_noise_level_is_an_angle_and_what_is_seen_has_unit_variance() -> None:
     assert clip.image_features(torch.randn(1, 4, 24, 16), torch.zeros(1)).shape == (1, 24)
 
 
+@pytest.mark.parametrize("widths", [(16, 32, 32), (16, 16), (32, 16, 32)])
+def test_every_level_but_the_first_halves_the_sides_whatever_their_widths(widths: tuple[int, ...]) -> None:
+    tower = CLIP(replace(CONFIG, block_out_channels=widths)).image_model
+    sides: list[int] = []
+    tower.norm.register_forward_hook(lambda _module, _seen, out: sides.extend(out.shape[2:]))
+    tower(torch.randn(1, 4, 16, 16), torch.zeros(1))
+    assert sides == [16 // 2 ** (len(widths) - 1)] * 2 == list(tower.position.shape[2:])
+
+
 def test_logits_are_scaled_cosines() -> None:
     clip = network()
     x, sigma, hidden = torch.randn(3, 4, 16, 16), torch.rand(3), torch.randn(3, 5, tiny.WIDTH)

@@ -9,7 +9,8 @@ import ldm.emoji.pools  # noqa: F401 (the kind of data that some of them name)
 from ldm.errors import UserError
 from ldm.models.perceptual import EfficientNetLite0
 from ldm.training import reconstruction
-from ldm.training.objectives import autoencoder, text_to_image
+from ldm.training.distillation.text_model import TaughtTextToImage
+from ldm.training.objectives import autoencoder, distillation, text_to_image
 from ldm.training.run import read_run
 
 FILES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -28,14 +29,17 @@ def test_it_parses_and_its_settings_go_together(path: Path) -> None:
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
 def test_what_starts_from_the_bundled_model_can_be_built(path: Path, tmp_path: Path) -> None:
-    overrides = [f"text_to_image.data.path={pictures(tmp_path / 'pictures', count=4)}"]
-    settings = read_run(path).settings
-    if settings.data.cache:
-        overrides.append(f"text_to_image.data.cache={tmp_path / 'cache'}")
-    if settings.prior:
-        overrides.append(f"text_to_image.prior.folder={tmp_path / 'class'}")
+    run = read_run(path)
+    few, settings = run.name == "distillation", run.settings
+    data, place = (settings.model.data, "distillation.model") if few else (settings.data, run.name)
+    overrides = [f"{place}.data.path={pictures(tmp_path / 'pictures', count=4)}"]
+    if data.cache:
+        overrides.append(f"{place}.data.cache={tmp_path / 'cache'}")
+    if not few and settings.prior:
+        overrides.append(f"{place}.prior.folder={tmp_path / 'class'}")
     objective = read_run(path, overrides).objective()
-    assert isinstance(objective, text_to_image.Objective) and objective.source.captions
+    taught = objective.taught if isinstance(objective, distillation.Objective) else objective
+    assert isinstance(taught, text_to_image.Objective | TaughtTextToImage) and taught.source.captions
     assert any(each.requires_grad for each in objective.model.parameters())
 
 

@@ -44,6 +44,15 @@ def test_the_decoder_of_pixels_is_a_distribution_over_their_levels(mean, deviati
     assert found.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("decoder", ["discretized", "discretized_tanh"])
+@pytest.mark.parametrize("count", [2, 4096, 65536])
+def test_pixels_of_more_bits_or_fewer_have_two_levels_that_reach_to_infinity(decoder, count):
+    x0 = torch.linspace(-1, 1, count, dtype=torch.float64)
+    mean, log_variance = torch.tensor([0.9, 2 * math.log(0.05)], dtype=torch.float64)
+    found = log_likelihood(x0, mean.expand(count), log_variance, decoder, count)
+    assert found.exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
 def test_the_decoder_of_pixels_is_the_integral_of_the_paper():
     """Ho et al. 2020, eq. 13: from half a level below to half above, to infinity at both ends; by scipy, in float64."""
     means, deviations = np.meshgrid(np.linspace(-1.1, 1.1, 12), [1e-3, 0.01, 0.05, 0.3, 2.0])

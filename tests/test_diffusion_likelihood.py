@@ -86,6 +86,23 @@ def test_hutchinsons_error_bar_is_honest(kind):
     assert abs(apart.mean()) < 4 * apart.std() / math.sqrt(seeds)
 
 
+def test_rows_with_generators_of_their_own_have_the_same_probes_in_any_batch():
+    def found(x, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return log_likelihood(
+            WIDE.denoise, x, SDES["vp"], probes=2, generator=generators, rtol=1e-6, atol=1e-6
+        )
+
+    x = WIDE.draw(3)
+    whole = found(x, range(3))
+    for k in range(3):
+        alone = found(x[k : k + 1], [k])
+        torch.testing.assert_close(alone.log_p, whole.log_p[k : k + 1], rtol=0, atol=1e-3)
+    # and each has others: the same point three times has as many figures
+    same = found(x[:1].expand(3, -1, -1, -1), range(3)).log_p
+    assert (same[:, None] - same)[~torch.eye(3, dtype=torch.bool)].abs().min() > 0.1
+
+
 def test_one_probe_has_no_error_bar():
     assert log_likelihood(WIDE.denoise, WIDE.draw(2), SDES["vp"]).error.isnan().all()
 
@@ -172,6 +189,11 @@ def test_bad_levels_get_a_line(monkeypatch):
         flow(TWO.denoise, TWO.draw(1), 0.0, 1.0)
     with pytest.raises(UserError, match="rademacher"):
         log_likelihood(TWO.denoise, TWO.draw(1), SDES["vp"], kind="ones")
+    with pytest.raises(UserError, match="probes is 0"):
+        log_likelihood(TWO.denoise, TWO.draw(1), SDES["vp"], probes=0)
+    for wrong in (math.nan, 0.0, -1.0, 1.0):
+        with pytest.raises(UserError, match="tolerance is"):
+            flow(TWO.denoise, TWO.draw(1), 0.1, 1.0, atol=wrong)
     monkeypatch.setitem(__import__("sys").modules, "scipy.integrate", None)
     with pytest.raises(UserError, match="pip install scipy"):
         flow(TWO.denoise, TWO.draw(1), 0.1, 1.0)

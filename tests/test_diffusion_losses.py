@@ -17,7 +17,7 @@ from ldm.diffusion.noising import add_noise, shifted
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
-WEIGHTINGS = ("unit", "snr", "min_snr", "p2", "vlb")
+WEIGHTINGS = ("unit", "snr", "truncated_snr", "snr_plus_one", "min_snr", "p2", "vlb")
 TIMESTEPS = torch.tensor([1, 10, 400, 999])
 
 
@@ -56,6 +56,8 @@ def test_loss_equals_the_direct_formula(prediction_type, weighting):
     of_noise = {
         "unit": 1 / noise_of,
         "snr": torch.ones_like(snr),
+        "truncated_snr": (alpha / std).square().clamp(min=1).flatten() / snr,  # Salimans & Ho 2022, sec. 4
+        "snr_plus_one": 1 / (snr * (1 - alpha_bar)),
         "min_snr": snr.clamp(max=5) / snr,
         "p2": 1 / (1 + snr),
         "vlb": beta**2 / (2 * variance * step * (1 - alpha_bar)),  # Ho et al. 2020, eq. 12

@@ -7,7 +7,7 @@ import torch
 from ldm.diffusion import parameterization
 from ldm.diffusion.denoiser import Denoiser, answered
 from ldm.diffusion.losses import prediction_loss
-from ldm.diffusion.noising import add_noise
+from ldm.diffusion.noising import add_noise, shifted
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.spacing import SPACINGS, lcm_timesteps, spaced_sigmas, spaced_timesteps
 from ldm.errors import UserError
@@ -58,6 +58,16 @@ def test_sigma_and_timestep_are_inverse(name, start, end, zero):
     assert torch.allclose(schedule.timestep(schedule.sigma(between)), between, atol=1e-3)
     outside = torch.tensor([0.0, schedule.sigma_max * 2], dtype=torch.float64)
     assert schedule.timestep(outside).tolist() == [0, 999]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 20.0])
+def test_the_largest_shares_draw_the_last_timestep(shift):
+    """Shares as torch.rand gives them, multiples of 2^-24: shifted, the largest are 1 in float32."""
+    schedule = NoiseSchedule.build()
+    shares = (1 - torch.arange(1, 17, dtype=torch.float64) * 2.0**-24).float()
+    assert (shares < 1).all()
+    assert schedule.draw(shifted(shares, shift)).tolist() == [999] * 16
+    assert schedule.draw(shifted(torch.zeros(1), shift)).tolist() == [0]
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

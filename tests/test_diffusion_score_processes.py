@@ -117,9 +117,50 @@ def test_bad_settings_get_a_line():
         VEConfig().plan(10, "predictor_correcter")
     with pytest.raises(UserError, match="at least 1"):
         VEConfig().plan(0)
+    with pytest.raises(UserError, match="at most 100,000"):
+        VEConfig().plan(10**11)
+    with pytest.raises(UserError, match="100,000 at the most"):
+        NCSNConfig(levels=10**11).process()
     with pytest.raises(UserError, match="sigma_max"):
         read_process({"_class_name": "ScoreSdeVeScheduler", "sigma_max": "high"})
     schedule = DDPMConfig().process().schedule
     with pytest.raises(UserError, match="continuous time"):
         loss_weight(torch.tensor([3]), schedule, "epsilon", LossConfig(weighting="likelihood"))
     assert math.isfinite(VEConfig().schedule.first_std)
+
+
+@pytest.mark.parametrize(
+    ("process", "message"),
+    [
+        *((VPConfig(sampling_eps=eps), "sampling_eps") for eps in (0.0, -1.0, 1.0, 2.0, math.nan)),
+        *((VEConfig(sampling_eps=eps), "sampling_eps") for eps in (-1e-9, 1.0, math.nan)),
+        (SubVPConfig(sampling_eps=0.0), "sampling_eps"),
+        *(
+            (each(snr=snr), "snr")
+            for each in (VPConfig, SubVPConfig, VEConfig)
+            for snr in (0.0, -1.0, math.nan)
+        ),
+        (VEConfig(correct_steps=-1), "correct_steps"),
+        *(
+            (each(beta_max=high), "too strong")
+            for each in (VPConfig, SubVPConfig)
+            for high in (1e3, 1e6, math.inf)
+        ),
+        *((each(sigma_max=1e30), "too strong") for each in (VEConfig, NCSNConfig)),
+    ],
+)
+def test_settings_that_would_draw_nothing_or_change_nothing_are_refused(process, message):
+    with pytest.raises(UserError, match=message):
+        process.process()
+
+
+def test_settings_at_the_edge_of_what_can_be_draw_finite_points():
+    edges = (
+        VPConfig(beta_max=160.0),
+        SubVPConfig(sampling_eps=1e-8),
+        VEConfig(sampling_eps=0.0, correct_steps=0),
+    )
+    for each in edges:
+        plan = each.process().plan(3)
+        drawn = plan.sample(DATA.denoise, lambda: torch.ones(2, 2, 1, 1))
+        assert drawn.isfinite().all()

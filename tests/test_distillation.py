@@ -1,11 +1,13 @@
 """Distillation into few steps: losses by the papers' and diffusers' formulas, what is trained, exact resume."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from killed import BATCHES, same_bits_after_kills
+from test_training_diffusion import UNET
 from test_training_finetune import pictures
 from tiny import Family, tiny_pipeline_folder
 from torch import Tensor
@@ -33,6 +35,8 @@ def text_setup(
         tiny_pipeline_folder(tmp / "models", family, scheduler)
     data = {"kind": "pictures", "path": str(pictures(tmp / "pictures")), "resolution": 32}
     model = {"kind": "text_to_image", "base": str(base), "data": data, "train": settings.pop("train", LORA)}
+    model |= {name: settings.pop(name) for name in ("time_cond_proj_dim",) if name in settings}
+    model |= settings.pop("model", {})
     loop = {**LOOP, "optimizer": {"learning_rate": 1e-3, "warmup": 0}, **settings.pop("loop", {})}
     sections = {
         "loop": loop,
@@ -89,7 +93,7 @@ def test_the_loss_is_that_of_diffusers_lcm_script(
     told = taught.told(batch[1], draws)  # draws nothing: each picture has one caption
     w = (2 + 4 * draws.uniform() - 1).view(-1, 1, 1, 1)
     noise, index = draws.normal(*latents.shape[1:]), draws.integers(steps)
-    alphas_cumprod = made.system_alphas() if hasattr(made, "system_alphas") else _alphas(made)
+    alphas_cumprod = _alphas(made)
     solver = (torch.arange(1, steps + 1) * (1000 / steps)).round().long() - 1
     start = solver[index]
     end = (start - 1000 // steps).clamp(min=0)
@@ -208,16 +212,57 @@ def test_killed_and_resumed_the_bits_are_the_same(tmp_path: Path, ema_decay: flo
     assert any("average" in name for name in end) == (ema_decay is not None)
 
 
-# A model without text
+# Guidance
 
-UNET = {
-    "kind": "unet2d",
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D"] * 2,
-    "up_block_types": ["UpBlock2D"] * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
+
+def test_a_student_that_is_told_the_scale_begins_as_its_teacher_and_is_drawn_with_it(tmp_path: Path) -> None:
+    """Meng et al. 2023: w is an input; at the start it has no say, and after a step it has."""
+    path = text_setup(
+        tmp_path,
+        train={"kind": "unet"},
+        guidance=[2.0, 6.0],
+        time_cond_proj_dim=16,
+        loop={"pictures": 16, "save_every": 8},
+        steps=[2],
+    )
+    made = built(path)
+    assert made.taught.student_wants["guidance"] and "guidance" not in made.taught.wants
+    batch = made.batch(0, 8, ALL)[1]
+    told = made.taught.told(batch, BatchGenerator(0, 8, ALL))
+    x, times = made.taught.clean(batch), torch.full((8,), 500.0)
+    with torch.no_grad():
+        first = made.taught.teacher(x, times, told)
+        own = replace(told, guidance=torch.linspace(2, 6, 8))
+        torch.testing.assert_close(made.taught.call(made.model, x, times, own), first)
+    assert train(path)
+    student = System.load(tmp_path / "run" / "export")
+    assert student.told_guidance and student.options["guidance_scale"] == 4.0
+    with torch.no_grad():
+        low, high = (
+            student.network(x, times, replace(told, guidance=torch.full((8,), each))) for each in (2.0, 6.0)
+        )
+    assert (low - high).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"time_cond_proj_dim": 16, "guidance": [2.0, 3.0]}, "set train.kind to unet"),
+        ({"time_cond_proj_dim": 16, "train": {"kind": "unet"}}, "give two scales"),
+        (
+            {"time_cond_proj_dim": 1, "train": {"kind": "unet"}, "guidance": [2.0, 3.0]},
+            "time_cond_proj_dim is 1",
+        ),
+    ],
+)
+def test_a_scale_that_can_not_be_told_is_refused(
+    tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        built(text_setup(tmp_path, **settings))
+
+
+# A model without text
 
 
 def plain_teacher(tmp: Path, **settings: Any) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,36 @@ def test_the_bound_of_gaussian_data_is_above_their_exact_likelihood():
     assert over.mean() > entropy - 4.5 * over.std() / math.sqrt(40)
     assert exact.bound.shape == exact.over.shape == (8,)
     assert torch.equal(exact.bound, over[:8])
+
+
+class Mixed(Gaussian):
+    """Estimates that mix the elements: their trace is not what a probe says of it."""
+
+    def bind(self, condition: Condition):
+        best, by = (
+            super().bind(condition),
+            torch.randn(18, 18, generator=torch.Generator().manual_seed(3)) / 5,
+        )
+
+        def network(x, timestep):
+            found = best(x, timestep)
+            return found + 0.3 * (found.flatten(1) @ by).tanh().view(x.shape)
+
+        return network
+
+
+def test_a_picture_s_exact_likelihood_is_the_same_in_any_batch_and_its_probes_are_its_own():
+    subject = Mixed()
+    settings = Settings(levels=None, evaluations=2)
+    found = measure(subject, subject, settings)
+    alone, whole, exact = (
+        measure_exact(subject, subject, replace(settings, batch=batch), found, 12, probes, 1e-5)
+        for batch, probes in ((1, 2), (12, 2), (12, 200))
+    )
+    torch.testing.assert_close(alone.ode, whole.ode, rtol=0, atol=1e-3)
+    # The mean's error is that of so many independent ones. (With probes in common it was three times that.)
+    error = whole.probes.square().mean().sqrt() / math.sqrt(12)
+    assert (alone.ode - exact.ode).mean().abs() < 3.5 * error
 
 
 def test_errors_of_a_mean_tell_pictures_from_noise():
@@ -162,9 +193,16 @@ def test_what_cannot_be_measured_is_told_in_a_line(system, folder, tmp_path):
     subject = TextSubject(system)
     with pytest.raises(UserError, match="fixed_small"):
         measure(subject, pictures(folder, subject), Settings(variance="learned_range"))
-    for wrong in (Settings(draws=0), Settings(evaluations=1), Settings(scale=-1.0), Settings(levels=1)):
+    for wrong in (
+        *(Settings(draws=0), Settings(evaluations=1), Settings(scale=-1.0), Settings(levels=1)),
+        *(Settings(draws=10**11), Settings(seed=2**64), Settings(seed=-(10**400)), Settings(scale=math.nan)),
+    ):
         with pytest.raises(UserError):
             wrong.check()
+    Settings(seed=-(2**62)).check()
+    for ode, tolerance in ((-1, 1e-4), (1, math.nan), (1, 0.0), (1, -1.0)):
+        with pytest.raises(UserError, match="ODE"):  # before the bound, which takes the time
+            evaluate(subject, Gaussian(), tmp_path, Settings(), ode, tolerance)
     with pytest.raises(UserError, match="3 channels"):
         measure(subject, Gaussian(), Settings(evaluations=2))
     with pytest.raises(UserError):

@@ -150,6 +150,7 @@ def test_a_network_that_learned_its_variance_draws_by_it(tmp_path: Path) -> None
         (lambda p: p(-1), "no class -1"),
         (lambda p: p([]), "at least one class"),
         (lambda p: p("cat", num_images=0), "num_images is 0"),
+        (lambda p: p("cat", num_images=10**11), "at most 10,000"),
         (lambda p: p("cat", output_type="latent"), "output_type 'latent' is unknown"),
         (lambda p: p("cat", guidance_scale=float("nan")), "guidance_scale is nan"),
         (lambda p: p("cat", seed=[1, 2]), "2 seeds for 1 pictures"),

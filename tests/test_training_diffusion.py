@@ -22,7 +22,7 @@ from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.sampling import plain
 from ldm.system.plain import PlainSystem
-from ldm.training.data.arrays import MIXTURE_RADIUS, MIXTURE_STD, SHAPES, digits
+from ldm.training.data.arrays import MIXTURE_RADIUS, MIXTURE_STD, SHAPES, ToysConfig, digits
 from ldm.training.data.on_disk import classes_of
 from ldm.training.distributed import BatchGenerator
 from ldm.training.objectives import diffusion
@@ -89,6 +89,22 @@ def test_digits_are_scikit_learns_and_those_held_out_are_never_trained_on() -> N
     assert len(everything) > 1600  # in more than two turns all of them
     assert not everything & {tuple(each.tolist()) for each in kept}
     assert made.cuts(0, 64, slice(10, 12)).pictures.equal(made.cuts(0, 64).pictures[10:12])
+
+
+def test_held_out_toys_are_the_same_in_any_batch() -> None:
+    made = ToysConfig("two_moons", seed=3).examples("data", None, 10)
+    whole, parts = made.whole(0, 6), [made.whole(0, 4), made.whole(4, 2)]
+    assert whole.pictures.equal(torch.cat([each.pictures for each in parts]))
+    assert whole.labels is not None
+    assert whole.labels.tolist() == [
+        k for each in parts if each.labels is not None for k in each.labels.tolist()
+    ]
+    assert len(whole.pictures.flatten(1).unique(dim=0)) == 6
+    # They are of the shape, not of the first number that each generator gives.
+    many = made.whole(0, 4000).pictures.flatten(1)
+    drawn = made.cuts(0, 4000).pictures.flatten(1)
+    for moment in (lambda x: x.mean(0), lambda x: x.square().mean(0)):
+        assert (moment(many) - moment(drawn)).abs().max() < 6 * 1.5 / 4000**0.5
 
 
 def test_toys_have_the_moments_of_their_shapes() -> None:
@@ -286,6 +302,10 @@ def test_a_run_from_its_file_and_what_it_exports(tmp_path: Path) -> None:
         ({"validation": {"guidance": 3.0}}, "set it to 1, or give diffusion.condition a dropout"),
         ({"validation": {"guidance": 3.0}, "condition": {"kind": "labels", "dropout": 0.0}}, "set it to 1"),
         ({"validation": {"guidance": float("nan")}, "condition": {"kind": "labels"}}, "guidance is nan"),
+        ({"loss": {"timestep_shift": 0.0}}, "timestep_shift is 0.0"),
+        ({"loss": {"timestep_shift": -1.0}}, "timestep_shift is -1.0"),
+        ({"loss": {"weighting": "min_snr", "gamma": 0.0}}, "gamma is 0.0"),
+        ({"loss": {"offset_noise": float("nan")}}, "offset_noise is nan"),
         ({"loss": {"variance": True}}, "goes with diffusion.process.variance_type"),
         ({"process": {"kind": "ddpm", "variance_type": "learned_range"}}, "goes with diffusion.process"),
         ({"network": {"kind": "points"}}, "kind points is of points"),

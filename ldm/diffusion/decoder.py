@@ -30,7 +30,8 @@ def log_likelihood(
         return 0.5 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh())
 
     below, above = (cdf(scale * (x0 - mean + side)) for side in (-half, half))
-    above, below = torch.where(x0 > 0.999, 1.0, above), torch.where(x0 < -0.999, 0.0, below)
+    last = 1 - half  # beyond it lie the first and the last level alone
+    above, below = torch.where(x0 > last, 1.0, above), torch.where(x0 < -last, 0.0, below)
     return (above - below).clamp(min=_LEAST).log()
 
 
@@ -47,4 +48,4 @@ def _log_interval(x0: Tensor, mean: Tensor, log_variance: Tensor, half: float) -
     # Towards infinity: the tail that begins at the level's inner border, seen from the side that x0 is on.
     outward = torch.where(x0 > 0, -distance, distance)
     tail = torch.special.log_ndtr(scale * (outward + half))
-    return torch.where(x0.abs() > 0.999, tail, inside).to(x0.dtype)
+    return torch.where(x0.abs() > 1 - half, tail, inside).to(x0.dtype)

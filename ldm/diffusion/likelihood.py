@@ -10,6 +10,7 @@ little noise.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,16 +62,20 @@ def log_likelihood(
     probes: int = 1,
     kind: Probe = "rademacher",
     exact: bool = False,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> Likelihood:
     """Return the log likelihood of `x` (B, C, h, w) under the model that `denoise` makes with the prior of `sde`.
 
     probes: vectors of signs or of Gaussian noise (`kind`), fixed all the way, one gradient each at every evaluation;
-    two or more give an error bar. exact: the trace itself, one gradient an element, for pictures of few elements.
+    two or more give an error bar. generator: of all of them; or each row's own, so that a row has the same probes in
+    any batch. What rows' probes have in common, their errors have, and a mean over rows keeps it. exact: the trace
+    itself, one gradient an element, for pictures of few elements.
     A network with frozen weights may be in any state of packing: gradients by its input unpack them.
     """
+    if not exact and probes < 1:
+        raise UserError(f"probes is {probes}: give one or more, or take the exact trace")
     if exact:
         trace, traces = exact_trace, 1
     else:
@@ -95,7 +100,10 @@ def decode(denoise: Denoise, noise: Tensor, sde: SDE, rtol: float = 1e-5, atol: 
     return flow(denoise, noise, sde.sigma_max, sde.sigma_min, rtol=rtol, atol=atol).x
 
 
-def _probe(x: Tensor, kind: Probe, generator: torch.Generator | None) -> Tensor:
+def _probe(x: Tensor, kind: Probe, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    if isinstance(generator, Sequence):
+        rows = zip(x.split(1), generator, strict=True)
+        return torch.cat([_probe(row, kind, own) for row, own in rows])
     if kind == "rademacher":
         return torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
     if kind == "gaussian":

@@ -1,7 +1,8 @@
 """The training loss of a denoising network, for every prediction type."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.sde import SDE
 from ldm.errors import UserError
 
-Weighting = Literal["unit", "snr", "min_snr", "p2", "vlb", "likelihood"]
+Weighting = Literal["unit", "snr", "truncated_snr", "snr_plus_one", "min_snr", "p2", "vlb", "likelihood"]
 PAPER_WEIGHT = 0.001 / LN2  # of the hybrid loss: lambda of Nichol & Dhariwal 2021, whose unit is bits
 
 
@@ -22,7 +23,7 @@ PAPER_WEIGHT = 0.001 / LN2  # of the hybrid loss: lambda of Nichol & Dhariwal 20
 class LossConfig:
     """The weights of errors, and the noise that a network learns from.
 
-    weighting: see `loss_weight`. gamma: min-SNR's bound. p2_gamma, p2_k: P2's exponent and offset.
+    weighting: see `loss_weight` and `x0_weight`. gamma: min-SNR's bound. p2_gamma, p2_k: P2's exponent and offset.
     offset_noise: scale of a noise that is the same all over a channel, which teaches very dark and bright pictures.
     input_perturbation: scale of more noise in what the network sees, and not in what it should predict (Ning et al.
         2023; 0.1).
@@ -83,28 +84,17 @@ def prediction_loss(
 def loss_weight(timestep: Tensor, schedule: Schedule, prediction_type: str, config: LossConfig) -> Tensor:
     """Weight of the squared error of the network's output at timesteps (B,), in the schedule's precision.
 
-    unit: 1. The others weigh the error of x0, by the signal-to-noise ratio SNR = 1 / sigma^2:
-        snr: SNR, which is a unit weight on the noise's error (Ho et al. 2020)
-        min_snr: min(SNR, gamma) (Hang et al. 2023)
-        p2: SNR / (k + SNR)^gamma (Choi et al. 2022, eq. 8)
+    unit: 1. The others weigh the error of x0, by the signal-to-noise ratio (see `x0_weight`), or by the process:
         vlb: the variational bound's own weights (Ho et al. 2020, eq. 12), (SNR(t-1) - SNR(t)) / 2
         likelihood: the same in continuous time, of an SDE (Song et al. 2021b, arXiv:2101.09258, eq. 7): g^2 / 2 on the
             score's error, which is -dSNR/dt / 2 on that of x0
-    On the score's error `snr` is sigma^2, the weight of denoising score matching (Song & Ermon 2019, eq. 6).
     An error of the output is c_out times smaller than the error of x0 it makes, so the weight carries c_out^2.
     """
     sigma = schedule.sigma(timestep)
     if config.weighting == "unit":
         return torch.ones_like(sigma)
     _, c_out = parameterization.c_skip_out(prediction_type, sigma)
-    snr = 1 / sigma**2
-    if config.weighting == "snr":
-        weight = snr
-    elif config.weighting == "min_snr":
-        weight = snr.clamp(max=config.gamma)
-    elif config.weighting == "p2":
-        weight = snr / (config.p2_k + snr) ** config.p2_gamma
-    elif config.weighting == "vlb":
+    if config.weighting == "vlb":
         posterior = Posterior.at(timestep, of_betas(schedule))
         weight = posterior.x0_scale**2 / (2 * posterior.log_variance.exp())
     elif config.weighting == "likelihood":
@@ -112,6 +102,32 @@ def loss_weight(timestep: Tensor, schedule: Schedule, prediction_type: str, conf
             raise UserError("weighting likelihood is of a process in continuous time: of steps it is vlb")
         weight = schedule.growth(sigma) / (2 * sigma**4)
     else:
-        known = "unit, snr, min_snr, p2, vlb, likelihood"
-        raise UserError(f"weighting {config.weighting!r} is unknown: use one of {known}")
+        weight = x0_weight(sigma, config)
     return c_out**2 * weight
+
+
+def x0_weight(sigma: Tensor, config: LossConfig) -> Tensor:
+    """Weight of the squared error of x0 at noise levels (B,), by the signal-to-noise ratio SNR = 1 / sigma^2.
+
+    snr: SNR, which is a unit weight on the noise's error (Ho et al. 2020)
+    truncated_snr: max(SNR, 1) (Salimans & Ho 2022, sec. 4)
+    snr_plus_one: SNR + 1, which is a unit weight on the error of v (the same)
+    min_snr: min(SNR, gamma) (Hang et al. 2023)
+    p2: SNR / (k + SNR)^gamma (Choi et al. 2022, eq. 8)
+    On the score's error `snr` is sigma^2, the weight of denoising score matching (Song & Ermon 2019, eq. 6).
+
+    Raises UserError for a weighting that is none of these.
+    """
+    if config.weighting not in _OF_SNR:
+        known = ", ".join(get_args(Weighting))
+        raise UserError(f"weighting {config.weighting!r} is unknown here: use one of {known}")
+    return _OF_SNR[config.weighting](1 / sigma**2, config)
+
+
+_OF_SNR: dict[str, Callable[[Tensor, LossConfig], Tensor]] = {
+    "snr": lambda snr, config: snr,
+    "truncated_snr": lambda snr, config: snr.clamp(min=1),
+    "snr_plus_one": lambda snr, config: snr + 1,
+    "min_snr": lambda snr, config: snr.clamp(max=config.gamma),
+    "p2": lambda snr, config: snr / (config.p2_k + snr) ** config.p2_gamma,
+}

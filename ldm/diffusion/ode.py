@@ -27,6 +27,7 @@ from ldm.errors import UserError
 
 # (estimate x0 (B, ...), x (B, ...) that it came from) -> estimates of trace(dx0/dx), (K, B)
 Trace = Callable[[Tensor, Tensor], Tensor]
+_LEAST = 1e-12  # of tolerances
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ def flow(
         trace: estimates the trace of dx0/dx; `traces` of them.
         rtol, atol, method: scipy's, of u; the paper's tolerances.
 
-    Raises UserError where scipy is missing, for levels that are no positive numbers, and where the solver gives up.
+    Raises UserError for what `check` refuses, levels that are no positive numbers, and where the solver gives up.
     """
+    check(rtol, atol)
     if not (0 < start < math.inf and 0 < end < math.inf):
         raise UserError(f"the ODE goes between positive noise levels, not from {start} to {end}")
     solve_ivp, shape = _solver(), x.shape
@@ -92,6 +94,13 @@ def flow(
     last = torch.from_numpy(solved.y[:, -1].copy())
     u, log_volume = last[: x.numel()].view(shape), last[x.numel() :].view(traces, len(x))
     return Flow((u * math.sqrt(1 + end**2)).to(x.device, x.dtype), log_volume, solved.nfev)
+
+
+def check(*tolerances: float) -> None:
+    """Raise UserError for tolerances below what float64 can keep or not below 1, and where scipy is missing."""
+    if bad := [each for each in tolerances if not _LEAST <= each < 1]:
+        raise UserError(f"the ODE's tolerance is {bad[0]}: it is {_LEAST:g} or more, and below 1")
+    _solver()
 
 
 def _estimate(denoise: Denoise, x: Tensor, sigma: float, trace: Trace | None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ with the same members and a line in READERS, and settings with its `kind` that t
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -65,6 +66,10 @@ class Discrete:
 
     @property
     def schedule(self) -> NoiseSchedule:
+        return self._schedule
+
+    @cached_property
+    def _schedule(self) -> NoiseSchedule:
         return self.scheduler.noise_schedule()
 
     @property

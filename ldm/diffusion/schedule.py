@@ -191,7 +191,8 @@ class NoiseSchedule:
 
     def draw(self, share: Tensor) -> Tensor:
         """Return timesteps, integers in [0, T-1], of uniform shares in [0, 1)."""
-        return (share * self.num_train_timesteps).long()
+        # A share may be rounded up to 1 on its way here, by `noising.shifted`.
+        return (share * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
         """Return the same schedule with its table on `device` (float32 on MPS, which has no float64); made once."""

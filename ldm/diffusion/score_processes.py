@@ -5,6 +5,7 @@ what its network predicts, and the samplers that draw with it. VP and VE are dif
 ScoreSdeVeScheduler on disk, with more keys; for sub-VP and NCSN diffusers has no class.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -20,12 +21,14 @@ from ldm.diffusion.edm import EDM
 from ldm.diffusion.langevin import annealed_langevin, step_size
 from ldm.diffusion.noise_rates import LinearBeta
 from ldm.diffusion.samplers import SAMPLERS, NoiseSource, Steps
+from ldm.diffusion.schedule import MOST_TIMESTEPS
 from ldm.diffusion.sde import SDE, VP, Embedding, SubVP
 from ldm.diffusion.sde_samplers import euler_maruyama, predictor_corrector
 from ldm.diffusion.variance_exploding import VE, Ladder
 from ldm.errors import UserError, nearest
 
 Solve = Callable[..., Steps]
+_LARGEST = 1e18  # a noise level whose square float32 holds
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,26 @@ class ScoreProcess:
         """The process's own, for a drawing of so many steps; the first is that which nobody names."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Raise UserError for values that can't be, beside those that the schedule refuses itself."""
+        raise NotImplementedError
+
     def process(self) -> "ScoreProcess":
         """Return the process itself. Raises UserError for values that can't be."""
+        self.check()
         parameterization.check(self.prediction_type, self.schedule)
+        if not self.schedule.sigma_max < _LARGEST:
+            raise UserError(
+                f"{self.kind}: its strongest noise is too strong for float32: take a smaller sigma_max or beta_max"
+            )
         return self
 
     def plan(self, steps: int, sampler: str | None = None) -> ScoreDrawing:
         """Plan so many steps. sampler: one of the process's own or of SAMPLERS. Raises UserError for an unknown one."""
-        if steps < 1:
-            raise UserError(f"num_inference_steps must be at least 1, not {steps}")
+        if not 1 <= steps <= MOST_TIMESTEPS:
+            raise UserError(
+                f"num_inference_steps must be at least 1, and at most {MOST_TIMESTEPS:,}, not {steps!s:.40}"
+            )
         known = {name: each.solve for name, each in SAMPLERS.items()} | self.samplers(steps)
         name = next(iter(self.samplers(steps))) if sampler is None else sampler
         if name not in known:
@@ -93,6 +107,15 @@ class ScoreProcess:
         known = {each.name for each in fields(cls)}  # pyright: ignore[reportArgumentType]
         given = {key: each for key, each in mapping.items() if key in known}
         return from_dict(cls, {KIND: cls.kind, **given}, where).process()
+
+
+def _check_sde(kind: str, least: float, eps: float, snr: float, correct_steps: int) -> None:
+    if not least <= eps < 1:
+        raise UserError(
+            f"{kind}: sampling_eps is {eps}: it is the least t, which is {least:g} or more and below 1"
+        )
+    if not 0 < snr < math.inf or correct_steps < 0:
+        raise UserError(f"{kind}: snr is above 0, and correct_steps 0 or more, not {snr} and {correct_steps}")
 
 
 def _sde_samplers(sde: SDE, snr: float, correct_steps: int, first: str) -> dict[str, Solve]:
@@ -121,6 +144,10 @@ class VPConfig(ScoreProcess):
     snr: float = 0.16
     correct_steps: int = 1
 
+    def check(self) -> None:
+        # At t = 0 there is no noise, and the score has no end.
+        _check_sde(self.kind, 1e-8, self.sampling_eps, self.snr, self.correct_steps)
+
     @property
     def schedule(self) -> SDE:
         return VP(LinearBeta(self.beta_min, self.beta_max), self.sampling_eps)
@@ -142,6 +169,10 @@ class SubVPConfig(ScoreProcess):
     prediction_type: str = "epsilon"
     snr: float = 0.16
     correct_steps: int = 1
+
+    def check(self) -> None:
+        # At t = 0 there is no noise, and the score has no end.
+        _check_sde(self.kind, 1e-8, self.sampling_eps, self.snr, self.correct_steps)
 
     @property
     def schedule(self) -> SDE:
@@ -171,6 +202,9 @@ class VEConfig(ScoreProcess):
     snr: float = 0.15
     correct_steps: int = 1
 
+    def check(self) -> None:
+        _check_sde(self.kind, 0.0, self.sampling_eps, self.snr, self.correct_steps)
+
     @property
     def schedule(self) -> SDE:
         return VE(self.sigma_min, self.sigma_max, self.embedding, self.sampling_eps)
@@ -198,13 +232,11 @@ class NCSNConfig(ScoreProcess):
     embedding: Embedding = "fourier"
     prediction_type: str = "ve_score"
 
-    def process(self) -> "ScoreProcess":
-        """Return the process itself. Raises UserError for values that can't be."""
+    def check(self) -> None:
         if self.steps_per_level < 1 or (self.step is not None and not 0 < self.step < 1):
             raise UserError(
                 f"{self.kind}: steps_per_level is at least 1, and step between 0 and 1, or left out"
             )
-        return super().process()
 
     @property
     def schedule(self) -> Ladder:

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ldm.diffusion.schedule import MOST_TIMESTEPS
 from ldm.diffusion.sde import SDE, Embedding
 from ldm.errors import UserError
 
@@ -91,10 +92,10 @@ class Ladder:
     zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 < self.low < self.high < math.inf and self.count > 1):
+        if not (0 < self.low < self.high < math.inf and 1 < self.count <= MOST_TIMESTEPS):
             raise UserError(
                 f"a ladder of noise levels: 0 < sigma_min < sigma_max and two or more levels, "
-                f"not {self.low}, {self.high} and {self.count}"
+                f"{MOST_TIMESTEPS:,} at the most, not {self.low}, {self.high} and {self.count!s:.40}"
             )
 
     @cached_property

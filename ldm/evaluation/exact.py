@@ -43,7 +43,8 @@ def measure_exact(
 ) -> Exact:
     """Return the exact likelihoods of the first `count` pictures, beside their bound in `found`.
 
-    settings: as for `found`. tolerance: of the ODE's solver. Raises UserError where scipy is missing.
+    A picture's figure depends on the seed and its place, but for the tolerance. settings: as for `found`. tolerance: of
+    the ODE's solver. Raises UserError where scipy is missing.
     """
     schedule, one = subject.schedule, replace(settings, draws=1)
     sde, ode, errors, evaluations, rows = VP.of(schedule), list[Tensor](), list[Tensor](), 0, settings.batch
@@ -54,9 +55,10 @@ def measure_exact(
         denoiser, _ = denoiser_of(subject, shown, replace(one, batch=len(seeds)), "fixed_small", len(seeds))
         noise = Noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3]), x0.device)()
         noised = x0 + per_image(torch.full((len(x0),), sde.sigma_min).to(x0), x0) * noise
-        generator = torch.Generator().manual_seed(settings.seed)
+        # Of a stream of their own, which is the picture's: its figure must not know of the batch.
+        generators = [torch.Generator().manual_seed(seed + 2**41) for seed in seeds]
         exact = log_likelihood(
-            denoiser, noised, sde, probes, generator=generator, rtol=tolerance, atol=tolerance
+            denoiser, noised, sde, probes, generator=generators, rtol=tolerance, atol=tolerance
         )
         ode.append(exact.nats_per_dim)
         errors.append(exact.error / exact.dims)

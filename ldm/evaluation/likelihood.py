@@ -20,7 +20,7 @@ from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.driver import Noise
 from ldm.diffusion.guidance import limited
 from ldm.diffusion.samplers import Variance
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import MOST_TIMESTEPS, NoiseSchedule
 from ldm.errors import UserError
 from ldm.evaluation.subjects import Pictures, Shown, Subject
 from ldm.models import large
@@ -31,6 +31,9 @@ PIXEL_LEVEL = math.log(
     127.5
 )  # a density over [-1, 1] as the probability of one of 256 levels: nats an element more
 
+_MOST_DRAWS, _MOST_ROWS = 10_000, 1_000_000
+_MOST_SEED = 2**62  # pictures count on from it, and so do other streams
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -38,7 +41,8 @@ class Settings:
 
     variance: of the model's steps; None is what its scheduler says, fixed_small where that says nothing.
     steps: of the model's chain; None is all that it was trained on. evaluations: see `variational_bound`.
-    draws: how often each picture is put under new noise. batch: rows a call of the network takes.
+    draws: how often each picture is put under new noise. batch: rows a call of the network takes, but never fewer than
+        a picture's draws.
     levels: of a pixel, whose probability L_0 of a model of pixels is; None for a density. Latents have none.
     clip: estimates of x0 are limited to [-1, 1] where pixels have levels, as guided-diffusion counts: under much noise
         a network that predicts the noise may say anything of x0.
@@ -62,10 +66,15 @@ class Settings:
 
     def check(self) -> None:
         """Raise UserError for numbers out of range."""
-        for name, least in (("evaluations", 2), ("draws", 1), ("batch", 1)):
+        for name, least, most in (
+            ("evaluations", 2, MOST_TIMESTEPS),
+            ("draws", 1, _MOST_DRAWS),
+            ("batch", 1, _MOST_ROWS),
+            ("seed", -_MOST_SEED, _MOST_SEED),
+        ):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}: give it {least} or more")
+            if value is not None and not least <= value <= most:
+                raise UserError(f"{name} is {value!s:.40}: give it {least:,} to {most:,}")
         if self.levels is not None and self.levels < 2:
             raise UserError(f"levels is {self.levels}: a pixel has 2 or more, 256 where it has 8 bits")
         if self.scale is not None and not 0 < self.scale < math.inf:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.diffusion.bound import LN2
+from ldm.diffusion.ode import check
+from ldm.errors import UserError
 from ldm.evaluation.exact import Exact, measure_exact
 from ldm.evaluation.likelihood import PIXEL_LEVEL, Estimate, FirstStage, Likelihood, Settings, measure
 from ldm.evaluation.subjects import Pictures, Subject
@@ -32,6 +34,10 @@ def evaluate(
     Raises UserError.
     """
     figure(1, 1)  # whoever can't plot is told so before the work
+    if ode < 0:
+        raise UserError(f"of {ode} pictures there is no likelihood by the ODE: give 0 or more")
+    if ode:
+        check(tolerance)
     found = measure(subject, pictures, settings)
     text, numbers = table(found), figures(found)
     if ode:

@@ -131,7 +131,7 @@ class ImageTower(nn.Module):
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.resnets, self.downsamplers = nn.ModuleList(), nn.ModuleList()
-        for before, width in zip((widths[0], *widths[:-1]), widths, strict=True):
+        for level, (before, width) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True)):
             for number in range(config.layers_per_block):
                 self.resnets.append(
                     ResnetBlock(
@@ -143,7 +143,7 @@ class ImageTower(nn.Module):
                         scale_shift=True,
                     )
                 )
-            self.downsamplers.append(nn.Identity() if width is widths[-1] else Downsample(width))
+            self.downsamplers.append(nn.Identity() if level == len(widths) - 1 else Downsample(width))
         self.layers_per_block = config.layers_per_block
         self.norm = GroupNorm(groups, widths[-1])
         side = config.sample_size // 2 ** (len(widths) - 1)

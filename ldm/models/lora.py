@@ -35,6 +35,8 @@ _PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
         bool(_ATTENTION.fullmatch(path)) or (isinstance(layer, nn.Conv2d) and "." in path)
     ),
     "all-linear": lambda path, layer: isinstance(layer, nn.Linear),
+    # All that is inside of the numbered blocks, and so nothing that embeds, first or last.
+    "blocks": lambda path, layer: bool(re.search(r"\.\d+\.", path)),
 }
 
 
@@ -255,8 +257,9 @@ def select(network: nn.Module, targets: str | Iterable[str]) -> dict[str, Base]:
 
     Args:
         network: its grouped convolutions, and layers that others only take the weights of, are left out.
-        targets: "attention" (queries, keys, values, outputs), "attention+conv", "all-linear", a regular expression
-            that must match a whole path, or the paths themselves.
+        targets: "attention" (queries, keys, values, outputs), "attention+conv", "all-linear", "blocks" (all linear
+            layers and convolutions inside of blocks, as LCM-LoRA has them), a regular expression that must match a
+            whole path, or the paths themselves.
 
     Raises:
         UserError: no layer is meant, or a path is none of the network's.

@@ -64,7 +64,7 @@ def fast_form(path: Path) -> Path:
     place = path / FOLDER
     if not (place / FILE).is_file():
         raise UserError(
-            f"{path} has no few-step form ({FOLDER}/{FILE}): leave fast out, or distil one (docs/training.md)"
+            f"{path} has no few-step form ({FOLDER}/{FILE}): leave fast out, or distil one (docs/lectures/few-steps.md)"
         )
     return place
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from ldm.diffusion.losses import LossConfig
 from ldm.errors import UserError
 
 
@@ -18,3 +19,11 @@ def refuse_outside(
         if value is not None and not (least <= value <= most and math.isfinite(value)):
             and_most = "" if most == math.inf else f" and at most {most}"
             raise UserError(f"{section}.{name} is {value}: make it {least} or more{and_most}")
+
+
+def refuse_loss(section: str, loss: LossConfig) -> None:
+    """Raise UserError for the first setting of a loss that can't be."""
+    weights = ("p2_gamma", "p2_k", "offset_noise", "input_perturbation", "variance")
+    refuse_outside(section, loss, weights, 0)
+    refuse_outside(section, loss, ("gamma", "timestep_shift"), 0.001)
+    refuse_outside(section, loss, ("levels",), 2)

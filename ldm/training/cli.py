@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, kinds: Sequence[str] = ()) -> i
 
 
 def describe(run: "Run") -> str:
-    """Return what training takes.
+    """Return what training takes; of several rounds, the first that is not finished.
 
     Raises UserError where it would not begin: this machine, the objective, the optimizer.
     """
@@ -72,6 +72,7 @@ def describe(run: "Run") -> str:
     from ldm.training.loop_config import accelerator_for
     from ldm.training.optimization import build_optimizer
 
+    run, listed = _first_unfinished(run)
     accelerator = accelerator_for(run.loop, run.output)
     objective = run.objective()
     build_optimizer(run.loop.optimizer, objective.model.parameters())
@@ -84,7 +85,7 @@ def describe(run: "Run") -> str:
     memory = _count(trained) * (3 * 4 + 2 * moment)
     helping = sum(each.numel() * each.element_size() for some in [frozen, *beside.values()] for each in some)
     newest = state.newest(run.output)
-    seen = int(newest.stem.removeprefix("state-")) if newest else 0
+    seen = state.seen_by(newest) if newest else 0
     steps = -(-max(0, run.loop.pictures - seen) // run.loop.batch_size)
     share = run.loop.batch_size // accelerator.num_processes // run.loop.gradient_accumulation_steps
     named = ", ".join(f"{name} {_count(some):,}" for name, some in beside.items() if some)
@@ -92,6 +93,7 @@ def describe(run: "Run") -> str:
         [
             *launch_notes(),
             f"objective    {run.name}",
+            *([f"rounds       {printable(listed)}"] if listed else []),
             f"parameters   {_count(trained):,} trained, {_count(frozen):,} frozen in the same model",
             *([f"beside it    {named}, frozen"] if named else []),
             f"memory       {memory / _GIB:.2f} GiB for weights, gradients, average and optimizer, "
@@ -102,6 +104,20 @@ def describe(run: "Run") -> str:
             f"output       {printable(str(run.output))}",
         ]
     )
+
+
+def _first_unfinished(run: "Run") -> "tuple[Run, str]":
+    """The round of a run to come, or its last, and all of them as text; the run itself and "" where it has none."""
+    rounds = run.rounds()
+    if len(rounds) == 1:
+        return run, ""
+    ended = [each.as_round().finished for each in rounds]
+    chosen = next((each for each, over in zip(rounds, ended, strict=True) if not over), rounds[-1])
+    said = [
+        "finished" if over else "this one" if each is chosen else "to come"
+        for each, over in zip(rounds, ended, strict=True)
+    ]
+    return chosen, ", ".join(f"{each.output.name} ({how})" for each, how in zip(rounds, said, strict=True))
 
 
 def _others(module: "nn.Module", known: "list[nn.Parameter]") -> "list[nn.Parameter]":

@@ -32,6 +32,11 @@ def newest(folder: Path) -> Path | None:
     return next(iter(saved(folder)), None)
 
 
+def seen_by(path: Path) -> int:
+    """Return how many pictures a state has seen, by its name."""
+    return int(path.stem.removeprefix("state-"))
+
+
 def path_of(folder: Path, seen: int) -> Path:
     """Return the file of the state after `seen` pictures."""
     return folder / f"state-{seen:012d}.safetensors"

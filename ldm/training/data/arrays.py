@@ -103,7 +103,10 @@ class ToysConfig(Data, kind="toys"):
 
 
 class Toys:
-    """An endless supply of points of one shape; those of a batch are a function of the seed and its start."""
+    """An endless supply of points of one shape.
+
+    Those of a training batch are a function of the seed, its start and size; a whole one is of the seed and its number.
+    """
 
     def __init__(self, shape: str, held_out: int, seed: int):
         self.points, self.labels = SHAPES[shape]
@@ -112,14 +115,21 @@ class Toys:
 
     def cuts(self, start: int, size: int, rows: slice = _ALL) -> Batch:
         points, labels = self.points(np.random.default_rng((self.seed, start)), size)
-        pictures = torch.from_numpy(points).float()[:, :, None, None]
-        return Batch(pictures[rows], torch.from_numpy(labels).long()[rows], start)
+        return _batch_of(points[rows], labels[rows], start)
 
     def whole(self, start: int, size: int) -> Batch:
-        return self.cuts(_UNSEEN + start, size)
+        """See `Examples`. Each is drawn by itself: a figure over those that are held out must not know of batches."""
+        numbers = range(_UNSEEN + start, _UNSEEN + start + size)
+        drawn = [self.points(np.random.default_rng((self.seed, number)), 1) for number in numbers]
+        points, labels = (np.concatenate(each) for each in zip(*drawn, strict=True))
+        return _batch_of(points, labels, start)
 
     def notes(self) -> list[str]:
         return []
+
+
+def _batch_of(points: np.ndarray, labels: np.ndarray, start: int) -> Batch:
+    return Batch(torch.from_numpy(points).float()[:, :, None, None], torch.from_numpy(labels).long(), start)
 
 
 def _swiss_roll(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """What a method of distillation is, and what it is given: a teacher and a student as denoisers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,9 +37,18 @@ class Method:
 
     kind: ClassVar[str]
     taught: ClassVar[bool] = True  # whether there is a teacher
+    told_scales: ClassVar[bool] = False  # whether a student of many guidance scales has to be told which
 
     def check(self, where: str) -> None:
         """Raise UserError for settings that can't be. where: their path in the config."""
+
+    def rounds(self) -> "Sequence[tuple[str, Method]]":
+        """Return the methods of a run's rounds, each with its name: the student of one is the teacher of the next."""
+        return [("", self)]
+
+    def drawn_in(self, steps: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the numbers of steps that a round's student is drawn in; `steps`: those that the config names."""
+        return steps
 
     def process(self, teacher: Process) -> Process:
         """Return what the student predicts, and is drawn with, in its few steps. Raises UserError."""

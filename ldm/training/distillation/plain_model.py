@@ -1,10 +1,10 @@
 """A model without text that is distilled: of pixels, points or latents, of classes or of none."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from ldm.condition import Condition
 from ldm.diffusion.process import Process
 from ldm.errors import UserError
-from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
-from ldm.pictures import png
 from ldm.system.plain import PlainSystem
 from ldm.training.bounds import refuse_outside
 from ldm.training.data.examples import Batch
@@ -22,10 +20,13 @@ from ldm.training.data.kinds import Data
 from ldm.training.data.plain import PlainSource
 from ldm.training.data.told import BlurredPicture, Labels, Nothing, SemanticMap, SmallPicture
 from ldm.training.distillation.new_plain import NewPlain
-from ldm.training.distillation.taught import Taught, validation_sheets
+from ldm.training.distillation.taught import Student, Taught
 from ldm.training.distributed import BatchGenerator
 from ldm.training.reconstruction import check_sides
 from ldm.training.trainable.model import thaw
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class PlainModel:
         """Raise UserError for settings that can't be."""
         refuse_outside(where, self, ("pictures", "crop"), 1)
         self.data.check(f"{where}.data")
+
+    def in_round(self, where: str, base: Path | None, last: bool) -> "PlainModel":
+        """Return the same for one of several rounds; see `TextToImageModel.in_round`."""
+        return self if base is None else replace(self, base=str(base))
 
     def open(self, where: str) -> "TaughtPlain":
         """Load it. Raises UserError."""
@@ -78,7 +83,11 @@ class TaughtPlain(Taught):
         thaw(self.student)
 
     def _check_fits(self, where: str) -> None:
-        """Raise UserError where the data are of other sides or conditions than the model's."""
+        """Raise UserError where data are of other sides or conditions than the model's, or it learned its variance."""
+        if self.system.network.config.out_channels != self.system.channels:
+            raise UserError(
+                f"{where}.base learned its variance, which no student of few steps has: take a teacher without"
+            )
         batch, shape = self.source.examples.cuts(0, 1), self.system.shape
         found = tuple(self.source.clean(batch).shape[1:])
         if found != shape:
@@ -123,32 +132,17 @@ class TaughtPlain(Taught):
     def mean(self, batch: Batch, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return losses.mean(), {}
 
-    def _student(self, student: nn.Module, process: Process, steps: int) -> PlainSystem:
-        assert isinstance(student, DenoisingNetwork)
-        options = {**self.system.options, "num_inference_steps": steps, "guidance_scale": 1.0}
-        return replace(self.system, network=student, process=process, options=options)
+    def _system(self, student: Student, steps: int) -> PlainSystem:
+        assert isinstance(student.networks, DenoisingNetwork)
+        options = {**self.system.options, "num_inference_steps": steps, "guidance_scale": student.scale}
+        return replace(self.system, network=student.networks, process=student.process, options=options)
 
-    def validate(
-        self,
-        student: nn.Module,
-        process: Process,
-        steps: Sequence[int],
-        scale: float,
-        folder: Path,
-        seen: int,
-    ) -> None:
-        system = self._student(student, process, steps[-1])
+    def sheet(self, student: Student, steps: int) -> "Image":
+        drawing = student.process.plan(steps)
+        return self.source.drawn(self._system(student, steps), drawing, self.config.pictures, 1.0)
 
-        def drawn(count: int) -> bytes:
-            return png(self.source.drawn(system, process.plan(count), self.config.pictures, 1.0))
-
-        for name, sheet in validation_sheets(drawn, steps, seen):
-            write_bytes(folder / name, sheet)
-
-    def export(
-        self, student: nn.Module, process: Process, steps: int, scale: float, folder: Path, config: str
-    ) -> None:
-        self._student(student, process, steps).save(folder)
+    def export(self, student: Student, steps: int, folder: Path, config: str) -> None:
+        self._system(student, steps).save(folder)
 
     def notes(self) -> list[str]:
         return self.source.examples.notes()

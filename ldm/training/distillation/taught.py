@@ -1,16 +1,31 @@
 """What distillation asks of a model that it teaches: its networks, its data, and how it is drawn and written."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.condition import Condition
 from ldm.diffusion.process import Process
+from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
+from ldm.pictures import png
 from ldm.training.distributed import BatchGenerator
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student to be drawn with: its networks, its process, and its guidance scale, 1 where it is told none."""
+
+    networks: nn.Module
+    process: Process
+    scale: float
 
 
 class Taught:
@@ -71,32 +86,20 @@ class Taught:
         """Return the loss of rows (B,) as one, and parts of it by name."""
         raise NotImplementedError
 
-    def validate(
-        self,
-        student: nn.Module,
-        process: Process,
-        steps: Sequence[int],
-        scale: float,
-        folder: Path,
-        seen: int,
-    ) -> None:
-        """Draw a sheet in each number of steps, at a guidance scale for a student that is told it, into `folder`."""
+    def sheet(self, student: Student, steps: int) -> "Image | None":
+        """Draw what validation shows, in so many steps; None where nothing is to be shown."""
         raise NotImplementedError
 
-    def export(
-        self, student: nn.Module, process: Process, steps: int, scale: float, folder: Path, config: str
-    ) -> None:
-        """Write the student as others read it, to be drawn in so many steps, at this scale where it is told it."""
+    def validate(self, student: Student, steps: Sequence[int], folder: Path, seen: int) -> None:
+        """Draw a sheet in each number of steps, into `folder`."""
+        for count in steps:
+            if (drawn := self.sheet(student, count)) is not None:
+                write_bytes(folder / f"drawn-{seen:08d}-{count}-steps.png", png(drawn))
+
+    def export(self, student: Student, steps: int, folder: Path, config: str) -> None:
+        """Write the student as others read it, to be drawn in so many steps."""
         raise NotImplementedError
 
     def notes(self) -> list[str]:
         """See `Objective.notes`."""
         return []
-
-
-def validation_sheets(
-    drawn: Callable[[int], bytes], steps: Sequence[int], seen: int
-) -> Iterator[tuple[str, bytes]]:
-    """Yield the files of a validation: a sheet for each number of steps, under a name of its own."""
-    for count in steps:
-        yield f"drawn-{seen:08d}-{count}-steps.png", drawn(count)

@@ -1,10 +1,10 @@
 """A text-to-image model that is distilled: its whole U-Net, or a LoRA beside it (LCM-LoRA, Luo et al. 2023)."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from ldm.condition import Condition
 from ldm.diffusion.process import Discrete, Process
 from ldm.errors import UserError
-from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
-from ldm.pictures import png
 from ldm.system import System
 from ldm.system.few_steps import write_few_steps
 from ldm.training.bounds import refuse_outside
 from ldm.training.data.conditions import Conditions
 from ldm.training.data.kinds import Data
 from ldm.training.data.latents import LatentBatch
-from ldm.training.distillation.taught import Taught, validation_sheets
+from ldm.training.distillation.taught import Student, Taught
 from ldm.training.distributed import BatchGenerator
 from ldm.training.drawing import ValidationConfig
 from ldm.training.start import BUNDLED, check_channels, starting_system
 from ldm.training.trainable.lora import TrainLoRA
 from ldm.training.trainable.model import TrainableModel
 from ldm.training.trainable.unet import TrainUNet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class TextToImageModel:
 
     base, variant, data, caption_windows: see the settings of `ldm.training.objectives.text_to_image`.
     train: of a kind: the whole `unet`, or a `lora` beside it.
+    time_cond_proj_dim: the student is told the guidance scale, as so many features (Meng et al. 2023), such as LCM's
+        256: of a whole U-Net, whose teacher is not told it.
     teaching: the precision in which the teacher computes.
     prompts, seeds: what validation draws.
     """
@@ -46,6 +49,7 @@ class TextToImageModel:
     data: Data
     variant: str | None = None
     train: TrainUNet | TrainLoRA = field(default_factory=TrainUNet)
+    time_cond_proj_dim: int | None = None
     teaching: Literal["float32", "bfloat16", "float16"] = "float32"
     caption_windows: int = 1
     prompts: tuple[str, ...] = ()
@@ -58,8 +62,24 @@ class TextToImageModel:
             raise UserError(
                 f"{where}.train.text_encoder: a student has its teacher's text encoder: leave it out"
             )
+        if self.time_cond_proj_dim is not None and isinstance(self.train, TrainLoRA):
+            raise UserError(f"{where}.time_cond_proj_dim is of a whole student: set train.kind to unet")
         self.train.check_data(self.data.conditioned, prior=False)
         self.data.check(f"{where}.data")
+
+    def in_round(self, where: str, base: Path | None, last: bool) -> "TextToImageModel":
+        """Return the same for one of several rounds: taught by the student in `base`, None for the first.
+
+        What another round begins from keeps float32. Raises UserError for a LoRA.
+        """
+        if not isinstance(self.train, TrainUNet):
+            raise UserError(
+                f"{where}.train: rounds follow each other in the whole weights: take kind unet, or one round"
+            )
+        train = self.train if last else replace(self.train, export_precision="float32")
+        if base is None:
+            return replace(self, train=train)
+        return replace(self, train=train, base=str(base), variant=None, time_cond_proj_dim=None)
 
     def open(self, where: str) -> "TaughtTextToImage":
         """Load it. Raises UserError."""
@@ -74,6 +94,12 @@ class TaughtTextToImage(Taught):
         self.system = starting_system(config.base, config.variant, {}, torch.float32, False, False)
         check_channels(self.system, variance=False, inpainting=False)
         self.teacher = _apart(self.system.network).to(getattr(torch, config.teaching))
+        if config.time_cond_proj_dim is not None:
+            if self.system.told_guidance:
+                raise UserError(
+                    f"{where}.base is told its guidance scale already: leave time_cond_proj_dim out"
+                )
+            self.system.network.take_guidance(config.time_cond_proj_dim)
         self.source = config.data.latents(f"{where}.data", self.system, False)
         self.trained = config.train.model(self.system)
         self.student: nn.Module = self.trained
@@ -130,42 +156,27 @@ class TaughtTextToImage(Taught):
     def mean(self, batch: LatentBatch, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return batch.mean(losses)
 
-    def _student(self, student: nn.Module, process: Process, steps: int, scale: float) -> System:
-        assert isinstance(student, TrainableModel) and isinstance(process, Discrete)
-        options = {**self.system.options, "num_inference_steps": steps, "guidance_scale": scale}
-        return replace(student.within(self.system), scheduler=process.scheduler, options=options)
+    def _system(self, student: Student, steps: int) -> System:
+        networks, process = student.networks, student.process
+        assert isinstance(networks, TrainableModel) and isinstance(process, Discrete)
+        options = {**self.system.options, "num_inference_steps": steps, "guidance_scale": student.scale}
+        return replace(networks.within(self.system), scheduler=process.scheduler, options=options)
 
-    def validate(
-        self,
-        student: nn.Module,
-        process: Process,
-        steps: Sequence[int],
-        scale: float,
-        folder: Path,
-        seen: int,
-    ) -> None:
+    def sheet(self, student: Student, steps: int) -> "Image | None":
         if not self.config.prompts:
-            return
-        system = self._student(student, process, steps[-1], scale)
+            return None
+        shown = ValidationConfig(self.config.prompts, self.config.seeds, steps, student.scale)
+        return shown.draw(self._system(student, steps), self.source.resolution)
 
-        def drawn(count: int) -> bytes:
-            shown = ValidationConfig(self.config.prompts, self.config.seeds, count, scale)
-            return png(shown.draw(system, self.source.resolution))
-
-        for name, sheet in validation_sheets(drawn, steps, seen):
-            write_bytes(folder / name, sheet)
-
-    def export(
-        self, student: nn.Module, process: Process, steps: int, scale: float, folder: Path, config: str
-    ) -> None:
-        """Write a diffusers folder in float16; or a LoRA's file and, beside it, how it is drawn with."""
-        assert isinstance(student, TrainableModel)
-        system = self._student(student, process, steps, scale)
-        self.config.train.export(student, system, folder, {"config": config})
+    def export(self, student: Student, steps: int, folder: Path, config: str) -> None:
+        """Write a diffusers folder; or a LoRA's file and, beside it, how it is drawn with."""
+        assert isinstance(student.networks, TrainableModel)
+        system = self._system(student, steps)
+        self.config.train.export(student.networks, system, folder, {"config": config})
         if isinstance(self.config.train, TrainLoRA):
             base = self.config.base
             base = base if base == BUNDLED or not Path(base).exists() else str(Path(base).resolve())
-            write_few_steps(folder, base, process.to_dict(), system.options)
+            write_few_steps(folder, base, system.scheduler.to_dict(), system.options)
 
     def notes(self) -> list[str]:
         return self.source.notes() + self.conditions.notes()

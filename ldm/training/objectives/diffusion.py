@@ -16,7 +16,7 @@ from ldm.files import write_bytes
 from ldm.models.denoising import DenoisingNetwork
 from ldm.pictures import png
 from ldm.system.plain import PlainSystem
-from ldm.training.bounds import refuse_outside
+from ldm.training.bounds import refuse_loss, refuse_outside
 from ldm.training.data.arrays import DigitsConfig, ToysConfig
 from ldm.training.data.examples import Batch
 from ldm.training.data.kinds import Data
@@ -26,7 +26,8 @@ from ldm.training.data.told import BlurredPicture, Labels, Nothing, SemanticMap,
 from ldm.training.distributed import BatchGenerator
 from ldm.training.networks import NetworkSettings, UNet2DSettings, built_for
 from ldm.training.noising import noised_batch
-from ldm.training.start import load_autoencoder
+from ldm.training.reconstruction import check_sides
+from ldm.training.start import check_untold, load_autoencoder
 
 BROUGHT = (DigitsConfig, ToysConfig, PicturesConfig)  # the kinds of data that come with this objective
 
@@ -71,7 +72,7 @@ class Config:
     def check(self) -> None:
         """Raises UserError for settings that do not go together."""
         refuse_outside("diffusion", self, ("validation_pictures", "crop"), 1)
-        refuse_outside("diffusion.loss", self.loss, ("levels",), 2)
+        refuse_loss("diffusion.loss", self.loss)
         if self.autoencoder and self.loss.decoder != "gaussian":
             raise UserError(
                 "diffusion.loss.decoder is of pixels, and latents have no levels: leave it gaussian"
@@ -136,7 +137,8 @@ class Objective:
 
     def _check_network(self) -> None:
         """Raise UserError, before anything is trained, for what would fail at the first step or at a validation."""
-        told = self.source.told(self.examples.cuts(0, 1), self.system.shape[-1])
+        told = self._told(self.examples.cuts(0, 1), torch.zeros(1, dtype=torch.bool))
+        check_untold("diffusion", self.system.wants)
         told.require(self.system.wants, "diffusion.network")
 
     def prepare(self, device: torch.device, batch_size: int) -> None:

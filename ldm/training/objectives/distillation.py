@@ -5,7 +5,7 @@ consistency. All of it is written over denoisers, (x, sigma) to x0.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from ldm.training.distillation.consistency import ConsistencyDistillation, Consi
 from ldm.training.distillation.latent_consistency import LatentConsistency
 from ldm.training.distillation.lesson import Estimate, Lesson
 from ldm.training.distillation.plain_model import PlainModel
+from ldm.training.distillation.progressive import Progressive
 from ldm.training.distillation.target import Pupil
+from ldm.training.distillation.taught import Student
 from ldm.training.distillation.text_model import TextToImageModel
 from ldm.training.distributed import BatchGenerator
 
@@ -37,14 +39,16 @@ class Config:
     """The settings.
 
     model: what is distilled, of a kind: plain (a model without text), or text_to_image.
-    method: of a kind: latent_consistency, consistency_distillation, or consistency_training, which has no teacher.
+    method: of a kind: progressive, latent_consistency, consistency_distillation, or consistency_training, which has no
+        teacher.
     guidance: of the teacher. A number is put into the student for good, which is then drawn without; of two, each
         picture has a scale between them, which a student is told that has a `time_cond_proj_dim`. None is no guidance.
-    steps: what validation draws the student in; the last is what the finished one is drawn in by default.
+    steps: what validation draws the student in; the last is what the finished one is drawn in by default. A student of
+        progressive distillation is drawn in those that it learned, and fewer.
     """
 
     model: PlainModel | TextToImageModel
-    method: LatentConsistency | ConsistencyDistillation | ConsistencyTraining = field(
+    method: LatentConsistency | ConsistencyDistillation | ConsistencyTraining | Progressive = field(
         default_factory=LatentConsistency
     )
     guidance: float | tuple[float, float] | None = None
@@ -60,6 +64,30 @@ class Config:
         refuse_outside("distillation", _Scales(low, high), ("guidance", "guidance_to"), 0)
         if high < low:
             raise UserError(f"distillation.guidance is {low} to {high}: give the lower scale first")
+        self.rounds(Path())
+
+    def rounds(self, output: Path) -> list[tuple[Path, "Config"]]:
+        """Return the rounds of a run into `output`, each with its folder and a config of its own.
+
+        The first puts guidance into its student; who is told the scale is told it in all of them. Raises UserError for
+        a model that can't be taught in several.
+        """
+        self.method.check("distillation.method")
+        methods = self.method.rounds()
+        if len(methods) == 1:
+            return [(output, self)]
+        found, base, guidance = list[tuple[Path, Config]](), None, self.guidance
+        for name, method in methods:
+            folder, last = output / f"round-{name}", method is methods[-1][1]
+            settings: Any = {
+                "model": self.model.in_round("distillation.model", base, last),
+                "method": method,
+                "guidance": guidance,
+                "steps": method.drawn_in(self.steps),
+            }
+            found.append((folder, replace(self, **settings)))
+            base, guidance = folder / "export", guidance if isinstance(guidance, tuple) else None
+        return found
 
     @property
     def scales(self) -> tuple[float, float] | None:
@@ -90,13 +118,24 @@ class Objective:
         if config.scales and not self.method.taught:
             raise UserError("distillation.guidance is of a teacher, and this method has none: leave it out")
         self.process = self.method.process(self.taught.process)
-        for steps in config.steps:
+        self.steps = self.method.drawn_in(config.steps)
+        for steps in self.steps:
             self.process.plan(steps)  # what can't be drawn is refused now
         self.pupil = Pupil(self.taught.student, self.method.averaging(0) is not None)
         self.model: nn.Module = self.pupil
+        if "guidance" in self.taught.student_wants and not config.scales:
+            raise UserError(
+                "distillation.guidance: the student is told it: give two scales, from least to greatest"
+            )
         if config.scales and not self._told_scale and not self.taught.wants:
             raise UserError(
                 "distillation.guidance: this model is told nothing, so there is nothing to guide by"
+            )
+        low, high = config.scales or (1.0, 1.0)
+        if self.method.told_scales and low < high and "guidance" not in self.taught.student_wants:
+            raise UserError(
+                "distillation.guidance: this student is told no scale (its network has no time_cond_proj_dim), and "
+                "would learn the mean of them: give one number"
             )
 
     @property
@@ -164,7 +203,7 @@ class Objective:
     def validate(self, model: nn.Module, folder: Path, seen: int) -> dict[str, float]:
         """Draw sheets in each number of steps."""
         assert isinstance(model, Pupil)
-        self.taught.validate(model.student, self.process, self.config.steps, self._drawn_scale, folder, seen)
+        self.taught.validate(self._student(model), self.steps, folder, seen)
         return {}
 
     @property
@@ -180,8 +219,10 @@ class Objective:
     def export(self, model: nn.Module, folder: Path, config: str) -> None:
         """Write the student: a model's folder, or a LoRA with what it is drawn with."""
         assert isinstance(model, Pupil)
-        arguments = model.student, self.process, self.config.steps[-1], self._drawn_scale
-        self.taught.export(*arguments, folder, config)
+        self.taught.export(self._student(model), self.steps[-1], folder, config)
+
+    def _student(self, model: Pupil) -> Student:
+        return Student(model.student, self.process, self._drawn_scale)
 
 
 def estimated(denoise: Denoise) -> Estimate:

@@ -18,7 +18,7 @@ from ldm.diffusion.parameterization import check
 from ldm.errors import UserError
 from ldm.files import write_bytes
 from ldm.pictures import png
-from ldm.training.bounds import refuse_outside
+from ldm.training.bounds import refuse_loss, refuse_outside
 from ldm.training.data.conditions import Conditions
 from ldm.training.data.inpainting import draw_masks, inpainting_channels, middle_masks
 from ldm.training.data.kinds import Data
@@ -28,7 +28,7 @@ from ldm.training.data.prior import PriorConfig
 from ldm.training.distributed import BatchGenerator, processes
 from ldm.training.drawing import ValidationConfig, check_steps
 from ldm.training.noising import noised_batch
-from ldm.training.start import NewConfig, check_channels, starting_system
+from ldm.training.start import NewConfig, check_channels, check_untold, starting_system
 from ldm.training.trainable.controlnet import TrainControlNet
 from ldm.training.trainable.lora import TrainLoRA
 from ldm.training.trainable.model import TrainableModel
@@ -87,12 +87,10 @@ class Config:
             self.prior.check("text_to_image.prior", self.data)
         if isinstance(self.data, PicturesConfig) and self.data.encoding == "float32" != self.frozen:
             raise UserError("text_to_image.data.encoding float32 needs text_to_image.frozen float32")
-        loss = ("p2_gamma", "p2_k", "offset_noise", "input_perturbation", "variance")
         refuse_outside("text_to_image", self, ("condition_dropout",), 0, 1)
         refuse_outside("text_to_image", self, ("caption_windows",), 1)
         refuse_outside("text_to_image.validation", self.validation, ("seeds", "steps"), 1)
-        refuse_outside("text_to_image.loss", self.loss, loss, 0)
-        refuse_outside("text_to_image.loss", self.loss, ("gamma", "timestep_shift"), 0.001)
+        refuse_loss("text_to_image.loss", self.loss)
         if self.loss.decoder != "gaussian":
             raise UserError(
                 "text_to_image.loss.decoder is of pixels, and latents have no levels: leave it gaussian"
@@ -135,6 +133,7 @@ class Objective:
         self.model: nn.Module = self.trained
         self.watched = "loss"
         check_channels(self.system, bool(config.loss.variance), config.inpainting)
+        check_untold("text_to_image", self.system.wants)
         if self.source.captions:
             config.train.check_captions(self.source.captions)
         cache = config.data.text_cache if self.trained.text is None else None

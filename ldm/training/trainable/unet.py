@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ldm.checkpoints.folder import write_folder
 from ldm.errors import UserError
@@ -15,11 +15,15 @@ from ldm.training.trainable.model import TrainableModel, freeze_idle, thaw
 
 @dataclass(frozen=True)
 class TrainUNet(Trainable):
-    """The whole U-Net and, with `text_encoder`, the text encoders. The export is a diffusers folder in float16."""
+    """The whole U-Net and, with `text_encoder`, the text encoders. The export is a diffusers folder.
+
+    export_precision: of its weights; float32 is what training goes on from.
+    """
 
     kind: ClassVar[str] = "unet"
 
     text_encoder: bool = False
+    export_precision: Literal["float16", "float32"] = "float16"
 
     def check(self, from_nothing: bool, inpainting: bool) -> None:
         if from_nothing and self.text_encoder:
@@ -39,4 +43,7 @@ class TrainUNet(Trainable):
         self, model: TrainableModel, system: System, folder: Path, metadata: Mapping[str, str]
     ) -> None:
         whole = model.within(system)
-        write_folder(folder, half(whole.checkpoint()), whole.write_beside)
+        checkpoint = whole.checkpoint()
+        if self.export_precision == "float16":
+            checkpoint = half(checkpoint)
+        write_folder(folder, checkpoint, whole.write_beside)
