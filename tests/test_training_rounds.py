@@ -292,10 +292,12 @@ def test_a_student_that_is_told_the_scale_is_told_it_in_every_round(tmp_path: Pa
         scheduler=V,
         guidance=[2.0, 6.0],
         train={"kind": "unet"},
-        model={"time_cond_proj_dim": 8},
+        time_cond_proj_dim=8,
         loop={"pictures": 8, "save_every": 8},
         method={"kind": "progressive", "steps": [2, 1]},
     )
+    with pytest.raises(UserError, match="the student is told it: give two scales"):
+        train(path, ["distillation.guidance=3.0"])
     first, second = read_run(path).rounds()
     assert first.settings.guidance == second.settings.guidance == (2.0, 6.0)
     begun: Any = first.objective()

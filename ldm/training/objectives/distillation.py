@@ -123,7 +123,9 @@ class Objective:
             self.process.plan(steps)  # what can't be drawn is refused now
         self.pupil = Pupil(self.taught.student, self.method.averaging(0) is not None)
         self.model: nn.Module = self.pupil
-        if "guidance" in self.taught.student_wants and not config.scales:
+        # Later rounds tell scales as the first does; a single one is in the weights by then.
+        told = isinstance(config.guidance, tuple) if self.method.told_scales else config.scales is not None
+        if "guidance" in self.taught.student_wants and not told:
             raise UserError(
                 "distillation.guidance: the student is told it: give two scales, from least to greatest"
             )
