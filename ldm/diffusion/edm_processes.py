@@ -51,10 +51,8 @@ class EDMConfig(ScoreProcess):
     sigma_schedule: Literal["karras"] = "karras"
     final_sigmas_type: Literal["zero"] = "zero"
 
-    def process(self) -> ScoreProcess:
-        """Return the process itself. Raises UserError for values that can't be."""
+    def check(self) -> None:
         _check_sigma_data(self.sigma_data)
-        return super().process()
 
     @property
     def prediction_type(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -110,8 +108,7 @@ class ConsistencyConfig(ScoreProcess):
     clip_denoised: bool = True
     timestep_scale: float = _DIFFUSERS_SCALE
 
-    def process(self) -> ScoreProcess:
-        """Return the process itself. Raises UserError for values that can't be."""
+    def check(self) -> None:
         _check_sigma_data(self.sigma_data)
         if self.sigma_min != SIGMA_MIN:
             raise UserError(
@@ -119,7 +116,6 @@ class ConsistencyConfig(ScoreProcess):
             )
         if self.num_train_timesteps < 2:
             raise UserError(f"num_train_timesteps must be at least 2, not {self.num_train_timesteps}")
-        return super().process()
 
     @property
     def prediction_type(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
