@@ -154,8 +154,10 @@ class UNet(DenoisingNetwork):
 
     def take_guidance(self, dim: int) -> None:
         """See `DenoisingNetwork`."""
+        config = replace(self.config, time_cond_proj_dim=dim)
+        config.check()
         self.time_embedding.take(dim)
-        self.config = replace(self.config, time_cond_proj_dim=dim)
+        self.config = config
 
     @property
     def multiple(self) -> int:
