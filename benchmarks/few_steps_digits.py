@@ -176,6 +176,7 @@ def plotted(rows: list[Measured]) -> bytes:
     axes[1].set(title="accuracy, of the class asked for", xlabel="steps", xscale="log")
     for axis in axes:
         axis.set_xticks(STEPS, [str(each) for each in STEPS])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
