@@ -20,9 +20,9 @@ class Condition:
     time_ids: (B, 6), SDXL's sizes in pixels: original height and width, crop top and left, target height and width;
     (B, 5) for its refiner, to which an aesthetic score is told in place of the target's size.
     labels: (B,) int64, classes. channels: (B, c, h, w), what is joined to the noisy latents, such as inpainting's mask
-    and masked latents. guidance: (B,), the scale of classifier-free guidance, of a network that is told it. images: of
-    image prompts, for each adapter that takes part by a key of its own: KEY.tokens (B, T, D), and KEY.scale (B,), how
-    much of it.
+    and masked latents. guidance: (B,), the guidance scale (diffusers' guidance_scale, 1 is none), for a network that
+    learned to draw as if guided (Meng et al. 2023). images: of image prompts, for each adapter that takes part by a key
+    of its own: KEY.tokens (B, T, D), and KEY.scale (B,), how much of it.
     """
 
     hidden: Tensor | None = None

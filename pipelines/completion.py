@@ -14,10 +14,11 @@ from ldm.conditioning.prompts.weighted import Lora
 from ldm.diffusion.plan import Plan, plan
 from ldm.errors import UserError
 from ldm.models import feature_reuse, token_merging
-from ldm.sampling import check_scores
+from ldm.sampling import Guidance, check_scores
 from ldm.sampling.editing import check_masked, first_step
 from ldm.system import System
 from pipelines.canvas import Canvas, canvas_of, fitting
+from pipelines.defaults import defaults_of
 from pipelines.drawing import Drawing
 from pipelines.enlarging import second_plan, second_size
 from pipelines.given import Given, shown_controls, shown_images
@@ -69,7 +70,10 @@ def completed(
         if like and _sampling(like.recipe) == _sampling(complete)
         else (_plan_of(system, complete), second_plan(system, complete))
     )
-    drawing = Drawing(complete, how, read_prompts(complete).with_loras(loras), given, second=second)
+    assert complete.guidance_scale is not None
+    guides = Guidance(complete.guidance_scale).of(system.wants).guides
+    prompts = read_prompts(complete).with_loras(loras)
+    drawing = Drawing(complete, how, prompts, given, second=second, guided=guides)
     canvas = canvas_for(complete, given, original) if isinstance(original, np.ndarray) else None
     if complete.upscale is not None:
         size = _drawn_size(system, complete, canvas)
@@ -171,13 +175,6 @@ def _size_of(system: System, recipe: Recipe, original: np.ndarray | Tensor | Non
     return size
 
 
-def _defaults(system: System) -> dict[str, Any]:
-    """What diffusers' pipeline of such a model draws with."""
-    if system.pipeline.startswith("LatentConsistency"):
-        return {"num_inference_steps": 4, "guidance_scale": 8.5}
-    return {"num_inference_steps": 50, "guidance_scale": 5.0 if system.is_xl else 7.5}
-
-
 def _filled(
     system: System, recipe: Recipe, given: Given, stated: Mapping[str, Any], size: tuple[int, int]
 ) -> Recipe:
@@ -186,7 +183,7 @@ def _filled(
     strength = recipe.strength
     if strength is None and recipe.image is not None and recipe.denoising_start is None:  # as in diffusers
         strength = (0.9999 if system.is_xl else 1.0) if recipe.masked else (0.3 if system.is_xl else 0.8)
-    defaults = {**_defaults(system), **system.options}
+    defaults = defaults_of(system)
     sizes = {"original_size": (height, width), "target_size": (height, width)} if system.is_xl else {}
     steps = (
         defaults["num_inference_steps"] if recipe.num_inference_steps is None else recipe.num_inference_steps
@@ -246,11 +243,6 @@ def _check_given(system: System, recipe: Recipe, given: Given) -> None:
     if recipe.denoising_start is not None and latents_of(given.image) is None:
         raise UserError(
             "denoising_start goes on with latents: give those of a call with denoising_end as image"
-        )
-    if system.told_guidance and (recipe.guidance_rescale or recipe.guidance_interval):
-        raise UserError(
-            "guidance_rescale and guidance_interval are of guidance by two passes, and this model is told its "
-            "guidance_scale: leave them out"
         )
     check_scores(system, recipe.aesthetic_score, recipe.negative_aesthetic_score)
     if recipe.token_merging:

@@ -109,7 +109,6 @@ def likeness(drawing: Drawing) -> tuple[Any, ...]:
     size = (recipe.height, recipe.width, recipe.hires_scale or 0.0)
     beside = tuple(each.path for each in (*recipe.controls, *recipe.image_prompts))
     plans = [plan for plan in (drawing.plan, drawing.second) if plan is not None]
-    guided = recipe.guidance_scale is None or recipe.guidance_scale > 1
     return (
         *size,
         str(drawing.batch),
@@ -119,7 +118,7 @@ def likeness(drawing: Drawing) -> tuple[Any, ...]:
         recipe.feature_reuse,
         recipe.clip_guidance_scale,
         sum(plan.evaluations for plan in plans),
-        guided,
+        drawing.guided,
     )
 
 

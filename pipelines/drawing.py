@@ -16,6 +16,7 @@ class Drawing:
     prompts: as they were read. lora_weights: of every LoRA that is loaded, by name. batch: equal for those that may
     share a batch, whose conditions are the same together as alone. canvas: what it is drawn on; made anew, by
     `pipe.draw`, where it was let go. second: how its second, larger pass is sampled, where it has one.
+    guided: whether every step also asks the network without the prompt.
     """
 
     recipe: Recipe
@@ -26,3 +27,4 @@ class Drawing:
     batch: tuple[object, ...] = ()
     canvas: Canvas | None = None
     second: Plan | None = None
+    guided: bool = True

@@ -29,12 +29,11 @@ def request_for(system: System, drawings: Sequence[Drawing], loaded: Loaded, dev
     assert shared.guidance_scale is not None
     assert shared.height and shared.width
     interval = shared.guidance_interval or (0.0, math.inf)
-    guidance = Guidance(shared.guidance_scale, shared.guidance_rescale, interval)
-    guides = guidance.by_passes(system).guides
+    guidance = Guidance(shared.guidance_scale, shared.guidance_rescale, interval).of(system.wants)
     size = (shared.height, shared.width)
     none = all(recipe.negative_prompt is None for recipe in recipes)
     images = [shown_images(recipe, each) for recipe, each in zip(recipes, given, strict=True)]
-    text, notes = _encoded(system, drawings, guides)
+    text, notes = _encoded(system, drawings, guidance)
     latents = [each.latents for each in given if each.latents is not None]
     request = prepare(
         system,
@@ -78,7 +77,9 @@ def _control_pictures(drawing: Drawing, size: tuple[int, int]) -> tuple[np.ndarr
     return tuple(resized(each, size, mode) if canvas is None else canvas.beside(each, mode) for each in shown)
 
 
-def _encoded(system: System, drawings: Sequence[Drawing], guides: bool) -> tuple[Condition | None, list[str]]:
+def _encoded(
+    system: System, drawings: Sequence[Drawing], guidance: Guidance
+) -> tuple[Condition | None, list[str]]:
     """Put together the text of a request from embeddings in place of prompts; None where none were given.
 
     drawings: of one batch, either all or none of which have a kind of embedding. Returns B rows, where guided 2B, the
@@ -102,8 +103,8 @@ def _encoded(system: System, drawings: Sequence[Drawing], guides: bool) -> tuple
         positive = concatenate(positives)
     else:
         positive, notes = text.encode(prompts, clip_skip=clip_skip, length=length)
-    if not guides:
-        return positive, notes
+    if not guidance.guides:
+        return positive, notes + (guidance.notes(True) if negatives else [])
     if negatives:
         negative = concatenate(negatives)
     elif without and text.zeros_without_negative:

@@ -36,6 +36,7 @@ def text_setup(
     data = {"kind": "pictures", "path": str(pictures(tmp / "pictures")), "resolution": 32}
     model = {"kind": "text_to_image", "base": str(base), "data": data, "train": settings.pop("train", LORA)}
     model |= {name: settings.pop(name) for name in ("time_cond_proj_dim",) if name in settings}
+    model |= settings.pop("model", {})
     loop = {**LOOP, "optimizer": {"learning_rate": 1e-3, "warmup": 0}, **settings.pop("loop", {})}
     sections = {
         "loop": loop,
@@ -235,7 +236,7 @@ def test_a_student_that_is_told_the_scale_begins_as_its_teacher_and_is_drawn_wit
         torch.testing.assert_close(made.taught.call(made.model, x, times, own), first)
     assert train(path)
     student = System.load(tmp_path / "run" / "export")
-    assert student.told_guidance and student.options["guidance_scale"] == 4.0
+    assert student.options["guidance_scale"] == 4.0
     with torch.no_grad():
         low, high = (
             student.network(x, times, replace(told, guidance=torch.full((8,), each))) for each in (2.0, 6.0)

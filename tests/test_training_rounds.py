@@ -250,13 +250,20 @@ def test_rounds_of_a_guided_teacher_of_classes(tmp_path: Path) -> None:
     assert last.process.to_dict()["_class_name"] == "DDIMScheduler"
     assert same(weights(out / "export"), weights(out / "round-2" / "export"))
     assert not same(weights(teacher), weights(out / "round-4" / "export"))
-    assert [each.name for each in out.glob("round-2/*.png")] == ["drawn-00000016-2-steps.png"]
+    drawn = sorted(each.name for each in out.glob("round-*/*.png"))
+    assert drawn == [f"drawn-00000016-{steps}-steps.png" for steps in (1, 1, 2, 2, 4)]
     # Each round's config is a run of one round, with what it began from.
     rounds = [read_run(out / name / "config.yaml") for name in ("round-4", "round-2")]
     assert [each.settings.guidance for each in rounds] == [2.0, None]
     assert [each.settings.model.base for each in rounds] == [str(teacher), str(out / "round-4" / "export")]
     assert [each.rounds() for each in rounds] == [[each] for each in rounds]
     assert read_run(out / "config.yaml").resolved == run.resolved
+    # One more round takes nothing from those that are finished.
+    before = weights(out / "round-2" / "export")
+    assert train(path, ["distillation.method.steps=[4, 2, 1]"])
+    assert same(weights(out / "round-2" / "export"), before)
+    assert same(weights(out / "export"), weights(out / "round-1" / "export"))
+    assert not same(weights(out / "export"), before)
 
 
 def test_a_text_model_keeps_float32_between_rounds(tmp_path: Path) -> None:
@@ -276,6 +283,43 @@ def test_a_text_model_keeps_float32_between_rounds(tmp_path: Path) -> None:
     ]
     assert kinds == [{torch.float32}, {torch.float16}, {torch.float16}]
     assert System.load(tmp_path / "run" / "export").options["num_inference_steps"] == 1
+
+
+def test_a_student_that_is_told_the_scale_is_told_it_in_every_round(tmp_path: Path) -> None:
+    """The first teacher is guided by two passes, the later ones by what they are told."""
+    path = text_setup(
+        tmp_path,
+        scheduler=V,
+        guidance=[2.0, 6.0],
+        train={"kind": "unet"},
+        time_cond_proj_dim=8,
+        loop={"pictures": 8, "save_every": 8},
+        method={"kind": "progressive", "steps": [2, 1]},
+    )
+    with pytest.raises(UserError, match="the student is told it: give two scales"):
+        train(path, ["distillation.guidance=3.0"])
+    first, second = read_run(path).rounds()
+    assert first.settings.guidance == second.settings.guidance == (2.0, 6.0)
+    begun: Any = first.objective()
+    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 0.5])
+    told = begun.taught.told(begun.taught.batch(0, 2, ALL), BatchGenerator(0, 2, ALL))
+    begun.prepare(torch.device("cpu"), 2)
+    scales = [torch.tensor(each) for each in ((2.0, 2.0), (6.0, 6.0), (4.0, 6.0))]
+    with torch.no_grad():
+        low, high, mixed = [begun._teacher(told, each)(x, sigma) for each in scales]
+    torch.testing.assert_close(mixed, torch.stack([(low[0] + high[0]) / 2, high[1]]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(low, high, atol=1e-2)
+    assert train(path)
+    made = System.load(tmp_path / "run" / "export")
+    assert made.told_guidance and made.options["guidance_scale"] == 4.0
+    later: Any = second.objective()
+    later.prepare(torch.device("cpu"), 2)
+    assert later.taught.teacher.config.time_cond_proj_dim == 8
+    seen = list[int]()
+    later.taught.teacher.conv_in.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    with torch.no_grad():
+        drawn = [later._teacher(told, each)(x, sigma) for each in scales[:2]]
+    assert seen == [2, 2] and not torch.equal(*drawn)
 
 
 def test_killed_within_rounds_and_between_them_the_bits_are_the_same(tmp_path: Path) -> None:
@@ -316,6 +360,9 @@ def test_settings_that_can_not_be_get_one_line(tmp_path: Path, settings: dict[st
 def test_what_can_not_be_taught_in_rounds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="discrete timesteps"):
         built(progressive_setup(tmp_path, plain_teacher(tmp_path, process={"kind": "vp"}), 2))
+    learned = {"process": {**COSINE, "variance_type": "learned_range"}, "loss": {"variance": True}}
+    with pytest.raises(UserError, match="learned its variance"):
+        built(progressive_setup(tmp_path, plain_teacher(tmp_path / "learned", **learned), 2))
     path = text_setup(tmp_path, train=LORA, method={"kind": "progressive", "steps": [2, 1]})
     with pytest.raises(UserError, match=r"model\.train: rounds follow each other in the whole weights"):
         train(path)

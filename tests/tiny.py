@@ -143,7 +143,8 @@ SCHEDULER = {
 }
 
 
-def tiny_unet(family: Family, seed: int = 3) -> Any:
+def tiny_unet(family: Family, seed: int = 3, **more: Any) -> Any:
+    """more: settings beside those of the family."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     settings: dict[str, Any] = {
@@ -184,7 +185,7 @@ def tiny_unet(family: Family, seed: int = 3) -> Any:
             "projection_class_embeddings_input_dim": 24 + 5 * 8,
         }
     torch.manual_seed(seed)
-    return randomize(UNet2DConditionModel(**settings), seed)
+    return randomize(UNet2DConditionModel(**settings, **more), seed)
 
 
 def tiny_vae(family: Family, seed: int = 4) -> Any:
@@ -205,17 +206,20 @@ def tiny_vae(family: Family, seed: int = 4) -> Any:
     return randomize(vae, seed)
 
 
-def tiny_pipeline_folder(tmp: Path, family: Family, scheduler: dict[str, Any] | None = None) -> Path:
+def tiny_pipeline_folder(
+    tmp: Path, family: Family, scheduler: dict[str, Any] | None = None, kind: str = "", **unet: Any
+) -> Path:
     """Build a pipeline of tiny networks with diffusers and let diffusers save it into `tmp`.
 
-    `scheduler` is laid over SCHEDULER; its "_class_name" chooses the class. Pictures are 32x32.
+    `scheduler` is laid over SCHEDULER; its "_class_name" chooses the class. kind: of a family of one text encoder, the
+    pipeline's class in place of its own. unet: settings beside those of the family. Pictures are 32x32.
     """
     import diffusers
     from transformers import BertTokenizerFast, CLIPTokenizerFast
 
     settings = SCHEDULER | (scheduler or {})
     parts: dict[str, Any] = {
-        "unet": tiny_unet(family),
+        "unet": tiny_unet(family, **unet),
         "vae": tiny_vae(family),
         "scheduler": getattr(diffusers, settings["_class_name"]).from_config(settings),
     }
@@ -242,7 +246,7 @@ def tiny_pipeline_folder(tmp: Path, family: Family, scheduler: dict[str, Any] | 
         )
     else:
         name = "StableDiffusionInpaintPipeline" if family == "inpaint" else "StableDiffusionPipeline"
-        pipeline = getattr(diffusers, name)(
+        pipeline = getattr(diffusers, kind or name)(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     pipeline.save_pretrained(tmp / family)

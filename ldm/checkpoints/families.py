@@ -15,6 +15,7 @@ from ldm.errors import UserError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 FIRST = UNET + "input_blocks.0.0.weight"  # (C, in_channels, 3, 3)
+GUIDANCE = UNET + "time_embedding.cond_proj.weight"  # (C, time_cond_proj_dim), of latent consistency models
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,13 @@ _EULER = _SCHEDULER | {
     "sample_max_value": 1.0,
     "timestep_spacing": "leading",
     "use_karras_sigmas": False,
+}
+_LCM: dict[str, Any] = {
+    "_class_name": "LCMScheduler",
+    "original_inference_steps": 50,
+    "set_alpha_to_one": True,
+    "timestep_scaling": 10.0,
+    "timestep_spacing": "leading",
 }
 
 FAMILIES = {
@@ -274,6 +282,9 @@ def family_configs(
         "rescale_betas_zero_snr"
     ):  # else the last timestep, which is all noise, is never visited
         scheduler["timestep_spacing"] = "trailing"
+    if GUIDANCE in tensors:
+        unet["time_cond_proj_dim"] = tensors[GUIDANCE].shape[-1]
+        scheduler |= _LCM
     text = {component: dict(config) for component, config in layout.text_configs.items()}
     return {"unet": unet, "vae": vae, **text, "scheduler": scheduler}
 
@@ -282,7 +293,8 @@ def pipeline_class(family: str, unet: Mapping[str, Any]) -> str:
     """Return the name of diffusers' pipeline class for a family and its U-Net."""
     plain = FAMILIES[family].pipeline
     if unet.get("in_channels") != 9:
-        return plain
+        consistent = unet.get("time_cond_proj_dim") and plain == "StableDiffusionPipeline"
+        return "LatentConsistencyModelPipeline" if consistent else plain
     return f"StableDiffusion{'XL' if 'XL' in plain else ''}InpaintPipeline"
 
 

@@ -221,7 +221,7 @@ def write_folder(target: str | Path, system: Checkpoint, also: Callable[[Path], 
 
 def _index_of(folder: Path, system: Checkpoint) -> dict[str, Any]:
     index: dict[str, Any] = {"_class_name": system.pipeline, "_diffusers_version": "0.30.0", **system.options}
-    if system.pipeline.startswith(("StableDiffusion", "LatentConsistency")):
+    if system.pipeline.startswith(("StableDiffusion", "LatentConsistencyModel")):
         index |= {name: _NO_COMPONENT for name in ("feature_extractor", "image_encoder")}
         if not system.pipeline.startswith("StableDiffusionXL"):
             index |= {"safety_checker": _NO_COMPONENT, "requires_safety_checker": False}

@@ -38,6 +38,10 @@ def unet_rows(config: Config) -> list[Row]:
         row("conv_norm_out.", "out.0."),
         row("conv_out.", "out.2."),
     ]
+    if config.get("time_cond_proj_dim"):
+        rows.append(
+            row("time_embedding.cond_proj.", "time_embedding.cond_proj.")
+        )  # as diffusers' script leaves it
     if config.get("addition_embed_type") == "text_time":
         rows += _label_rows("add_embedding.")
     elif config.get("class_embed_type") in ("timestep", "projection"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.families import (
     FAMILIES,
+    GUIDANCE,
     UNET,
     VAE,
     detect_family,
@@ -25,6 +26,9 @@ from ldm.checkpoints.stated import stated
 from ldm.errors import UserError
 from ldm.foreign import json_object
 
+_GUIDANCE_IN_LDM = (
+    UNET + "time_embed.cond_proj.weight"
+)  # as it is where all of the layout's names are followed
 CONFIGS = "ldm.configs"  # the metadata entry in which our own single files carry what tensors can't say
 
 
@@ -42,6 +46,8 @@ def read_single_file(path: str | Path, prediction_type: str | None = None) -> Ch
         UserError: unreadable, another family, unknown names.
     """
     tensors, notes = unwrapped(read_tensors(path))
+    if _GUIDANCE_IN_LDM in tensors:
+        tensors[GUIDANCE] = tensors.pop(_GUIDANCE_IN_LDM)
     found = from_tensors(tensors, read_metadata(path), path, prediction_type)
     found.notes[:0] = notes
     return found
@@ -189,6 +195,10 @@ def _by_family(
     configs = family_configs(family, tensors, path, prediction_type, said)
     pipeline, options = pipeline_class(family, configs["unet"]), dict(FAMILIES[family].options)
     found = Checkpoint(pipeline, configs, {}, options, notes=said.notes)
+    if GUIDANCE in tensors:
+        found.notes.append(
+            "its U-Net is told the guidance scale: taken for a latent consistency model (LCMScheduler)"
+        )
     if family == "sd2" and not prediction_type and "prediction_type" not in said.scheduler:
         guess = configs["scheduler"]["prediction_type"]
         found.notes.append(f"the file doesn't say what its U-Net predicts: {guess} is assumed")

@@ -136,7 +136,8 @@ class TextSubject:
 
     def condition(self, shown: Shown) -> Condition:
         text, _ = self.system.text.encode(list(shown.captions))
-        return self.system.condition(text, None if shown.sizes is None else shown.sizes.to(self.device))
+        sizes = None if shown.sizes is None else shown.sizes.to(self.device)
+        return self.system.condition(text, sizes, guidance=1.0)  # what is likely is so without guidance
 
     def bind(self, condition: Condition) -> BoundNetwork:
         return self.system.bind(condition.to(self.device, self.system.network.dtype))

@@ -109,11 +109,9 @@ class DenoisingNetwork(nn.Module):
         """Take more channels, such as inpainting's; the new ones begin without a say. UserError where it can't."""
         raise UserError(f"a {type(self).__name__} can't be given more input channels")
 
-    def take_guidance(self, time_cond_proj_dim: int) -> None:
-        """Be told the guidance scale, as so many features; it begins without a say. UserError where it can't."""
-        raise UserError(
-            f"a {type(self).__name__} can't be told its guidance scale: leave time_cond_proj_dim out"
-        )
+    def take_guidance(self, dim: int) -> None:
+        """Be told the guidance scale, by `dim` features, which begin without a say. UserError where it can't."""
+        raise UserError(f"a {type(self).__name__} can't be told the guidance scale")
 
     @property
     def multiple(self) -> int:

@@ -33,27 +33,46 @@ def sinusoidal_embedding(
     return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))
 
 
+def guidance_embedding(guidance: Tensor, dim: int) -> Tensor:
+    """Return sines, then cosines, of 1000 (guidance - 1), as published latent consistency models learned them.
+
+    Luo et al. 2023, after VDM's code. The order of the arithmetic is that of diffusers' `get_guidance_scale_embedding`:
+    of angles of thousands float32 keeps three digits behind the point. guidance: (B,), 1 is none. Returns (B, dim),
+    float32; an odd `dim` is padded with a zero.
+    """
+    half = dim // 2
+    slope = torch.tensor(10000.0).log() / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=guidance.device) * -slope)
+    angles = ((guidance.float() - 1) * 1000)[:, None] * frequencies  # (B, half)
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
+
+
 class TimestepEmbedding(nn.Module):
     """Two linear layers with SiLU between: (B, in_channels) -> (B, out_channels).
 
-    cond_proj_dim: of more features, which are projected and added to x; they begin without a say.
+    cond_proj_dim: features of a second thing that it is told, which are projected and added to the first. They begin
+    without a say, so that a teacher's weights give the teacher.
     """
 
     def __init__(self, in_channels: int, out_channels: int, cond_proj_dim: int | None = None):
         super().__init__()
-        if cond_proj_dim is not None:
-            self.project(cond_proj_dim, in_channels)
         self.linear_1 = nn.Linear(in_channels, out_channels)  # of a few rows: nothing to gain by packing
         self.linear_2 = nn.Linear(out_channels, out_channels)
+        if cond_proj_dim is not None:
+            self.take(cond_proj_dim)
 
-    def project(self, cond_proj_dim: int, in_channels: int) -> None:
-        """Take more features from now on."""
-        self.cond_proj = nn.Linear(cond_proj_dim, in_channels, bias=False)
+    def take(self, cond_proj_dim: int) -> None:
+        """Be told of a second thing, by so many features, from now on."""
+        weight = self.linear_1.weight
+        self.cond_proj = nn.Linear(
+            cond_proj_dim, weight.shape[1], bias=False, device=weight.device, dtype=weight.dtype
+        )
         nn.init.zeros_(self.cond_proj.weight)
 
-    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
-        """x: (B, in_channels). more: (B, cond_proj_dim)."""
-        x = x if more is None else x + self.cond_proj(more)
+    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+        """told: (B, cond_proj_dim)."""
+        if told is not None:
+            x = x + self.cond_proj(told)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

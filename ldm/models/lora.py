@@ -28,11 +28,6 @@ _ATTENTION = re.compile(
     r"(.+\.)?(to_[qkv]|to_out\.0|[qkv]_proj|out_proj|attention\.self\.(query|key|value)"
     r"|attention\.output\.dense|SelfAttention\.[qkvo])"
 )
-# What LCM-LoRAs change of a U-Net (diffusers' script): all but conv_in, conv_out and the layers of embeddings.
-_LCM = re.compile(
-    r".+\.(to_[qkv]|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2"
-    r"|conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv|time_emb_proj)"
-)
 _PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
     "attention": lambda path, layer: bool(_ATTENTION.fullmatch(path)),
     # All but the first and the last convolution, which stand at the network's top.
@@ -40,7 +35,8 @@ _PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
         bool(_ATTENTION.fullmatch(path)) or (isinstance(layer, nn.Conv2d) and "." in path)
     ),
     "all-linear": lambda path, layer: isinstance(layer, nn.Linear),
-    "lcm": lambda path, layer: bool(_LCM.fullmatch(path)),
+    # All that is inside of the numbered blocks, and so nothing that embeds, first or last.
+    "blocks": lambda path, layer: bool(re.search(r"\.\d+\.", path)),
 }
 
 
@@ -261,8 +257,9 @@ def select(network: nn.Module, targets: str | Iterable[str]) -> dict[str, Base]:
 
     Args:
         network: its grouped convolutions, and layers that others only take the weights of, are left out.
-        targets: "attention" (queries, keys, values, outputs), "attention+conv", "all-linear", "lcm" (what LCM-LoRAs
-            change of a U-Net), a regular expression that must match a whole path, or the paths themselves.
+        targets: "attention" (queries, keys, values, outputs), "attention+conv", "all-linear", "blocks" (all linear
+            layers and convolutions inside of blocks, as LCM-LoRA has them), a regular expression that must match a
+            whole path, or the paths themselves.
 
     Raises:
         UserError: no layer is meant, or a path is none of the network's.

@@ -25,6 +25,7 @@ from ldm.models.layers import (
     TransformerBlock,
     Upsample,
     context_of,
+    guidance_embedding,
     with_more_channels,
 )
 from ldm.models.layers import sinusoidal_embedding as sinusoidal
@@ -137,7 +138,7 @@ class UNet(DenoisingNetwork):
         return UNetConfig.from_diffusers(mapping, where)
 
     def wants(self, latent_channels: int) -> dict[str, int]:
-        """See `DenoisingNetwork`: the text, SDXL's pooled text and sizes, inpainting's mask and masked latents."""
+        """See `DenoisingNetwork`: the text, SDXL's pooled text and sizes, inpainting's channels, the guidance."""
         return self.config.wants(latent_channels)
 
     def wants_scored(self, latent_channels: int) -> dict[str, int]:
@@ -151,13 +152,10 @@ class UNet(DenoisingNetwork):
         self.conv_in = with_more_channels(self.conv_in, in_channels)
         self.config = replace(self.config, in_channels=in_channels)
 
-    def take_guidance(self, time_cond_proj_dim: int) -> None:
+    def take_guidance(self, dim: int) -> None:
         """See `DenoisingNetwork`."""
-        config = replace(self.config, time_cond_proj_dim=time_cond_proj_dim)
-        config.check()
-        self.time_embedding.project(time_cond_proj_dim, config.block_out_channels[0])
-        self.time_embedding.cond_proj.to(self.device, self.dtype)
-        self.config = config
+        self.time_embedding.take(dim)
+        self.config = replace(self.config, time_cond_proj_dim=dim)
 
     @property
     def multiple(self) -> int:
@@ -177,8 +175,8 @@ class UNet(DenoisingNetwork):
         sample: (B, C, h, w), unit variance. timestep: (B,), 0..999, may be fractional.
         condition: hidden (B, L, cross_attention_dim); SDXL's pooled (B, P) and time_ids (B, 6 or 5); channels (B,
         in_channels - C, h, w), which are joined to the sample; labels (B,), of num_class_embeds classes; guidance (B,),
-        of a network with time_cond_proj_dim; images, for adapters. residuals: what is added to the feature maps.
-        features: what all levels below the finest gave before, or what they give now is put there.
+        where there is a time_cond_proj_dim; images, for adapters. residuals: what is added to the
+        feature maps. features: what all levels below the finest gave before, or what they give now is put there.
         """
         context = context_of(condition)
         time = embed_time(
@@ -259,18 +257,15 @@ def embed_time(
     timestep: Tensor,
     condition: Condition,
 ) -> Tensor:
-    """Embed timesteps (B,), with SDXL's pooled text and sizes where there is an embedding for them: (B, 4*C0)."""
+    """Embed timesteps (B,), with the guidance scale, and SDXL's pooled text and sizes, where it is told: (B, 4*C0)."""
     c = config
     features = sinusoidal(timestep, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
-    scale = None
-    if c.time_cond_proj_dim:
+    told = None
+    if c.time_cond_proj_dim is not None:
         if condition.guidance is None:
-            raise ValueError(
-                "this network is told its guidance scale: it needs guidance (B,) in its condition"
-            )
-        # As diffusers has it: w of the paper is the scale less 1, in thousands, of which the sines come first.
-        scale = sinusoidal(1000 * (condition.guidance - 1), c.time_cond_proj_dim, False, 1).to(dtype)
-    time = time_embedding(features.to(dtype), scale)
+            raise ValueError("this network, of a time_cond_proj_dim, needs guidance (B,) in its condition")
+        told = guidance_embedding(condition.guidance, c.time_cond_proj_dim).to(dtype)
+    time = time_embedding(features.to(dtype), told)
     if add_embedding is None:
         return time
     ids, pooled = condition.time_ids, condition.pooled

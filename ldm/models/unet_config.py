@@ -47,9 +47,9 @@ class UNetConfig:
     attention_head_dim: the NUMBER of heads a level (diffusers' historical misnomer).
     upcast_attention: kept for other programs' sake; SDPA accumulates in float32 anyway.
     addition_embed_type: "text_time" for SDXL's pooled text and size/crop conditions.
+    time_cond_proj_dim: features of the guidance scale, for a network that is told it (Meng et al. 2023), 256 in Luo et
+        al. 2023; None for one that is not.
     num_class_embeds: classes that it is told beside the text, by a table of so many rows; None for none.
-    time_cond_proj_dim: of the features of the guidance scale, for a network that is told it (Meng et al. 2023; LCM, Luo
-        et al. 2023) and so draws guided in one pass; None for one that is not.
     """
 
     sample_size: int | None = 64
@@ -89,6 +89,7 @@ class UNetConfig:
         more = ("attention_head_dim", "cross_attention_dim", "sample_size", "num_class_embeds", *_ADDED)
         diffusers_config.check_sizes(self, where, *sizes, *more)
         diffusers_config.check_sizes(self, where, "transformer_layers_per_block", least=0)
+        diffusers_config.check_sizes(self, where, "time_cond_proj_dim", least=4)  # two frequencies
         diffusers_config.check_layers(self.layers, where)
         diffusers_config.check_finite(self, where, "norm_eps", "dropout")
         if self.norm_eps < 0:
@@ -109,13 +110,6 @@ class UNetConfig:
                         f"block_out_channels {width}"
                     )
 
-        if (
-            self.time_cond_proj_dim is not None
-            and not 4 <= self.time_cond_proj_dim <= diffusers_config.LARGEST
-        ):
-            raise UserError(
-                f"{where}: time_cond_proj_dim is {self.time_cond_proj_dim!r:.60}, where a number of 4 or more is needed"
-            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"{where}: dropout is {self.dropout}, where a share of less than 1 is meant")
         if self.addition_embed_type not in (None, "text_time"):
@@ -143,8 +137,8 @@ class UNetConfig:
             told = sizes * (self.addition_time_embed_dim or 0)
             pooled = (self.projection_class_embeddings_input_dim or 0) - told
             parts |= {"pooled": pooled, "time_ids": sizes}
-        parts |= {"labels": self.num_class_embeds} if self.num_class_embeds else {}
-        return parts | ({"guidance": 1} if self.time_cond_proj_dim else {})
+        parts |= {"guidance": 1} if self.time_cond_proj_dim else {}
+        return parts | ({"labels": self.num_class_embeds} if self.num_class_embeds else {})
 
     def to_diffusers(self) -> dict[str, Any]:
         return diffusers_config.to_diffusers(self, _CLASS)

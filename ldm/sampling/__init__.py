@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ldm.condition import AESTHETIC_SCORES, Condition, concatenate
 from ldm.conditioning.control import Control, Controls
 from ldm.conditioning.image_prompt import ImagePrompt, image_parts
-from ldm.conditioning.prompts.weighted import Prompt, as_prompts, plain
+from ldm.conditioning.prompts.weighted import Prompt, as_prompts
 from ldm.conditioning.text import TextEncoder, encode_pair
 from ldm.diffusion.denoiser import Asking, Denoise, answered
 from ldm.diffusion.driver import Callback, Noise
-from ldm.diffusion.guidance import by_step, classifier_free, known_pixels
+from ldm.diffusion.guidance import by_step, known_pixels
 from ldm.diffusion.plan import Plan
 from ldm.errors import UserError
 from ldm.models import large
@@ -28,26 +28,9 @@ from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.feature_reuse import FeatureReuse
 from ldm.pictures import to_unit_range
 from ldm.sampling.feature_reuse import reusing
+from ldm.sampling.guidance import Guidance
 from ldm.sampling.likelihood_guidance import Guide
 from ldm.system import System
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance; see `ldm.diffusion.guidance.classifier_free`, whose arguments these are."""
-
-    scale: float | Tensor = 7.5
-    rescale: float | Tensor = 0.0
-    interval: tuple[float | Tensor, float | Tensor] = (0.0, math.inf)
-
-    @property
-    def guides(self) -> bool:
-        """Whether any image is guided, so that the condition without the prompt is needed."""
-        return bool((torch.as_tensor(self.scale) > 1).any())
-
-    def by_passes(self, system: System) -> "Guidance":
-        """Return what of it is done by an unconditional pass: nothing, for a network that is told the scale."""
-        return Guidance(1.0) if system.told_guidance else self
 
 
 @dataclass(frozen=True)
@@ -132,8 +115,7 @@ def prepare(
     than latents. images: pictures as prompts. latents: see `Request`. device: where the network computes; None is where
     its weights are. Raises UserError.
     """
-    guidance, scale = guidance or Guidance(), 1.0 if guidance is None else guidance.scale
-    guidance = guidance.by_passes(system)
+    guidance = (guidance or Guidance()).of(system.wants)
     device = torch.device(device or system.network.device)
     height, width = size or (system.default_size, system.default_size)
     shown = image_parts(images, system.network, len(seeds), guidance.guides) if images else None
@@ -148,7 +130,7 @@ def prepare(
             more = torch.cat([more, more])
         halves = told if guidance.guides else told[1:]
         rows = halves.repeat_interleave(text.rows // len(halves), dim=0)
-        condition = system.condition(text, rows[:, :6], more, rows[:, 6], scale)
+        condition = system.condition(text, rows[:, :6], more, rows[:, 6], guidance.scale)
         if shown:
             condition = replace(condition, images=shown)
         return condition.to(device, system.network.dtype)
@@ -169,16 +151,14 @@ def prepare(
         guidance,
         None if latents is None else latents.to(device),
         changes=tuple(later),
-        notes=(*notes, *_without_effect(system, negatives)),
+        notes=(*notes, *guidance.notes(_any_words(negatives or ()))),
     )
 
 
-def _without_effect(system: System, negatives: Sequence[str | Prompt] | None) -> list[str]:
-    if not system.told_guidance or not negatives or all(each == plain("") for each in as_prompts(negatives)):
-        return []
-    return [
-        "a negative prompt has no effect: this model is told its guidance_scale, and draws without a second pass"
-    ]
+def _any_words(prompts: Sequence[str | Prompt]) -> bool:
+    """Whether any of the prompts says anything."""
+    texts = [text for each in prompts for text in ([each] if isinstance(each, str) else each.texts)]
+    return any(text if isinstance(text, str) else text.text for text in texts)
 
 
 def _told(
@@ -303,7 +283,7 @@ def run(system: System, request: Request, callback: Callback | None = None) -> A
     def under(condition: Condition) -> Denoise:
         reuse = FeatureReuse() if request.feature_reuse > 1 else None
         denoiser = plan.denoiser(system.bind(condition, controls, reuse, request.token_merging))
-        denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
+        denoise = guidance.around(denoiser)
         return denoise if reuse is None else reusing(denoise, reuse, plan, request.feature_reuse)
 
     denoise = under(request.condition)

@@ -1,7 +1,7 @@
 """Drawing with a system without text: by classes, by another condition, or by none."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,6 @@ from torch import Tensor
 from ldm.condition import Condition, concatenate
 from ldm.diffusion.denoiser import Asking, Denoise, answered
 from ldm.diffusion.driver import Callback, Noise
-from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.process import Drawing
 from ldm.sampling import Guidance
 from ldm.system.plain import PlainSystem
@@ -42,11 +41,14 @@ def prepare(
     size: tuple[int, int] | None = None,
 ) -> PlainRequest:
     """Put together all that drawing B pictures needs. size: (h, w) of what is denoised; None is the model's own."""
-    device = system.network.device
+    device, guidance = system.network.device, (guidance or Guidance(1.0)).of(system.wants)
+    if guidance.told:
+        scale = torch.as_tensor(guidance.scale, dtype=torch.float32)
+        condition = replace(condition, guidance=scale.expand(len(seeds)))
     channels, *sides = system.shape
     noise = Noise(seeds, (channels, *(size or (sides[0], sides[1]))), device)
     condition = condition.to(device, system.network.dtype)
-    return PlainRequest(drawing, condition, noise, guidance or Guidance(1.0), wrappers)
+    return PlainRequest(drawing, condition, noise, guidance, wrappers)
 
 
 def run(system: PlainSystem, request: PlainRequest, callback: Callback | None = None) -> Asking:
@@ -58,7 +60,7 @@ def run(system: PlainSystem, request: PlainRequest, callback: Callback | None = 
     if guidance.guides:
         condition = concatenate([system.without(condition), condition])
     denoiser = request.drawing.denoiser(system.bind(condition))
-    denoise: Denoise = classifier_free(denoiser, guidance.scale, guidance.rescale, guidance.interval)
+    denoise = guidance.around(denoiser)
     for wrapper in request.wrappers:
         denoise = wrapper(denoise)
     return (yield from request.drawing.run(denoise, request.noise, callback))

@@ -184,11 +184,6 @@ class System:
         return "time_ids" in self.wants
 
     @property
-    def told_guidance(self) -> bool:
-        """Whether the network is told the scale of its guidance, and so is drawn with in one pass."""
-        return "guidance" in self.wants
-
-    @property
     def requires_aesthetics_score(self) -> bool:
         """Whether the network is told an aesthetic score in place of the target size: SDXL's refiner."""
         return bool(self.options.get("requires_aesthetics_score"))
@@ -227,20 +222,24 @@ class System:
         sizes: Tensor | None = None,
         channels: Tensor | None = None,
         aesthetic_score: float | Tensor = AESTHETIC_SCORES[0],
-        guidance: float | Tensor = 1.0,
+        guidance: float | Tensor | None = None,
     ) -> Condition:
         """Build the condition that the network wants; all that is trained and drawn gets its condition here.
 
         text: the text encoder's. sizes: (B, 6), SDXL's (see `Condition.time_ids`). channels: see `Condition`.
-        aesthetic_score: one for all or (B,), commonly 1 to 10, for SDXL's refiner. guidance: the scale, one or (B,).
-        Of the text, the sizes, the score and the scale, what is not wanted is left out. Raises UserError where a part
-        is missing, or there are channels that the network does not take.
+        aesthetic_score: one for all or (B,), commonly 1 to 10, for SDXL's refiner. guidance: the scale, one for
+        all or (B,), for a network that is told it. Of the text, the sizes, the score and the guidance, what is not
+        wanted is left out. Raises UserError where a part is missing, or there are channels that the
+        network does not take.
         """
         if sizes is not None and self.requires_aesthetics_score:
             score = torch.as_tensor(aesthetic_score).to(sizes).expand(len(sizes))
             sizes = torch.cat([sizes[:, :4], score[:, None]], dim=1)
-        scale = torch.as_tensor(guidance, dtype=torch.float32, device=text.text.device).expand(text.rows)
-        wants, parts = self.wants, {**text.parts(), "time_ids": sizes, "guidance": scale}
+        wants, parts = self.wants, {**text.parts(), "time_ids": sizes}
+        if guidance is not None and "guidance" in wants:
+            device = next(iter(text.parts().values())).device
+            scale = torch.as_tensor(guidance, dtype=torch.float32, device=device)
+            parts["guidance"] = scale.expand(text.rows)
         wanted = {name: part for name, part in parts.items() if name in wants and part is not None}
         condition = replace(Condition.of(wanted), channels=channels)
         condition.require(wants, f"the {self.network.component}")

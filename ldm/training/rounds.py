@@ -65,10 +65,9 @@ def walk(output: Path, rounds: Sequence[Round], max_seconds: float | None, resol
             if each.finished:
                 continue
             left = None if max_seconds is None else max(0.0, max_seconds - (time.monotonic() - started))
-            if worked and left == 0:  # the first goes on by a step at least, however long it takes to build
-                _say(
-                    f"stopped by max_seconds before round {number} of {len(rounds)}: run the same command to go on"
-                )
+            # The first goes on by a step at least, however long it takes to build.
+            if worked and any(_all_say(left == 0)):
+                _say(f"stopped by max_seconds before {each.folder.name}: run the same command to go on")
                 return False
             _say(f"round {number} of {len(rounds)}: {printable(str(each.folder))}")
             if main and each.begun and (stale := each.folder / EXPORT).exists():
@@ -100,8 +99,6 @@ def _refuse_outdated(rounds: Sequence[Round]) -> None:
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """Hold the output of all rounds: the main process does, for all of its launch. Raises UserError in all."""
-    from accelerate.utils import gather_object
-
     with ExitStack() as stack:
         fault = ""
         if processes().is_main_process:
@@ -109,9 +106,17 @@ def _alone(output: Path) -> Iterator[None]:
                 stack.enter_context(held(output))
             except UserError as error:
                 fault = str(error)
-        if faults := [each for each in gather_object([fault]) if each]:
-            raise UserError(faults[0])
+        if faults := [each for each in _all_say(fault) if each]:
+            raise UserError(str(faults[0]))
         yield
+
+
+def _all_say(value: str | bool) -> list[str | bool]:
+    """What each process says, the same list in all of them: they have clocks and locks of their own."""
+    from accelerate.utils import gather_object
+
+    processes()  # it makes them known to each other
+    return gather_object([value])
 
 
 def _say(text: str) -> None:

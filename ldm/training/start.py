@@ -1,5 +1,6 @@
 """The system that text-to-image training starts from: one that is there, or frozen parts and a new U-Net."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,18 @@ def check_channels(system: System, variance: bool, inpainting: bool) -> None:
         advice = "" if inpainting else ": set in_channels, or inpainting: true for an inpainting model"
         raise UserError(
             f"the U-Net takes {network.in_channels} channels where training gives it {taken}{advice}"
+        )
+
+
+def check_untold(where: str, wants: Collection[str]) -> None:
+    """Raise UserError for a network that is told the guidance scale, of which pictures and captions say nothing.
+
+    where: the objective. wants: the parts of a condition that the network wants.
+    """
+    if "guidance" in wants:
+        raise UserError(
+            f"{where}: the U-Net is told the guidance scale (time_cond_proj_dim), which only distillation of a guided "
+            "teacher teaches: train the model that it was distilled from, and distil that again"
         )
 
 

@@ -83,7 +83,11 @@ class TaughtPlain(Taught):
         thaw(self.student)
 
     def _check_fits(self, where: str) -> None:
-        """Raise UserError where the data are of other sides or conditions than the model's."""
+        """Raise UserError where data are of other sides or conditions than the model's, or it learned its variance."""
+        if self.system.network.config.out_channels != self.system.channels:
+            raise UserError(
+                f"{where}.base learned its variance, which no student of few steps has: take a teacher without"
+            )
         batch, shape = self.source.examples.cuts(0, 1), self.system.shape
         found = tuple(self.source.clean(batch).shape[1:])
         if found != shape:

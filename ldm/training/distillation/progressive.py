@@ -71,7 +71,8 @@ class Progressive(Method):
         ]
 
     def drawn_in(self, steps: tuple[int, ...]) -> tuple[int, ...]:
-        return self.steps[-1:]
+        last = self.steps[-1]
+        return (*(each for each in steps if each < last), last)
 
     def process(self, teacher: Process) -> Process:
         """The teacher's noise, drawn with by DDIM on the noise levels that are learned.

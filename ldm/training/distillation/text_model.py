@@ -62,7 +62,7 @@ class TextToImageModel:
             raise UserError(
                 f"{where}.train.text_encoder: a student has its teacher's text encoder: leave it out"
             )
-        if self.time_cond_proj_dim and isinstance(self.train, TrainLoRA):
+        if self.time_cond_proj_dim is not None and isinstance(self.train, TrainLoRA):
             raise UserError(f"{where}.time_cond_proj_dim is of a whole student: set train.kind to unet")
         self.train.check_data(self.data.conditioned, prior=False)
         self.data.check(f"{where}.data")
@@ -94,8 +94,8 @@ class TaughtTextToImage(Taught):
         self.system = starting_system(config.base, config.variant, {}, torch.float32, False, False)
         check_channels(self.system, variance=False, inpainting=False)
         self.teacher = _apart(self.system.network).to(getattr(torch, config.teaching))
-        if config.time_cond_proj_dim:
-            if self.system.told_guidance:
+        if config.time_cond_proj_dim is not None:
+            if "guidance" in self.system.wants:
                 raise UserError(
                     f"{where}.base is told its guidance scale already: leave time_cond_proj_dim out"
                 )
@@ -148,7 +148,7 @@ class TaughtTextToImage(Taught):
         device = self.teacher.device
         with torch.no_grad():
             text = self.conditions(captions, dropped).to(device)
-        return replace(self.system, network=self.teacher).condition(text, time_ids.to(device))
+        return replace(self.system, network=self.teacher).condition(text, time_ids.to(device), guidance=1.0)
 
     def call(self, module: nn.Module, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         return module(x, timestep, lambda: condition)

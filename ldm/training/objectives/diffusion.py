@@ -26,7 +26,7 @@ from ldm.training.data.told import BlurredPicture, Labels, Nothing, SemanticMap,
 from ldm.training.distributed import BatchGenerator
 from ldm.training.networks import NetworkSettings, UNet2DSettings, built_for
 from ldm.training.noising import noised_batch
-from ldm.training.start import load_autoencoder
+from ldm.training.start import check_untold, load_autoencoder
 
 BROUGHT = (DigitsConfig, ToysConfig, PicturesConfig)  # the kinds of data that come with this objective
 
@@ -137,6 +137,7 @@ class Objective:
     def _check_network(self) -> None:
         """Raise UserError, before anything is trained, for what would fail at the first step or at a validation."""
         told = self.source.told(self.examples.cuts(0, 1), self.system.shape[-1])
+        check_untold("diffusion", self.system.wants)
         told.require(self.system.wants, "diffusion.network")
 
     def prepare(self, device: torch.device, batch_size: int) -> None:

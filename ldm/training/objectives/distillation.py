@@ -44,7 +44,7 @@ class Config:
     guidance: of the teacher. A number is put into the student for good, which is then drawn without; of two, each
         picture has a scale between them, which a student is told that has a `time_cond_proj_dim`. None is no guidance.
     steps: what validation draws the student in; the last is what the finished one is drawn in by default. A student of
-        progressive distillation is drawn in the steps that it learned.
+        progressive distillation is drawn in those that it learned, and fewer.
     """
 
     model: PlainModel | TextToImageModel
@@ -123,7 +123,9 @@ class Objective:
             self.process.plan(steps)  # what can't be drawn is refused now
         self.pupil = Pupil(self.taught.student, self.method.averaging(0) is not None)
         self.model: nn.Module = self.pupil
-        if "guidance" in self.taught.student_wants and not config.scales:
+        # Later rounds tell scales as the first does; a single one is in the weights by then.
+        told = isinstance(config.guidance, tuple) if self.method.told_scales else config.scales is not None
+        if "guidance" in self.taught.student_wants and not told:
             raise UserError(
                 "distillation.guidance: the student is told it: give two scales, from least to greatest"
             )

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_lora import made, unet_config
 from safetensors.torch import save_file
 from test_distillation import text_setup
 from test_pipeline import psnr
 from tiny import Family, tiny_pipeline_folder, tiny_unet
 from torch import Tensor
 
-from ldm.checkpoints.lora import FILE
+from ldm.checkpoints.lora import FILE, write_lora
 from ldm.models.lora import select
 from ldm.models.unet import UNet, UNetConfig
 from ldm.training.run import train
@@ -135,16 +136,44 @@ def test_an_lcm_lora_draws_as_in_diffusers(
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_the_layers_named_lcm_are_those_of_the_script(family: Family) -> None:
+def test_blocks_are_the_layers_of_the_script(family: Family) -> None:
     theirs = {name.removeprefix("base_model.model.") for name in peft_unet(family).targeted_module_names}
     ours = UNet(UNetConfig.from_diffusers(dict(tiny_unet(family).config)))
-    assert set(select(ours, "lcm")) == theirs
+    assert set(select(ours, "blocks")) == theirs
+
+
+def test_blocks_of_a_real_size_are_the_list() -> None:
+    """All but what embeds, first and last: of Stable Diffusion 1.5's U-Net with the guidance told."""
+    with torch.device("meta"):
+        network = UNet(UNetConfig(time_cond_proj_dim=256))
+    listed = {path for path in select(network, ".*") if path.endswith(tuple(f".{each}" for each in TARGETS))}
+    assert set(select(network, "blocks")) == listed
+    left = set(select(network, ".*")) - listed
+    embeds = {f"time_embedding.{each}" for each in ("linear_1", "linear_2", "cond_proj")}
+    assert left == {"conv_in", "conv_out", *embeds}
+
+
+def test_ours_for_sdxl_with_ldms_names_is_drawn_by_theirs(
+    folder: Callable[[Family], Path], tmp_path: Path
+) -> None:
+    """Kohya's trainers name SDXL's layers as LDM does, where published LCM-LoRAs have diffusers' names."""
+    pipe = TextToImagePipeline.from_pretrained(folder("sdxl"), device="cpu")
+    write_lora(
+        tmp_path / FILE, made(pipe, {"unet": "blocks"}, rank=RANK, alpha=ALPHA), "kohya", unet_config(pipe)
+    )
+    expected = theirs(folder("sdxl"), tmp_path, None)
+    told = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    plain = our_picture(pipe, sampler="lcm", **told)
+    pipe.load_lora_weights(tmp_path)
+    drawn = our_picture(pipe, sampler="lcm", **told)
+    assert psnr(drawn, their_picture(expected, **told)) > SAME
+    assert psnr(drawn, plain) < CHANGED
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_a_lora_that_was_distilled_here_draws_the_same_there(tmp_path: Path, layout: str) -> None:
     pytest.importorskip("peft")
-    lora = {"kind": "lora", "rank": 4, "alpha": 6, "targets": "lcm", "layout": layout}
+    lora = {"kind": "lora", "rank": 4, "alpha": 6, "targets": "blocks", "layout": layout}
     optimizer = {"learning_rate": 3e-2, "warmup": 0}
     loop = {"pictures": 16, "save_every": 8, "optimizer": optimizer}
     path = text_setup(tmp_path, train=lora, guidance=3.0, loop=loop, steps=[1, 4])
