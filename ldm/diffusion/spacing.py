@@ -48,8 +48,13 @@ def spaced_timesteps(
 def lcm_timesteps(n: int, num_train_timesteps: int = 1000, original_inference_steps: int = 50) -> Tensor:
     """Return descending timesteps (n,), float64: n of the `original_inference_steps` a consistency model knows.
 
-    Raises UserError if n is larger than those.
+    Raises UserError if n is larger than those, or those than `num_train_timesteps`.
     """
+    if original_inference_steps > num_train_timesteps:
+        raise UserError(
+            f"original_inference_steps {original_inference_steps} is more than num_train_timesteps,"
+            f" {num_train_timesteps}: give at most as many"
+        )
     if n > original_inference_steps:
         raise UserError(
             f"num_inference_steps {n} is more than original_inference_steps, {original_inference_steps}:"
