@@ -3,12 +3,15 @@
 The reference is computed in float64 and the noise is the same, as in `test_diffusion_parity`, whose MARGIN holds here.
 """
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from test_diffusion_parity import MARGIN, SEEDS, SHAPE, STABLE, distance, in_float64, network, ours, theirs
+from test_pipeline_pictures import picture, psnr, seeded
+from tiny import tiny_pipeline_folder
 from torch import Tensor
 
 from ldm.diffusion.driver import Noise
@@ -16,6 +19,7 @@ from ldm.diffusion.plan import Plan, plan
 from ldm.diffusion.scheduler_config import SchedulerConfig
 from ldm.errors import UserError
 from ldm.sampling.editing import first_step
+from pipelines import TextToImagePipeline
 
 LCM: dict[str, Any] = {**STABLE, "_class_name": "LCMScheduler", "set_alpha_to_one": True}
 V = {"prediction_type": "v_prediction"}
@@ -98,6 +102,47 @@ def test_from_a_picture(prediction: dict[str, Any], n: int, strength: float) -> 
     some = whole.part(first_step(whole, strength))
     found = some.sample(some.denoiser(network), Noise(SEEDS, SHAPE), x0=x0).double()
     assert (found - reference).norm() < MARGIN * reference.norm()
+
+
+@pytest.mark.parametrize(("n", "strength"), [(1, 0.02), (3, 0.5), (4, 0.83), (8, 1.0)])
+@pytest.mark.parametrize("original", [50, 30])
+def test_the_shorter_way_from_a_picture(n: int, strength: float, original: int) -> None:
+    """Of LatentConsistencyModelImg2ImgPipeline: all steps are taken, from a lower timestep."""
+    mapping = {**LCM, "original_inference_steps": original}
+    scheduler = diffusers.LCMScheduler.from_config(mapping)
+    if int(original * strength) < n:
+        with pytest.raises(ValueError):
+            scheduler.set_timesteps(n, strength=strength)
+        with pytest.raises(UserError, match=f"strength {strength} leaves 0 of the {original} steps"):
+            planned(mapping, n, strength=strength)
+        return
+    scheduler.set_timesteps(n, strength=strength)
+    found = timesteps(planned(mapping, n, strength=strength))
+    assert found == pytest.approx(scheduler.timesteps.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cases"),
+    [
+        ("LatentConsistencyModelImg2ImgPipeline", [(4, 0.5), (1, 0.3), (3, 1.0)]),
+        ("StableDiffusionImg2ImgPipeline", [(4, 0.5), (1, 1.0), (8, 0.8)]),
+    ],
+)
+def test_the_picture_from_a_picture_is_that_of_the_class(
+    tmp_path: Path, kind: str, cases: list[tuple[int, float]]
+) -> None:
+    """Rounding in float32 through a U-Net and a decoder is below 1e-5 of a pixel's range: 100 dB."""
+    consistent = kind.startswith("Latent")
+    told = {"kind": "LatentConsistencyModelPipeline", "time_cond_proj_dim": 32} if consistent else {}
+    folder = tiny_pipeline_folder(tmp_path, "sd1", {"_class_name": "LCMScheduler"}, **told)
+    reference = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True)
+    reference.set_progress_bar_config(disable=True)
+    pipe = TextToImagePipeline.from_pretrained(folder, device="cpu")
+    for n, strength in cases:
+        shared: dict[str, Any] = {"image": picture(), "strength": strength, "num_inference_steps": n}
+        shared |= {"guidance_scale": 3.0, "output_type": "np"}
+        expected = reference("the cat", generator=seeded(3), **shared).images
+        assert psnr(pipe("the cat", seed=3, progress=False, **shared).images, expected) > 90
 
 
 @pytest.mark.parametrize(
