@@ -13,6 +13,7 @@ from benchmarks.parts import (
     Draw,
     Job,
     Shapes,
+    guidance_scale,
     pipeline,
     their_picture,
     unet_step,
@@ -74,7 +75,10 @@ def _picture(contender: Contender, job: Job, shapes: Shapes) -> Draw:
     """diffusers' pipeline, in which the U-Net and the decoder are OpenVINO's."""
     pipe = pipeline(Contender(contender.name, "diffusers"), job.model)
     unet, vae = pipe.unet, pipe.vae
-    step = converted(unet, unet_step(unet, shapes), shapes.inputs("step", job.pictures), contender)
+    inputs = shapes.inputs("step", job.pictures)
+    if guidance_scale(job.model) <= 1:  # a row a picture, where guidance has two
+        inputs = tuple(each[: job.pictures] if len(each) > 1 else each for each in inputs)
+    step = converted(unet, unet_step(unet, shapes), inputs, contender)
     raw = shapes.inputs("decode", job.pictures)
     decode = converted(vae, lambda z: vae.decode(z, return_dict=False)[0], raw, contender)
 
