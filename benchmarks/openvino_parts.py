@@ -55,11 +55,12 @@ def converted(
 ) -> Callable[..., Tensor]:
     """The function, compiled for inputs of these shapes.
 
-    Fixed shapes in float32 end the process in OpenVINO 2026.4.1, so in float32 its rows are left open.
+    Fixed shapes in float32 end the process in OpenVINO 2026.4.1, so in float32 its rows are left open, but where a
+    single picture is all that goes in.
     """
     ov: Any = importlib.import_module("openvino")
-    fixed = contender.dtype != "float32"
-    sizes = [list(each.shape) if fixed or len(each) == 1 else [-1, *each.shape[1:]] for each in inputs]
+    fixed = contender.dtype != "float32" or (len(inputs) == 1 and len(inputs[0]) == 1)
+    sizes = [list(each.shape) if fixed or each.ndim == 1 else [-1, *each.shape[1:]] for each in inputs]
     model = ov.convert_model(_Module(held.eval(), call), example_input=inputs, input=sizes)
     hints = {"INFERENCE_PRECISION_HINT": _HINTS[contender.dtype or "float32"], "PERFORMANCE_HINT": "LATENCY"}
     request = ov.compile_model(model, "CPU", hints).create_infer_request()
