@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ldm.sampling import Guidance, check_scores
 from ldm.sampling.editing import check_masked, first_step
 from ldm.system import System
 from pipelines.canvas import Canvas, canvas_of, fitting
-from pipelines.defaults import defaults_of
+from pipelines.defaults import defaults_of, takes_all_steps
 from pipelines.drawing import Drawing
 from pipelines.enlarging import second_plan, second_size
 from pipelines.given import Given, shown_controls, shown_images
@@ -278,13 +279,18 @@ def _sampling(recipe: Recipe) -> tuple[Any, ...]:
     """All that a plan depends on."""
     part = (recipe.strength, recipe.denoising_start, recipe.denoising_end)
     second = (recipe.hires_scale is None, recipe.hires_steps, recipe.hires_strength)
-    return recipe.num_inference_steps, recipe.sampler, recipe.schedule, recipe.eta, *part, *second
+    main = (recipe.num_inference_steps, recipe.sampler, recipe.schedule, recipe.eta)
+    return *main, *part, recipe.masked, *second
 
 
 def _plan_of(system: System, recipe: Recipe) -> Plan:
     """How a complete recipe is sampled. Raises UserError for unknown samplers and schedules."""
-    steps, sampler, schedule, eta, strength, start, end, *_ = _sampling(recipe)
-    whole = plan(system.scheduler, steps, sampler, schedule, eta, is_xl=system.is_xl)
+    steps, sampler, schedule, eta, strength, start, end, masked, *_ = _sampling(recipe)
+    planned = partial(plan, system.scheduler, steps, sampler, schedule, eta, is_xl=system.is_xl)
+    if strength is not None and not masked and takes_all_steps(system, sampler, schedule):
+        whole, strength = planned(strength=strength), None
+    else:
+        whole = planned()
     if strength is start is end is None:
         return whole
     begin = whole.step_at(start or 0.0) if strength is None else first_step(whole, strength)

@@ -185,12 +185,14 @@ def plan(
     schedule: str | None = None,
     eta: float = 0.0,
     is_xl: bool = False,
+    strength: float = 1.0,
 ) -> Plan:
     """Plan `num_inference_steps` steps as `config` says.
 
     sampler, schedule: names of samplers.SAMPLERS and spacing.SPACINGS in place of the config's own; the
     betas, the prediction type and, without a schedule, the spacing stay. eta: DDIM's noise, 0 to 1.
     is_xl: the model is an SDXL, for which align_your_steps has timesteps of its own.
+    strength: of LCMScheduler's own spacing, see `lcm_timesteps`: with less than 1 all steps begin from a picture.
     Raises UserError for unknown names, unsupported values and impossible numbers of steps.
     """
     config = config.with_sampler(sampler) if sampler is not None else config
@@ -200,7 +202,9 @@ def plan(
     noise_schedule = config.noise_schedule()
     parameterization.check(config.get("prediction_type"), noise_schedule)
     spacing = _spacing(config)
-    sigmas = _descending(partial(_sigmas, config, noise_schedule, spacing, is_xl), num_inference_steps)
+    sigmas = _descending(
+        partial(_sigmas, config, noise_schedule, spacing, is_xl, strength), num_inference_steps
+    )
     first = sigmas[0]
     unit_variance = CLASSES[config.class_name].family != "k"
     from_above = not unit_variance and config.get("timestep_spacing") in ("linspace", "trailing")
@@ -255,7 +259,7 @@ def _descending(sigmas_of: Callable[[int], list[float]], n: int) -> list[float]:
 
 
 def _sigmas(
-    config: SchedulerConfig, schedule: NoiseSchedule, spacing: str, is_xl: bool, n: int
+    config: SchedulerConfig, schedule: NoiseSchedule, spacing: str, is_xl: bool, strength: float, n: int
 ) -> list[float]:
     """The noise levels that the config's class in diffusers visits."""
     family = CLASSES[config.class_name].family
@@ -274,7 +278,7 @@ def _sigmas(
     )
     if config.sampler == "lcm" and config.spacing is None:
         original = config.get("original_inference_steps")
-        timesteps = lcm_timesteps(n, schedule.num_train_timesteps, original)
+        timesteps = lcm_timesteps(n, schedule.num_train_timesteps, original, strength)
         return [*schedule.sigma(timesteps).tolist(), 0.0]
     if spacing in TIMESTEP_SPACINGS:
         return spaced(spacing).tolist()

@@ -45,18 +45,34 @@ def spaced_timesteps(
     return timesteps.clamp(0, last)
 
 
-def lcm_timesteps(n: int, num_train_timesteps: int = 1000, original_inference_steps: int = 50) -> Tensor:
+def lcm_timesteps(
+    n: int, num_train_timesteps: int = 1000, original_inference_steps: int = 50, strength: float = 1.0
+) -> Tensor:
     """Return descending timesteps (n,), float64: n of the `original_inference_steps` a consistency model knows.
 
-    Raises UserError if n is larger than those.
+    strength: in [0, 1], the share of those, from the picture up, that they are chosen from.
+    Raises UserError if n is larger than that, or those are more than `num_train_timesteps`.
     """
+    if original_inference_steps > num_train_timesteps:
+        raise UserError(
+            f"original_inference_steps {original_inference_steps} is more than num_train_timesteps,"
+            f" {num_train_timesteps}: give at most as many"
+        )
+    if not 0 <= strength <= 1:
+        raise UserError(f"strength is {strength}: it must be between 0 and 1")
+    known = int(original_inference_steps * strength)
+    if known < n <= original_inference_steps:
+        raise UserError(
+            f"strength {strength} leaves {known} of the {original_inference_steps} steps that a latent consistency"
+            f" model knows, and num_inference_steps is {n}: give more strength, or fewer steps"
+        )
     if n > original_inference_steps:
         raise UserError(
             f"num_inference_steps {n} is more than original_inference_steps, {original_inference_steps}:"
             " a latent consistency model knows no more"
         )
-    chosen = torch.arange(n, dtype=torch.float64) * (original_inference_steps / n)
-    return (original_inference_steps - chosen.floor()) * (num_train_timesteps // original_inference_steps) - 1
+    chosen = torch.arange(n, dtype=torch.float64) * (known / n)
+    return (known - chosen.floor()) * (num_train_timesteps // original_inference_steps) - 1
 
 
 def spaced_sigmas(
