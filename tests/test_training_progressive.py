@@ -206,7 +206,7 @@ def test_a_student_that_is_told_the_scale_is_told_it_in_every_round(tmp_path: Pa
     assert not torch.allclose(low, high, atol=1e-2)
     assert train(path)
     made = System.load(tmp_path / "run" / "export")
-    assert made.told_guidance and made.options["guidance_scale"] == 4.0
+    assert "guidance" in made.wants and made.options["guidance_scale"] == 4.0
     later: Any = second.objective()
     later.prepare(torch.device("cpu"), 2)
     assert later.taught.teacher.config.time_cond_proj_dim == 8
