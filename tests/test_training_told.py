@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ldm.emoji.pools  # noqa: F401 (the kind of data)
+from ldm.condition import Condition
 from ldm.config import from_dict
 from ldm.emoji.composition import Composition
 from ldm.emoji.mixture import REGIONS, Mixture, MixtureConfig
@@ -15,6 +16,7 @@ from ldm.emoji.sprites import load_sprites
 from ldm.emoji.things import THINGS
 from ldm.errors import UserError
 from ldm.system.plain import PlainSystem
+from ldm.training.data.examples import Batch
 from ldm.training.data.told import blurred
 from ldm.training.distributed import BatchGenerator
 from ldm.training.objectives import diffusion
@@ -59,6 +61,10 @@ def objective(sprites: str, condition: dict[str, Any], **changes: Any) -> diffus
     return made
 
 
+def told_of(made: diffusion.Objective, batch: Batch, dropped: torch.Tensor) -> Condition:
+    return made.source.told(batch, made.system.shape[-1], dropped)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_from_what_it_is_told_and_draws_by_it(sprites: str, tmp_path: Path, kind: str) -> None:
     made = objective(sprites, KINDS[kind])
@@ -67,12 +73,12 @@ def test_it_learns_from_what_it_is_told_and_draws_by_it(sprites: str, tmp_path: 
     value.backward()
     assert all(each.grad is not None for each in made.model.parameters())
     none = torch.zeros(8, dtype=torch.bool)
-    told = made._told(batch, none)
+    told = told_of(made, batch, none)
     x, timestep = torch.randn(8, 3, 32, 32), torch.full((8,), 500.0)
     with torch.no_grad():
         under = made.model(x, timestep, told)
-        other = made.model(x, timestep, made._told(made.batch(8, 8, slice(None)), none))
-        untold = made.model(x, timestep, made._told(batch, ~none))
+        other = made.model(x, timestep, told_of(made, made.batch(8, 8, slice(None)), none))
+        untold = made.model(x, timestep, told_of(made, batch, ~none))
     assert not torch.allclose(under, other, atol=1e-4)
     assert not torch.allclose(under, untold, atol=1e-4)
     # What is left out is what guidance takes for no condition.
@@ -99,7 +105,7 @@ def test_the_map_reaches_the_network_as_one_hot_channels(sprites: str) -> None:
     )
     batch = made.batch(0, 4, slice(None))
     dropped = torch.tensor([False, True, False, False])
-    channels = made._told(batch, dropped).channels
+    channels = told_of(made, batch, dropped).channels
     assert channels is not None and batch.maps is not None
     assert torch.equal(channels.argmax(1)[0], batch.maps[0])
     assert torch.equal(channels.sum(1)[2:], torch.ones(2, 32, 32)) and not channels[1].any()
