@@ -50,8 +50,9 @@ class FewSteps:
         """
         if self.base == BUNDLED:
             return None
-        file, place = self.folder / FILE, self.folder / Path(self.base).expanduser()
+        file = self.folder / FILE
         with readable(file):
+            place = self.folder / Path(self.base).expanduser()
             there = place.exists()
         if not there and not is_hub_id(self.base):  # and not from where the program runs
             raise UserError(
