@@ -38,7 +38,7 @@ help:
 
 image: $(VENV)/.installed
 	@mkdir -p "$$(dirname "$$IMAGE_OUT")"
-	@$(BIN)/python scripts/generate.py --seed "$$IMAGE_SEED" --out "$$IMAGE_OUT" --upscale "$$IMAGE_UPSCALE" $(if $(filter-out 0 no,$(FAST)),--fast) $(value ARGS) -- "$$IMAGE_PROMPT"
+	@$(BIN)/python scripts/generate.py --seed "$$IMAGE_SEED" --out "$$IMAGE_OUT" --upscale "$$IMAGE_UPSCALE" $(if $(filter-out 0 no off false,$(FAST)),--fast) $(value ARGS) -- "$$IMAGE_PROMPT"
 	@echo "The picture is in $$IMAGE_OUT"
 
 # One thread a worker: JOBS workers with torch's own thread pools would fight for the cores.

@@ -309,7 +309,26 @@ def test_a_model_of_classes_is_distilled_under_guidance_and_drawn(tmp_path: Path
         ({"steps": []}, "one or more numbers of steps"),
         ({"steps": [51]}, "num_inference_steps 51"),
         ({"method": {"kind": "latent_consistency", "solver_steps": 1}}, "solver_steps is 1"),
-        ({"method": {"kind": "latent_consistency", "ema_decay": 2.0}}, "ema_decay is 2.0"),
+        ({"method": {"kind": "latent_consistency", "solver_steps": 600}}, "solver_steps, 600, do not divide"),
+        ({"method": {"kind": "latent_consistency", "ema_decay": 2.0}}, "ema_decay must be"),
+        ({"method": {"kind": "latent_consistency", "ema_decay": 1.0}}, "ema_decay must be"),
+        ({"method": {"kind": "latent_consistency", "huber_c": 1e200}}, "huber_c is"),
+        ({"method": {"kind": "latent_consistency", "timestep_scaling": 1e7}}, "timestep_scaling is"),
+        ({"method": {"kind": "consistency_distillation", "huber_c": 0.0}}, "huber_c is 0.0"),
+        ({"method": {"kind": "consistency_distillation", "huber_c": 1e200}}, "huber_c is"),
+        (
+            {"method": {"kind": "consistency_distillation", "levels": {"kind": "fixed", "levels": 10**12}}},
+            "levels must be",
+        ),
+        (
+            {
+                "method": {
+                    "kind": "consistency_distillation",
+                    "levels": {"kind": "doubling", "pictures": 8, "end": 10**12},
+                }
+            },
+            "start <= end < 100,000",
+        ),
         ({"model": {"condition": {"kind": "labels"}}}, "takes no labels"),
         ({"model": {"base": "nowhere"}}, "there is no folder nowhere"),
     ],
@@ -330,4 +349,12 @@ def test_the_teacher_of_another_condition_or_process_is_refused(tmp_path: Path) 
 def test_text_settings_that_can_not_be_get_one_line(tmp_path: Path) -> None:
     path = text_setup(tmp_path, train={**LORA, "text_encoder": True})
     with pytest.raises(UserError, match="its teacher's text encoder"):
+        built(path)
+
+
+def test_a_lora_of_a_few_step_form_is_refused_for_what_it_exports_could_not_be_loaded(tmp_path: Path) -> None:
+    path = text_setup(tmp_path)
+    base = tmp_path / "models" / "sd1"
+    (base / "few_steps.json").write_text("{}")
+    with pytest.raises(UserError, match=r"distillation.model.base .* is a few-step form itself"):
         built(path)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -142,3 +143,26 @@ def test_a_lora_of_another_model_is_refused(model: Path, tmp_path: Path) -> None
     form(other / "fast", model)
     with pytest.raises(UserError):
         System.load(other, fast=True)
+
+
+def test_its_base_is_one_place_from_wherever_the_program_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    form(tmp_path / "form", model, "model")
+    (tmp_path / "model").symlink_to(model)
+    with pytest.raises(UserError, match=r"few_steps\.json: its base 'model' is no such folder"):
+        System.load("form")
+    form(tmp_path / "here" / "form", model, "here/form")  # looks like a hub id, and is itself
+    with pytest.raises(UserError, match=r"its base 'here/form' is a few-step form itself"):
+        System.load("here/form")
+
+
+def test_the_fast_form_of_a_copy_is_made_of_the_copy(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copytree(model, copy)
+    path = copy / "fast" / "few_steps.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base": "bundled"}))
+    assert System.load(copy, fast=True).fingerprint == System.load(model, fast=True).fingerprint
+    with pytest.raises(UserError, match="a few-step form itself"):
+        System.load(model / "fast", fast=True)

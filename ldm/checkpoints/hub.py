@@ -14,6 +14,11 @@ _NOT_WANTED = ["safety_checker/*", "*non_ema*"]
 _VARIANTS = ["*.fp16*", "*.bf16*"]
 
 
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name can be a hub's, such as "org/name"."""
+    return bool(_ID.fullmatch(name))
+
+
 def resolve(name: str | Path, variant: str | None = None) -> Path:
     """Return the local folder or file for a path or a hub id such as "org/name".
 
@@ -36,7 +41,7 @@ def resolve(name: str | Path, variant: str | None = None) -> Path:
         if path.exists():
             return path
         hint = nearby(path)
-        if hint or not _ID.fullmatch(str(name)):
+        if hint or not is_hub_id(str(name)):
             raise UserError(f"{name}: no such folder or file, and no hub id (org/name) either{hint}")
     return _from_hub(str(name), variant)
 

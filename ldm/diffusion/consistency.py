@@ -16,8 +16,10 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Asking, Denoise, awaited
 from ldm.diffusion.edm import karras_levels
 from ldm.diffusion.parameterization import per_image, unit_variance
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import MOST_TIMESTEPS, NoiseSchedule
 from ldm.errors import UserError
+
+HUBER_C = (1e-9, 1e6)  # from least to most: at 0 there is no gradient where the two agree; float32 squares it
 
 
 def levels(count: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -36,9 +38,11 @@ class Fixed:
 
     def check(self, where: str) -> None:
         """Raise UserError for values that can't be."""
-        if self.levels < 2:
-            raise UserError(f"{where}.levels must be at least 2, not {self.levels}")
-        _check_decay(where, self.decay)
+        if not 2 <= self.levels <= MOST_TIMESTEPS:
+            raise UserError(
+                f"{where}.levels must be at least 2 and at most {MOST_TIMESTEPS:,}, not {self.levels}"
+            )
+        check_decay(f"{where}.decay", self.decay)
 
     @property
     def last(self) -> int:
@@ -72,7 +76,7 @@ class Growing:
     def check(self, where: str) -> None:
         """Raise UserError for values that can't be."""
         _check_growth(where, self.pictures, self.start, self.end)
-        _check_decay(where, self.decay)
+        check_decay(f"{where}.decay", self.decay)
 
     @property
     def last(self) -> int:
@@ -200,13 +204,15 @@ def latent_boundary(denoise: Denoise, schedule: NoiseSchedule, timestep_scaling:
     return bounded
 
 
-def _check_growth(where: str, pictures: int, start: int, end: int) -> None:
-    if pictures < 1 or not 1 <= start <= end:
-        raise UserError(
-            f"{where}: pictures is at least 1, and 1 <= start <= end, not {pictures}, {start} and {end}"
-        )
-
-
-def _check_decay(where: str, decay: float) -> None:
+def check_decay(what: str, decay: float) -> None:
+    """Raise UserError for a decay by which a running average can't move. what: the setting."""
     if not 0 <= decay < 1:
-        raise UserError(f"{where}.decay must be at least 0 and below 1, not {decay}")
+        raise UserError(f"{what} must be at least 0 and below 1, not {decay}")
+
+
+def _check_growth(where: str, pictures: int, start: int, end: int) -> None:
+    if pictures < 1 or not 1 <= start <= end < MOST_TIMESTEPS:
+        raise UserError(
+            f"{where}: pictures is at least 1, and 1 <= start <= end < {MOST_TIMESTEPS:,}, not {pictures}, {start} and "
+            f"{end}"
+        )

@@ -96,16 +96,16 @@ class System:
         """Load a diffusers folder, a single file or a hub id; None is the bundled model.
 
         variant: "fp16" reads the files of that name. prediction_type: what a single file's U-Net predicts, where
-        the file does not say. fast: its few-step form, see `few_steps`. The parts are built without memory of their own
-        and take the file's mapped tensors.
+        the file does not say. fast: its few-step form, whose base it is then, see `few_steps`. The parts are built
+        without memory of their own and take the file's mapped tensors.
         Raises UserError that says what is wrong and what to do.
         """
         path = bundled_model() if name is None else resolve(name, variant)
-        path = fast_form(path) if fast else path
-        if few_steps := read_few_steps(path):
-            _check_options(few_steps.options, path / FEW_STEPS)
+        if few_steps := read_few_steps(fast_form(path) if fast else path):
+            _check_options(few_steps.options, few_steps.folder / FEW_STEPS)
+            base = path if fast else few_steps.model(variant)
             how: dict[str, Any] = {"variant": variant, "prediction_type": prediction_type}
-            return cls.load(few_steps.model, **how)._in_few_steps(few_steps).to(device, torch_dtype)
+            return cls.load(base, **how)._in_few_steps(few_steps).to(device, torch_dtype)
         checkpoint = read_checkpoint(path, variant, prediction_type)
         kind = _network_of(checkpoint, path)
         for part in (kind.component, "vae", "scheduler"):

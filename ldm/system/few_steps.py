@@ -16,7 +16,9 @@ from typing import Any
 from torch import nn
 
 from ldm.checkpoints.folder import read_json, write_component
+from ldm.checkpoints.hub import is_hub_id, resolve
 from ldm.checkpoints.lora import read_lora_file
+from ldm.checkpoints.paths import readable
 from ldm.diffusion.scheduler_config import SchedulerConfig
 from ldm.errors import UserError
 from ldm.files import write_text
@@ -41,13 +43,24 @@ class FewSteps:
     scheduler: SchedulerConfig
     options: Mapping[str, Any]
 
-    @property
-    def model(self) -> Path | str | None:
-        """The base as a path or, where there is no such path, a hub id; None for the bundled model."""
+    def model(self, variant: str | None) -> Path | None:
+        """Return the base, fetched where it is a hub id; None for the bundled model.
+
+        Raises UserError where it is not there, or no whole model. variant: see `System.load`.
+        """
         if self.base == BUNDLED:
             return None
-        place = self.folder / self.base
-        return place.resolve() if place.exists() else self.base
+        file = self.folder / FILE
+        with readable(file):
+            place = self.folder / Path(self.base).expanduser()
+            there = place.exists()
+        if not there and not is_hub_id(self.base):  # and not from where the program runs
+            raise UserError(
+                f"{file}: its base {self.base!r:.60} is no such folder or file, and no hub id (org/name) either"
+            )
+        found = place.resolve() if there else resolve(self.base, variant)
+        refuse_form(found, f"{file}: its base {self.base!r:.60}")
+        return found
 
     def merge(self, network: DenoisingNetwork, others: Mapping[str, nn.Module]) -> None:
         """Make the student of its teacher, for good, in the precision that its weights have. Raises UserError."""
@@ -61,12 +74,19 @@ class FewSteps:
 
 def fast_form(path: Path) -> Path:
     """Return the folder of a model's few-step form. Raises UserError where it has none."""
+    refuse_form(path, str(path))
     place = path / FOLDER
     if not (place / FILE).is_file():
         raise UserError(
             f"{path} has no few-step form ({FOLDER}/{FILE}): leave fast out, or distil one (docs/lectures/few-steps.md)"
         )
     return place
+
+
+def refuse_form(path: Path, what: str) -> None:
+    """Raise UserError, that calls it `what`, where a path is that of a few-step form and no whole model's."""
+    if (path / FILE).is_file():
+        raise UserError(f"{what} is a few-step form itself: name a whole model")
 
 
 def read_few_steps(path: Path) -> FewSteps | None:
@@ -77,8 +97,6 @@ def read_few_steps(path: Path) -> FewSteps | None:
     base = said.get("base", "..")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path / FILE}: base is {base!r:.60}: name the model that it is for")
-    if (path / base / FILE).is_file():
-        raise UserError(f"{path / FILE}: its base {base!r:.60} is a few-step form itself: name a whole model")
     where = path / "scheduler" / "scheduler_config.json"
     scheduler = SchedulerConfig.from_dict(read_json(where), str(where))
     return FewSteps(path, base, scheduler, {name: said[name] for name in _DEFAULTS if name in said})

@@ -118,7 +118,7 @@ _Either = ConsistencyDistillation | ConsistencyTraining
 
 def _check(method: _Either, where: str) -> None:
     method.levels.check(f"{where}.levels")
-    refuse_outside(where, method, ("huber_c",), 0)
+    refuse_outside(where, method, ("huber_c",), *consistency.HUBER_C)
     refuse_outside(where, method, ("sigma_max",), 0.01)
 
 

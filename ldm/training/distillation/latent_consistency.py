@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ldm.diffusion.consistency import latent_boundary
+from ldm.diffusion.consistency import HUBER_C, check_decay, latent_boundary
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.parameterization import per_image
 from ldm.diffusion.process import Discrete, Process
@@ -36,8 +36,10 @@ class LatentConsistency(Method):
 
     def check(self, where: str) -> None:
         refuse_outside(where, self, ("solver_steps",), 2, 1000)
-        refuse_outside(where, self, ("timestep_scaling", "huber_c"), 1e-9)
-        refuse_outside(where, self, ("ema_decay",), 0, 1)
+        refuse_outside(where, self, ("timestep_scaling",), 1e-6, 1e6)  # as its scheduler's file is read
+        refuse_outside(where, self, ("huber_c",), *HUBER_C)
+        if self.ema_decay is not None:
+            check_decay(f"{where}.ema_decay", self.ema_decay)
 
     def process(self, teacher: Process) -> Process:
         """The teacher's noise, drawn with as LCMScheduler does. Raises UserError where it has no discrete timesteps."""
@@ -45,8 +47,14 @@ class LatentConsistency(Method):
             raise UserError(
                 "latent_consistency is of a model in discrete timesteps: for others take consistency_distillation"
             )
-        if self.solver_steps > teacher.schedule.num_train_timesteps:
+        total = teacher.schedule.num_train_timesteps
+        if self.solver_steps > total:
             raise UserError("distillation.method.solver_steps are more than the model's timesteps")
+        if total % self.solver_steps:
+            raise UserError(
+                f"distillation.method.solver_steps, {self.solver_steps}, do not divide the model's {total} timesteps: "
+                "LCMScheduler would draw on other noise levels than it learned"
+            )
         lcm = teacher.scheduler.with_sampler("lcm").with_values(
             timestep_scaling=self.timestep_scaling,
             original_inference_steps=self.solver_steps,
@@ -68,7 +76,7 @@ class LatentConsistency(Method):
         total = schedule.num_train_timesteps
         noise = rng.normal(*x0.shape[1:]).to(x0)
         index = rng.integers(self.solver_steps).to(x0.device)
-        begin = ((index + 1) * (total / self.solver_steps)).round().long() - 1
+        begin = (index + 1) * (total // self.solver_steps) - 1
         end = (begin - total // self.solver_steps).clamp(min=0)
         sigma, sigma_end = (schedule.sigma(each).to(x0.dtype) for each in (begin, end))
         x = x0 + per_image(sigma, x0) * noise

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.hub import resolve
 from ldm.condition import Condition
 from ldm.diffusion.process import Discrete, Process
 from ldm.errors import UserError
 from ldm.models.denoising import DenoisingNetwork
 from ldm.system import System
-from ldm.system.few_steps import write_few_steps
+from ldm.system.few_steps import refuse_form, write_few_steps
 from ldm.training.bounds import refuse_outside
 from ldm.training.data.conditions import Conditions
 from ldm.training.data.kinds import Data
@@ -91,6 +92,8 @@ class TaughtTextToImage(Taught):
 
     def __init__(self, config: TextToImageModel, where: str):
         self.config = config
+        if isinstance(config.train, TrainLoRA) and config.base != BUNDLED:  # its export names the base
+            refuse_form(resolve(config.base, config.variant), f"{where}.base {config.base}")
         self.system = starting_system(config.base, config.variant, {}, torch.float32, False, False)
         check_channels(self.system, variance=False, inpainting=False)
         self.teacher = _apart(self.system.network).to(getattr(torch, config.teaching))
