@@ -16,6 +16,7 @@ from training_runs import LOOP, write_config
 from ldm.checkpoints.files import read_tensors
 from ldm.errors import UserError
 from ldm.system import System
+from ldm.training.distillation.plain_model import TaughtPlain
 from ldm.training.distillation.target import Pupil
 from ldm.training.distributed import BatchGenerator
 from ldm.training.objectives import distillation
@@ -298,6 +299,18 @@ def test_a_model_of_classes_is_distilled_under_guidance_and_drawn(tmp_path: Path
     assert pipe.system.process.to_dict()["_class_name"] == "LCMScheduler"
     drawn = sorted(each.name for each in (tmp_path / "run").glob("drawn-*"))
     assert drawn == ["drawn-00000016-1-steps.png", "drawn-00000016-2-steps.png"]
+
+
+def test_a_new_model_has_no_class_of_nothing_which_it_would_never_learn(tmp_path: Path) -> None:
+    """Guidance would go away from weights that stay as they were drawn."""
+    method = {"kind": "consistency_training", "levels": {"kind": "fixed", "levels": 4}}
+    labels = {"base": {"network": UNET}, "condition": {"kind": "labels", "dropout": 0.1}}
+    made = built(plain_setup(tmp_path, tmp_path, model=labels, method=method))
+    assert isinstance(made.taught, TaughtPlain)
+    assert made.taught.system.wants["labels"] == 10 and made.taught.system.null_label is None
+    batch = made.batch(0, 8, ALL)[1]
+    with pytest.raises(UserError, match="never learned without a class"):
+        made.taught.without(made.taught.told(batch, BatchGenerator(0, 8, ALL)))
 
 
 @pytest.mark.parametrize(

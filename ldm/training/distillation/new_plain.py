@@ -1,6 +1,6 @@
 """A model without text that begins from nothing, for methods that have no teacher."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ldm.diffusion.edm_processes import EDMConfig
@@ -34,7 +34,9 @@ class NewPlain:
         if self.autoencoder and not Path(self.autoencoder).is_dir():
             raise UserError(f"{where}.base.autoencoder: there is no folder {self.autoencoder}")
         first_stage = load_autoencoder(Path(self.autoencoder)) if self.autoencoder else None
-        source = PlainSource(examples, condition, first_stage, crop)
+        # Nothing is dropped in distillation: a row of "no class" would stay as it was drawn.
+        told = replace(condition, dropout=0.0) if condition.left_out else condition
+        source = PlainSource(examples, told, first_stage, crop)
         network = built_for(self.network, source, data, where)
         process = EDMConfig(timestep_scale=self.timestep_scale).process()
         return PlainSystem(network, process, first_stage, condition.names(examples))

@@ -34,8 +34,8 @@ class PlainModel:
     """A model without text, as the objective `diffusion` trains it.
 
     base: its folder, or the network of a new one. data, condition, crop: see the settings of
-        `ldm.training.objectives.diffusion`. Nothing is dropped here, whatever the dropout: a new model does not learn
-        what guidance goes away from.
+        `ldm.training.objectives.diffusion`. Nothing is dropped here, whatever the dropout: a new model has no class of
+        "nothing", and is drawn without guidance.
     pictures: how many validation draws.
     """
 
