@@ -116,7 +116,13 @@ def _generate(arguments: argparse.Namespace) -> None:
         old = _from_image(arguments, {"loras": loras, "embeddings": embeddings, **settings})
         expected = old.model_hash
         loras, embeddings = loras or old.loras, embeddings or old.embeddings
-        for name in ("model", "variant", "prediction_type", "fast", "dtype", "quantization"):
+        own = (
+            "model",
+            "variant",
+            "prediction_type",
+            "fast",
+        )  # of that model, and of no other that the user names
+        for name in (*(own if arguments.model is None else ()), "dtype", "quantization"):
             setattr(arguments, name, getattr(arguments, name) or getattr(old, name))
         wanted.append(jobs.Job(replace(old, **settings)))
     if not wanted:

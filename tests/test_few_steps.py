@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import SCHEDULER, tiny_pipeline_folder
 
-from ldm.checkpoints.lora import FILE, write_lora
+from ldm.checkpoints.lora import FILE, read_lora_file, write_lora
 from ldm.errors import UserError
 from ldm.models.lora import LoRA
 from ldm.system import System
@@ -99,9 +100,19 @@ def test_the_command_lines_take_it_and_a_picture_of_it_is_drawn_again(
     assert draw([*again, "--out", str(tmp_path / "two.png")]) == 0
     assert "other weights" not in capsys.readouterr().err
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    other = tiny_pipeline_folder(tmp_path / "other", "sd1")  # has no few-step form, and is not asked for one
+    assert draw([*again, "--model", str(other), "--out", str(tmp_path / "three.png")]) == 0
     (tmp_path / "rows.txt").write_text("a cat\nthe dog\n")
     assert batch([str(tmp_path / "rows.txt"), "--out", str(tmp_path / "batch"), *told]) == 0
     assert len(list((tmp_path / "batch").rglob("*.png"))) == 2
+
+
+def test_what_its_lora_file_leaves_open_is_told(model: Path, tmp_path: Path) -> None:
+    form(tmp_path / "form", model, str(model))
+    tensors = load_file(tmp_path / "form" / FILE)
+    save_file({"lora_te_text_projection": torch.zeros(1), **tensors}, tmp_path / "form" / FILE)
+    told = read_lora_file(tmp_path / "form", {"unet": System.load(model).network}).notes
+    assert told and System.load(tmp_path / "form").notes == told
 
 
 def test_a_form_can_lie_anywhere_and_name_its_base(model: Path, tmp_path: Path) -> None:

@@ -140,13 +140,14 @@ class System:
 
     def _in_few_steps(self, form: FewSteps) -> "System":
         """Return the student that a few-step form makes of this model."""
-        form.merge(self.network, self.text.modules)
+        notes = form.merge(self.network, self.text.modules)
         found = fingerprint(self.network.state_dict())
         digest = f"{self.fingerprint} {found} {json.dumps(form.scheduler.to_dict(), sort_keys=True)}"
         return replace(
             self,
             scheduler=form.scheduler,
             options={**self.options, **form.options},
+            notes=[*self.notes, *notes],
             fingerprint=hashlib.sha256(digest.encode()).hexdigest()[:10],
         )
 

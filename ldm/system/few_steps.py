@@ -62,14 +62,19 @@ class FewSteps:
         refuse_form(found, f"{file}: its base {self.base!r:.60}")
         return found
 
-    def merge(self, network: DenoisingNetwork, others: Mapping[str, nn.Module]) -> None:
-        """Make the student of its teacher, for good, in the precision that its weights have. Raises UserError."""
+    def merge(self, network: DenoisingNetwork, others: Mapping[str, nn.Module]) -> list[str]:
+        """Make the student of its teacher, for good, in the precision that its weights have.
+
+        Returns what the reader of the LoRA's file should be told. Raises UserError.
+        """
         networks = {network.component: network, **others}
         found = read_lora_file(self.folder, networks, network.config.to_diffusers())
         if not found.adapters:
             raise UserError(f"{self.folder} holds no LoRA")
         for part, weights in found.adapters.items():
             LoRA.from_weights(networks[part], weights).fuse()
+        words = [f"{self.folder}: new words in its LoRA are passed over"] if found.bundled else []
+        return [*found.notes, *words]
 
 
 def fast_form(path: Path) -> Path:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -138,20 +139,24 @@ class TaughtTextToImage(Taught):
 
     def told(self, batch: LatentBatch, rng: BatchGenerator) -> Condition:
         captions = batch.draw_captions(rng)
-        return self._condition(captions, torch.zeros(len(captions), dtype=torch.bool), batch.time_ids)
+        text = self._text(captions, torch.zeros(len(captions), dtype=torch.bool))
+        return self._under(text, batch.time_ids.to(self.teacher.device))
 
     def without(self, condition: Condition) -> Condition:
-        rows = condition.rows
-        times = torch.zeros(1, 6) if condition.time_ids is None else condition.time_ids[:1]
-        nothing = self._condition([""], torch.ones(1, dtype=torch.bool), times)
-        nothing = nothing.map(lambda part: part.expand(rows, *part.shape[1:]))
-        return nothing if condition.time_ids is None else replace(nothing, time_ids=condition.time_ids)
+        text = self._nothing.map(lambda part: part.expand(condition.rows, *part.shape[1:]))
+        return self._under(text, condition.time_ids)
 
-    def _condition(self, captions: list[str], dropped: Tensor, time_ids: Tensor) -> Condition:
-        device = self.teacher.device
+    @cached_property
+    def _nothing(self) -> Condition:
+        """The text of no prompt, one row: always the same, as the text encoder is frozen."""
+        return self._text([""], torch.ones(1, dtype=torch.bool))
+
+    def _text(self, captions: list[str], dropped: Tensor) -> Condition:
         with torch.no_grad():
-            text = self.conditions(captions, dropped).to(device)
-        return replace(self.system, network=self.teacher).condition(text, time_ids.to(device), guidance=1.0)
+            return self.conditions(captions, dropped).to(self.teacher.device)
+
+    def _under(self, text: Condition, time_ids: Tensor | None) -> Condition:
+        return replace(self.system, network=self.teacher).condition(text, time_ids, guidance=1.0)
 
     def call(self, module: nn.Module, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         return module(x, timestep, lambda: condition)
